@@ -1,0 +1,129 @@
+"""Process group, device and seed: the only file that knows what a rank is.
+
+A plain `python script.py` is world size 1; `torchrun` sets the environment for more. Collectives of the CPU run on
+gloo, those of a GPU on nccl.
+"""
+
+import contextlib
+import datetime
+import os
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+COLLECTIVE_TIMEOUT = datetime.timedelta(hours=2)    # a rank that reads a slow disk must not end the others
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a script knows of the processes it belongs to.
+
+    Attributes:
+        rank: number of this process, 0 .. world_size - 1.
+        world_size: number of processes.
+        device: where this process computes.
+        debug: whether errors of the user keep their traceback.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    debug: bool = False
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    def barrier(self):
+        """Waits for all processes."""
+        if self.world_size > 1:
+            self.gather(None)          # of objects, over gloo: asks nothing of the GPU
+
+    def sum(self, tensor):
+        """Adds `tensor` over all processes in place and returns it."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, item):
+        """Returns the list of every process's `item` (any picklable object), in order of rank."""
+        if self.world_size == 1:
+            return [item]
+        items = [None] * self.world_size
+        dist.all_gather_object(items, item)
+        return items
+
+    def broadcast(self, item):
+        """Returns the `item` of rank 0 (any picklable object) on every process."""
+        items = [item]
+        if self.world_size > 1:
+            dist.broadcast_object_list(items, src=0)
+        return items[0]
+
+    def share_of(self, count):
+        """Returns the range of 0 .. count - 1 that belongs to this process: contiguous, sizes differ by at most one."""
+        return range(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
+
+
+def add_runtime_args(parser):
+    """Declares the flags that every script shares: --device, --global-seed, --debug."""
+    group = parser.add_argument_group("runtime")
+    group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"),
+                       help="where to compute; auto takes the GPU if there is one")
+    group.add_argument("--global-seed", type=int, default=0, help="the seed that every random choice derives from")
+    group.add_argument("--debug", action="store_true", help="one process only, errors keep their traceback")
+
+
+def launched_rank():
+    """Returns the rank that the launcher gave to this process, before any process group exists."""
+    return int(os.environ.get("RANK", 0))
+
+
+def launched_world_size():
+    """Returns the number of processes that the launcher started."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextlib.contextmanager
+def open_session(device="auto", debug=False):
+    """Joins the process group of the launcher, if there is one, and leaves it at the end.
+
+    Args:
+        device: "auto", "cpu" or "cuda".
+        debug: whether errors of the user keep their traceback; allowed with one process only.
+
+    Yields:
+        Session
+
+    Raises:
+        ValueError: cuda was asked for and there is none, or debug under several processes.
+    """
+    world_size = launched_world_size()
+    if debug and world_size > 1:
+        raise ValueError(f"--debug: expected one process, got {world_size}; start with python instead of torchrun")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: expected a CUDA GPU, found none; use --device cpu")
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        device = f"cuda:{torch.cuda.current_device()}"
+    if world_size > 1:
+        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+    try:
+        yield Session(launched_rank(), world_size, torch.device(device), debug)
+    finally:
+        if world_size > 1:
+            dist.destroy_process_group()
+
+
+def seed_everything(seed, rank=0):
+    """Seeds Python, NumPy and torch (all devices) from (seed, rank)."""
+    state = np.random.SeedSequence([seed, rank]).generate_state(3)
+    random.seed(int(state[0]))
+    np.random.seed(int(state[1]))
+    torch.manual_seed(int(state[2]))

@@ -1,0 +1,111 @@
+"""How every entry script starts: its parser, its session, and errors of the user as one line and exit code 2.
+
+    parser = Parser("what the script does")
+    parser.add_argument(...)
+
+    def main(args, session):
+        with checks(session):           # whatever the user can get wrong, before any work
+            ...
+        ...                             # the work: from here on an exception keeps its traceback
+
+    if __name__ == "__main__":
+        run(main, parser)
+"""
+
+import argparse
+import contextlib
+import sys
+from pathlib import Path
+
+import torch
+
+from autoregressive.runtime.distributed import add_runtime_args, launched_rank, open_session
+
+OLDEST_PYTHON = (3, 10)
+OLDEST_TORCH = (2, 6)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser with the shared runtime flags, whose errors are one line, printed by rank 0 alone."""
+
+    def __init__(self, description):
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        self._unbuilt = []
+        add_runtime_args(self)
+
+    def error(self, message):
+        exit_with(message)
+
+    def add_unbuilt(self, name, **kwargs):
+        """Declares a published flag whose work is not written yet: only its default is accepted."""
+        self._unbuilt.append(self.add_argument(name, **kwargs))
+
+    @property
+    def unbuilt_flags(self):
+        """The names of the flags that accept nothing but their default."""
+        return sorted(action.option_strings[0] for action in self._unbuilt)
+
+    def parse_args(self, *args, **kwargs):
+        parsed = super().parse_args(*args, **kwargs)
+        for action in self._unbuilt:
+            value = getattr(parsed, action.dest)
+            if value != action.default:
+                self.error(f"{action.option_strings[0]}: expected its default {action.default}, got {value}; "
+                           "this flag has no effect yet and is refused rather than ignored")
+        return parsed
+
+
+def exit_with(message):
+    """Ends the process with exit code 2 after rank 0 has printed `message` as one line."""
+    if launched_rank() == 0:
+        line = " ".join(str(message).split())
+        print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+@contextlib.contextmanager
+def checks(session):
+    """Turns what a user got wrong inside the block into one line and exit code 2, on all processes together.
+
+    A block may raise on one rank alone, so it must not contain collectives; at its end the ranks compare notes.
+    """
+    mistake = None
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if session.debug:
+            raise
+        mistake = describe(error)
+    mistakes = [text for text in session.gather(mistake) if text]
+    if mistakes:
+        exit_with(mistakes[0])
+
+
+def describe(error):
+    """Returns the text of an exception for a user: `path: reason` for those of the operating system."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
+def run(main, parser):
+    """Parses the command line, opens the session and calls main(args, session)."""
+    require_versions()
+    args = parser.parse_args()
+    with contextlib.ExitStack() as stack:
+        try:
+            session = stack.enter_context(open_session(args.device, args.debug))
+        except ValueError as error:
+            exit_with(error)
+        main(args, session)
+
+
+def require_versions():
+    """Exits when Python or torch is older than what the code is written for."""
+    found_torch = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if sys.version_info < OLDEST_PYTHON:
+        exit_with(f"expected Python {'.'.join(map(str, OLDEST_PYTHON))} or newer, found {sys.version.split()[0]}")
+    if found_torch < OLDEST_TORCH:
+        exit_with(f"expected torch {'.'.join(map(str, OLDEST_TORCH))} or newer, found {torch.__version__}; "
+                  "run pip install -r requirements.txt")

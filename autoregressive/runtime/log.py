@@ -1,0 +1,147 @@
+"""Run folders, log lines, metrics, curves and progress bars."""
+
+import json
+import logging
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from autoregressive.runtime.files import atomic_write, read_json, require_writable_folder, write_json
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A folder {results_dir}/{index:03d}-{name} of one training run.
+
+    Attributes:
+        path: the folder.
+        is_finished: whether the run that it holds came to its end.
+    """
+
+    path: Path
+    is_finished: bool = False
+
+    @property
+    def checkpoints(self):
+        return self.path / "checkpoints"
+
+    def mark_finished(self, result):
+        """Records that the run came to its end, with its result (plain data)."""
+        write_json(self.path / "finished.json", result)
+
+
+def find_run_folder(results_dir, name, config, ignored=(), new_run=False):
+    """Finds the run folder that the same command should continue, or names a new one. Writes nothing but results_dir.
+
+    Args:
+        results_dir: where run folders lie; created if missing.
+        name: what follows the index in the folder's name.
+        config: plain dict of everything that defines the run.
+        ignored: keys of `config` that may differ between two starts of one run.
+        new_run: whether to name a new folder even if one could be continued.
+
+    Returns:
+        RunFolder: the newest with an equal config; if there is none, one that does not exist yet.
+
+    Raises:
+        ValueError: results_dir cannot be written.
+    """
+    require_writable_folder(results_dir)
+    numbered = [(int(match.group(1)), path) for path in Path(results_dir).iterdir()
+                if (match := re.match(r"(\d{3,})-", path.name))]
+
+    def identity(content):
+        return json.dumps({key: value for key, value in content.items() if key not in ignored}, sort_keys=True)
+
+    for _, path in sorted(numbered, reverse=True):
+        if new_run or path.name.split("-", 1)[1] != name or not (path / "config.json").is_file():
+            continue
+        if identity(read_json(path / "config.json")) == identity(config):
+            return RunFolder(path, (path / "finished.json").is_file())
+    index = max((index for index, _ in numbered), default=-1) + 1
+    return RunFolder(Path(results_dir) / f"{index:03d}-{name}")
+
+
+def start_run_folder(folder, config):
+    """Creates a run folder if it is new and records `config` in it (rank 0 alone calls this)."""
+    folder.checkpoints.mkdir(parents=True, exist_ok=True)
+    write_json(folder.path / "config.json", config)
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object a line, each with a `step`; cut back to a step on resume."""
+
+    def __init__(self, path, resume_step=0):
+        self.path = Path(path)
+        kept = [row for row in read_metrics(self.path) if row["step"] <= resume_step]
+        with atomic_write(self.path) as file:
+            file.writelines(json.dumps(row).encode() + b"\n" for row in kept)
+
+    def write(self, step, **values):
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+
+def read_metrics(path):
+    """Returns the rows of a metrics.jsonl; a last line cut off by a kill is left out."""
+    rows = []
+    if Path(path).is_file():
+        for line in Path(path).read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return rows
+
+
+def open_logger(session, path=None):
+    """Returns a logger that prints on rank 0 (above the progress bar) and appends to `path`; silent on other ranks."""
+    logger = logging.getLogger("iar")
+    logger.handlers.clear()
+    logger.propagate = False
+    logger.setLevel(logging.INFO if session.is_main else logging.ERROR)
+    handlers = [_BarHandler()] + ([logging.FileHandler(path)] if path and session.is_main else [])
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S"))
+        logger.addHandler(handler)
+    return logger
+
+
+class _BarHandler(logging.Handler):
+    def emit(self, record):
+        tqdm.write(self.format(record))
+
+
+def progress(session, total, description, unit, initial=0):
+    """Returns a tqdm bar on rank 0 (silent on others); where nobody watches it prints twice a minute at most."""
+    watched = sys.stderr.isatty()
+    return tqdm(total=total, initial=initial, desc=description, unit=unit, disable=not session.is_main,
+                mininterval=0.2 if watched else 30, dynamic_ncols=watched)
+
+
+def draw_curves(path, curves, ylabel="loss"):
+    """Draws named curves into one PNG.
+
+    Args:
+        path: the PNG.
+        curves: dict of panel title -> dict of legend -> list of (step, value).
+        ylabel: label of the vertical axes.
+    """
+    import matplotlib  # here: it takes half a second, and only rank 0 draws
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(curves), figsize=(5.5 * len(curves), 4), squeeze=False, layout="constrained")
+    for axis, (title, lines) in zip(axes[0], curves.items(), strict=True):
+        for legend, points in lines.items():
+            axis.plot(*zip(*points, strict=True), label=legend) if points else None
+        axis.set(title=title, xlabel="updates", ylabel=ylabel)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=110)
+    pyplot.close(figure)
