@@ -1,0 +1,307 @@
+"""The class-conditional GPT over codes, with the state-dict keys and shapes of the published LlamaGen and IAR files.
+
+Letters: B batch, T tokens, D width, H query heads, G key-value heads, V codes, L length of the cache.
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from autoregressive.models.rope import apply_rotary, rotary_table
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Shape and regularisation of a GPT.
+
+    Attributes:
+        num_layers, num_heads, width: size of the transformer.
+        grid: side of the picture in tokens.
+        vocab_size: V.
+        num_classes: labels 0 .. num_classes - 1; `num_classes` itself is the null label.
+        num_kv_heads: key-value heads, a divisor of num_heads; None means num_heads.
+        dropout: after the two projections of each block.
+        token_dropout: on the input embeddings, the condition included.
+        drop_path: rate of the last layer; rises linearly from 0. A rate above 0 turns `dropout` off.
+    """
+
+    num_layers: int
+    num_heads: int
+    width: int
+    grid: int = 16
+    vocab_size: int = 16384
+    num_classes: int = 1000
+    num_kv_heads: int | None = None
+    dropout: float = 0.1
+    token_dropout: float = 0.1
+    drop_path: float = 0.0
+
+    @property
+    def head_dim(self):
+        return self.width // self.num_heads
+
+    @property
+    def kv_heads(self):
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def num_tokens(self):
+        return self.grid * self.grid
+
+    @property
+    def hidden_width(self):
+        """Width of the SwiGLU layer: 2/3 of 4 D, rounded up to a multiple of 256."""
+        return -(-(2 * 4 * self.width // 3) // 256) * 256
+
+
+GPT_MODELS = {                                      # name: layers, heads, D
+    "GPT-tiny": (4, 4, 96), "GPT-B": (12, 12, 768), "GPT-L": (24, 16, 1024), "GPT-XL": (36, 20, 1280),
+    "GPT-XXL": (48, 24, 1536), "GPT-XXXL": (48, 40, 2560), "GPT-1B": (22, 32, 2048), "GPT-3B": (24, 32, 3200),
+    "GPT-7B": (32, 32, 4096),
+}
+
+
+def gpt_config(name, **settings):
+    """Returns the GPTConfig of a size in GPT_MODELS; `settings` are further fields of GPTConfig."""
+    num_layers, num_heads, width = GPT_MODELS[name]
+    return GPTConfig(num_layers, num_heads, width, **settings)
+
+
+def add_gpt_args(parser):
+    """Declares the flags that say which GPT is meant: shared by training and sampling."""
+    group = parser.add_argument_group("GPT")
+    group.add_argument("--gpt-model", default="GPT-B", choices=GPT_MODELS, help="size of the GPT")
+    group.add_argument("--gpt-ckpt", help="checkpoint of the GPT: a file, or a folder whose newest is taken")
+    group.add_argument("--gpt-type", default="c2i", help="what the GPT is conditioned on: c2i (class label) only")
+    group.add_argument("--cls-token-num", type=int, default=1, help="condition tokens in front: 1 only")
+    group.add_argument("--num-classes", type=int, default=1000, help="number of class labels")
+    group.add_argument("--downsample-size", type=int, default=16, help="pixels of a token's side")
+    group.add_argument("--cluster-size", type=int, default=128, help="codes per cluster of the reordered codebook")
+
+
+def check_gpt_args(args):
+    """Raises ValueError for values of the shared GPT flags that no model here can have."""
+    if args.gpt_type != "c2i":
+        raise ValueError(f"--gpt-type: expected c2i (class-conditional), got {args.gpt_type}; text is not supported")
+    if args.cls_token_num != 1:
+        raise ValueError(f"--cls-token-num: expected 1, got {args.cls_token_num}; a class is one condition token")
+    for flag, value in (("--num-classes", args.num_classes), ("--downsample-size", args.downsample_size),
+                        ("--cluster-size", args.cluster_size), ("--image-size", args.image_size)):
+        if value < 1:
+            raise ValueError(f"{flag}: expected at least 1, got {value}")
+    if args.image_size % args.downsample_size:
+        raise ValueError(f"--image-size: expected a multiple of --downsample-size {args.downsample_size}, "
+                         f"got {args.image_size}")
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm: normalises in float32, casts back, then multiplies by its weight."""
+
+    def __init__(self, width, eps=1e-5):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped key-value heads; rows of wqkv: all q heads, all k heads, all v heads."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_heads, self.kv_heads, self.head_dim = config.num_heads, config.kv_heads, config.head_dim
+        rows = (self.num_heads + 2 * self.kv_heads) * self.head_dim
+        self.wqkv = nn.Linear(config.width, rows, bias=False)
+        self.wo = nn.Linear(config.width, config.width, bias=False)
+
+    def project(self, x, table):
+        """Returns q (B, H, T, head_dim), k and v (B, G, T, head_dim); q and k are turned by `table`."""
+        qkv = self.wqkv(x).unflatten(-1, (-1, self.head_dim))                       # (B, T, H + 2G, head_dim)
+        q, k, v = qkv.split([self.num_heads, self.kv_heads, self.kv_heads], dim=2)
+        q, k = apply_rotary(q, table), apply_rotary(k, table)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def forward(self, x, table):                                                    # x (B, T, D)
+        q, k, v = self.project(x, table)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.kv_heads != self.num_heads)
+        return self.wo(y.transpose(1, 2).flatten(2))                                # (B, T, D)
+
+    def decode(self, x, table, position, keys, values):
+        """Attends from one new token to the filled part of the cache, after writing its key and value there.
+
+        Args:
+            x: (B, 1, D); table: (1, head_dim / 2, 2); position: place of the token in the sequence.
+            keys, values: (B, G, L, head_dim), written in place at `position`.
+
+        Returns:
+            (B, 1, D).
+        """
+        q, k, v = self.project(x, table)
+        keys[:, :, position], values[:, :, position] = k[:, :, 0], v[:, :, 0]
+        q = q.reshape(len(x), self.kv_heads, -1, self.head_dim)                     # (B, G, H/G, head_dim)
+        filled_keys, filled_values = keys[:, :, :position + 1], values[:, :, :position + 1]
+        scores = q @ filled_keys.transpose(-2, -1) * self.head_dim ** -0.5          # (B, G, H/G, position + 1)
+        y = scores.float().softmax(-1).type_as(q) @ filled_values                   # (B, G, H/G, head_dim)
+        return self.wo(y.reshape(len(x), 1, -1))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.w1 = nn.Linear(config.width, config.hidden_width, bias=False)
+        self.w3 = nn.Linear(config.width, config.hidden_width, bias=False)
+        self.w2 = nn.Linear(config.hidden_width, config.width, bias=False)
+
+    def forward(self, x):
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: h = x + attention(norm x); out = h + feed_forward(norm h)."""
+
+    def __init__(self, config, drop_path):
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = RMSNorm(config.width)
+        self.ffn_norm = RMSNorm(config.width)
+        self.drop_path = drop_path
+        self.dropout = 0.0 if config.drop_path > 0 else config.dropout
+
+    def regularise(self, branch):
+        """Applies dropout and drop path (whole samples; survivors divided by 1 - p) to a branch (B, T, D)."""
+        branch = F.dropout(branch, self.dropout, self.training)
+        if self.drop_path:
+            kept = F.dropout(branch.new_ones(len(branch), 1, 1), self.drop_path, self.training)
+            branch = branch * kept
+        return branch
+
+    def forward(self, x, table):
+        x = x + self.regularise(self.attention(self.attention_norm(x), table))
+        return x + self.regularise(self.feed_forward(self.ffn_norm(x)))
+
+    def decode(self, x, table, position, keys, values):
+        x = x + self.attention.decode(self.attention_norm(x), table, position, keys, values)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class LabelEmbedding(nn.Module):
+    """Labels (B,) -> one condition token each (B, 1, D)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.embedding_table = nn.Embedding(config.num_classes + 1, config.width)   # the last row is the null label
+
+    def forward(self, labels):
+        return self.embedding_table(labels)[:, None]
+
+
+class KVCache:
+    """Keys and values of all layers, allocated once for a batch and written in place by GPT.decode_step."""
+
+    def __init__(self, config, batch_size, dtype, device):
+        shape = (config.num_layers, batch_size, config.kv_heads, config.num_tokens, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)                  # (layers, B, G, L, head_dim)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+
+    def rows(self, count):
+        """Returns a cache that shares the first `count` rows with this one."""
+        part = object.__new__(KVCache)
+        part.keys, part.values = self.keys[:, :count], self.values[:, :count]
+        return part
+
+
+class GPT(nn.Module):
+    """Predicts the tokens of a picture one after the other, from a class label.
+
+    Position 0 holds the condition and predicts token 0: n tokens in give n + 1 rows out.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.cls_embedding = LabelEmbedding(config)
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.width)
+        rates = [config.drop_path * i / max(config.num_layers - 1, 1) for i in range(config.num_layers)]
+        self.layers = nn.ModuleList(Block(config, rate) for rate in rates)
+        self.norm = RMSNorm(config.width)
+        self.output = nn.Linear(config.width, config.vocab_size, bias=False)
+        with torch.device("cpu"):                   # a real table also where the weights are on the meta device
+            table = rotary_table(config.grid, config.head_dim)
+        self.register_buffer("rotary", table, persistent=False)                     # (1 + T, head_dim / 2, 2)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """Fills the weights: normal(0, 0.02), the head with zeros, the norms with ones."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.0 if name == "output.weight" else 0.02)
+
+    def features(self, tokens, labels):
+        """Runs the transformer over the condition and the tokens.
+
+        Args:
+            tokens: (B, n) int64 in 0 .. V - 1, n < T for training (the last token is never an input).
+            labels: (B,) int64 in 0 .. num_classes, the last being the null label.
+
+        Returns:
+            (B, n + 1, D): row i predicts token i.
+        """
+        x = torch.cat([self.cls_embedding(labels), self.tok_embeddings(tokens)], dim=1)
+        x = F.dropout(x, self.config.token_dropout, self.training)
+        table = self.rotary[:x.shape[1]]
+        for layer in self.layers:
+            x = layer(x, table)
+        return self.norm(x)
+
+    def forward(self, tokens, labels):
+        """Returns the float32 logits (B, n + 1, V) of features(tokens, labels)."""
+        return self.output(self.features(tokens, labels)).float()
+
+    def new_cache(self, batch_size):
+        """Returns an empty KVCache for `batch_size` sequences, in the precision and place of the weights."""
+        return KVCache(self.config, batch_size, self.output.weight.dtype, self.output.weight.device)
+
+    def prefill(self, labels, cache):
+        """Starts sequences from their labels (B,); returns the float32 logits (B, V) of token 0."""
+        return self._decode(self.cls_embedding(labels), 0, cache)
+
+    def decode_step(self, tokens, position, cache):
+        """Feeds one token each and returns the logits of the next.
+
+        Args:
+            tokens: (B,) int64, the tokens with index position - 1.
+            position: place in the sequence, 1 .. T - 1; all before it are in the cache.
+            cache: KVCache, written in place.
+
+        Returns:
+            (B, V) float32: logits of token `position`.
+        """
+        return self._decode(self.tok_embeddings(tokens)[:, None], position, cache)
+
+    def _decode(self, x, position, cache):                                          # x (B, 1, D)
+        table = self.rotary[position:position + 1]
+        for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
+            x = layer.decode(x, table, position, keys, values)
+        return self.output(self.norm(x))[:, 0].float()
+
+
+def describe_gpt(state):
+    """Says in words which GPT a state dict holds: size, codes, classes. Returns "" if it is none."""
+    if "tok_embeddings.weight" not in state or "cls_embedding.embedding_table.weight" not in state:
+        return ""
+    vocab_size, width = state["tok_embeddings.weight"].shape
+    num_layers = 1 + max((int(found.group(1)) for name in state if (found := re.match(r"layers\.(\d+)\.", name))),
+                         default=-1)
+    names = [name for name, (layers, _, size) in GPT_MODELS.items() if (layers, size) == (num_layers, width)]
+    size = names[0] if names else f"a GPT of no listed size ({num_layers} layers, width {width})"
+    num_classes = len(state["cls_embedding.embedding_table.weight"]) - 1
+    return f"the file holds {size} with {vocab_size} codes and {num_classes} classes"

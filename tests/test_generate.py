@@ -1,0 +1,108 @@
+"""Filters against the fixture, draws against exact probabilities, guidance and independence of the batch."""
+
+import numpy as np
+import pytest
+import torch
+
+from autoregressive.models.generate import (
+    Sampler,
+    draw,
+    filter_logits,
+    generate,
+    guide,
+    probabilities,
+    random_numbers,
+)
+from autoregressive.models.gpt import GPT, GPTConfig
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(2, 2, 16, grid=3, vocab_size=20, num_classes=4)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 10, 100])
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3])
+def test_filters_equal_the_fixture(fixture, top_k, top_p):
+    numbers = fixture("sampling_filter")
+    assert torch.equal(filter_logits(numbers["logits"], top_k, top_p), numbers[f"k{top_k}_p{top_p}"])
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_probabilities_equal_the_fixture(fixture, temperature, top_k):
+    numbers = fixture("sampling_filter")
+    found = probabilities(numbers["logits"], Sampler(temperature=temperature, top_k=top_k))
+    assert torch.allclose(found, numbers[f"probs_T{temperature}_k{top_k}"], rtol=1e-6, atol=0)
+
+
+def test_ties_at_the_kth_logit_stay():
+    kept = filter_logits(torch.tensor([[1.0, 3.0, 3.0, 3.0, 0.0]]), top_k=2).isfinite()
+    assert kept.tolist() == [[False, True, True, True, False]]
+
+
+def test_the_most_likely_token_stays_at_any_top_p():
+    assert filter_logits(torch.tensor([[0.0, 5.0, 1.0]]), top_p=1e-9).isfinite().tolist() == [[False, True, False]]
+
+
+def test_draws_invert_the_cumulative_distribution():
+    distribution = torch.tensor([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]]).expand(6, -1)
+    uniforms = torch.tensor([0.0, 0.2499, 0.25, 0.7499, 0.75, 1 - 2 ** -53], dtype=torch.float64)
+    assert draw(distribution, uniforms).tolist() == [1, 1, 3, 3, 4, 4]
+
+
+def test_draws_never_hit_a_token_of_probability_zero():
+    torch.manual_seed(0)
+    distribution = torch.softmax(20 * torch.randn(300, 50), -1) * (torch.rand(300, 50) < 0.3)
+    distribution[:, 7] += 1e-30                                              # a denormal chance is a chance
+    uniforms = torch.rand(300, dtype=torch.float64)
+    uniforms[:100], uniforms[100:200] = 0.0, 1 - 2 ** -53
+    assert (distribution[torch.arange(300), draw(distribution, uniforms)] > 0).all()
+
+
+def test_guidance_equals_the_equation():
+    cond, uncond = torch.randn(3, 7), torch.randn(3, 7)
+    assert torch.equal(guide(torch.cat([cond, uncond]), 2.5), uncond + (cond - uncond) * 2.5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+@pytest.mark.parametrize("interval", [-1, 0, 4])
+def test_cached_generation_equals_generation_by_full_forward(model, scale, interval):
+    labels, uniforms = random_numbers(5, range(3), 4, 9)
+    labels, uniforms = torch.from_numpy(labels), torch.from_numpy(uniforms)
+    sampler = Sampler(scale, interval, temperature=0.9, top_k=15, top_p=0.95)
+    expected = torch.empty(3, 0, dtype=torch.int64)
+    for position in range(9):
+        with torch.no_grad():
+            logits = model(expected, labels)[:, -1]
+            if scale > 1 and (interval < 0 or position <= interval + 1):
+                null = model(expected, torch.full_like(labels, 4))[:, -1]
+                logits = null + (logits - null) * scale
+        chosen = draw(probabilities(logits, sampler), uniforms[:, position])
+        expected = torch.cat([expected, chosen[:, None]], dim=1)
+    assert torch.equal(generate(model, labels, uniforms, sampler), expected)
+
+
+def test_random_numbers_depend_on_seed_and_index_alone():
+    labels, uniforms = random_numbers(7, [0, 5, 9], 1000, 6)
+    alone_label, alone = random_numbers(7, [5], 1000, 6)
+    assert labels[1] == alone_label[0] and np.array_equal(uniforms[1], alone[0])
+    assert not np.array_equal(uniforms[1], random_numbers(8, [5], 1000, 6)[1][0])
+    assert 0 <= uniforms.min() and uniforms.max() < 1
+
+
+def test_random_labels_cover_all_classes_evenly():
+    counts = np.bincount(random_numbers(0, range(4000), 10, 1)[0], minlength=10)
+    assert len(counts) == 10 and ((counts - 400) ** 2 / 400).sum() < 27.9    # chi-square, 9 degrees, 0.1 %
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"temperature": 0.0}, "--temperature"), ({"top_k": 21}, "--top-k"), ({"top_p": 0.0}, "--top-p"),
+    ({"cfg_interval": -2}, "--cfg-interval")])
+def test_settings_without_a_meaning_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Sampler(**settings).check(vocab_size=20)

@@ -1,0 +1,165 @@
+"""The GPT against the published architecture's numbers, and against itself."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import FIXTURES
+
+from autoregressive.models.cluster_loss import token_and_cluster_loss
+from autoregressive.models.generate import Sampler, generate
+from autoregressive.models.gpt import GPT, GPT_MODELS, GPTConfig, describe_gpt, gpt_config
+from autoregressive.models.rope import apply_rotary, rotary_table
+from autoregressive.runtime.checkpoint import load_strictly
+
+TINY = GPTConfig(num_layers=2, num_heads=4, width=64, grid=4, vocab_size=512, num_classes=10, dropout=0.0,
+                 token_dropout=0.0)
+
+
+def relative_error(found, expected):
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.fixture(scope="module")
+def tiny(fixture):
+    model = GPT(TINY)
+    load_strictly(model, fixture("gpt_tiny_weights")["state_dict"], "fixture")
+    return model
+
+
+@pytest.fixture(scope="module")
+def numbers(fixture):
+    return fixture("gpt_tiny_logits")
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_logits_equal_the_fixture(tiny, numbers, training):
+    logits = tiny.train(training)(numbers["idx"][:, :-1], numbers["cond"])
+    assert relative_error(logits, numbers["train_logits" if training else "eval_logits"]) < 1e-5
+
+
+def test_logits_of_a_whole_picture_have_one_more_row(tiny, numbers):
+    logits = tiny.eval()(numbers["idx"], numbers["cond"])
+    assert relative_error(logits, numbers["eval_logits_no_input_pos_17"]) < 1e-5
+
+
+def test_losses_gradients_and_update_equal_the_fixture(numbers, fixture):
+    model = GPT(TINY)
+    load_strictly(model, fixture("gpt_tiny_weights")["state_dict"], "fixture")
+    logits = model(numbers["idx"][:, :-1], numbers["cond"])
+    token_loss, cluster_loss = token_and_cluster_loss(logits.flatten(0, 1), numbers["idx"].flatten(), 32)
+    assert abs(token_loss - numbers["loss2"]) < 1e-6 * numbers["loss2"]
+    assert abs(cluster_loss - numbers["loss1"]) < 1e-6 * numbers["loss1"]
+    assert abs(token_loss + 0.5 * cluster_loss - numbers["loss_lambda_0.5"]) < 1e-6 * numbers["loss_lambda_0.5"]
+    (token_loss + cluster_loss).backward()
+    gradients, step = fixture("gpt_tiny_grads"), fixture("gpt_tiny_step")
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    assert abs(norm - gradients["grad_norm"]) < 1e-5 * norm
+    for name, parameter in model.named_parameters():
+        assert relative_error(parameter.grad, gradients["grads"][name]) < 1e-5, name
+
+
+def test_rotary_tables_equal_the_fixture_bit_for_bit(fixture):
+    tables = fixture("rope")
+    assert torch.equal(rotary_table(4, 16), tables["grid4_hd16_cls1"])
+    assert torch.equal(rotary_table(16, 64), tables["grid16_hd64_cls1"])
+    assert torch.equal(rotary_table(24, 64), tables["grid24_hd64_cls1"])
+    assert torch.equal(rotary_table(4, 20, num_condition=4), tables["grid4_hd20_cls4"])
+    assert torch.equal(apply_rotary(tables["x"], tables["grid4_hd16_cls1"]), tables["y"])
+
+
+def test_cached_steps_equal_the_fixture(tiny, numbers):
+    labels = torch.cat([numbers["cond"], torch.full_like(numbers["cond"], 10)])
+    tokens = numbers["idx"].repeat(2, 1)
+    cache = tiny.eval().new_cache(4)
+    with torch.no_grad():
+        rows = [tiny.prefill(labels, cache)] + [tiny.decode_step(tokens[:, i - 1], i, cache) for i in range(1, 16)]
+    assert relative_error(torch.stack(rows, dim=1), numbers["kv_step_logits"]) < 1e-5
+
+
+@pytest.mark.parametrize("name, scale, interval", [("cfg2", 2.0, -1), ("cfg1", 1.0, -1), ("cfg2_interval3", 2.0, 3),
+                                                   ("cfg4_interval0", 4.0, 0)])
+def test_greedy_tokens_equal_the_fixture(tiny, numbers, name, scale, interval):
+    assert numbers[f"greedy_{name}_margin"].min() > 1e-4          # else a tie could be broken either way
+    tokens = generate(tiny.eval(), numbers["cond"], torch.zeros(2, 16, dtype=torch.float64),
+                      Sampler(scale, interval, greedy=True))
+    assert torch.equal(tokens, numbers[f"greedy_{name}"].long())
+
+
+def test_cached_decoding_equals_full_forward_with_grouped_heads():
+    torch.manual_seed(3)
+    model = GPT(GPTConfig(3, 6, 24, grid=3, vocab_size=40, num_classes=5, num_kv_heads=2)).eval()
+    torch.nn.init.normal_(model.output.weight)
+    tokens, labels = torch.randint(40, (2, 9)), torch.tensor([4, 5])
+    with torch.no_grad():
+        expected = model(tokens[:, :-1], labels)
+        cache = model.new_cache(2)
+        rows = [model.prefill(labels, cache)] + [model.decode_step(tokens[:, i - 1], i, cache) for i in range(1, 9)]
+    assert torch.allclose(torch.stack(rows, dim=1), expected, atol=1e-5)
+
+
+def test_grouped_heads_equal_repeated_key_and_value_heads():
+    torch.manual_seed(4)
+    grouped = GPT(GPTConfig(1, 4, 16, grid=2, vocab_size=12, num_classes=3, num_kv_heads=2)).eval()
+    full = GPT(GPTConfig(1, 4, 16, grid=2, vocab_size=12, num_classes=3)).eval()
+    torch.nn.init.normal_(grouped.output.weight)
+    state = grouped.state_dict()
+    q, k, v = state["layers.0.attention.wqkv.weight"].split([16, 8, 8])
+    k, v = (rows.view(2, 4, 16).repeat_interleave(2, dim=0).flatten(0, 1) for rows in (k, v))
+    state["layers.0.attention.wqkv.weight"] = torch.cat([q, k, v])
+    load_strictly(full, state, "test")
+    tokens, labels = torch.randint(12, (5, 3)), torch.randint(3, (5,))
+    assert torch.allclose(grouped(tokens, labels), full(tokens, labels), atol=1e-6)
+
+
+def test_later_tokens_do_not_change_earlier_logits(tiny, numbers):
+    changed = numbers["idx"].clone()
+    changed[:, 9:] = 7
+    before, after = (tiny.eval()(tokens, numbers["cond"]) for tokens in (numbers["idx"], changed))
+    assert torch.equal(before[:, :10], after[:, :10]) and not torch.equal(before[:, 10:], after[:, 10:])
+
+
+@pytest.mark.parametrize("name", ["GPT-B"])
+def test_keys_and_shapes_equal_the_published_file(name):
+    expected = json.loads((FIXTURES / "state_dict_shapes.json").read_text())[name]
+    with torch.device("meta"):
+        model = GPT(gpt_config(name))
+    assert {key: list(tensor.shape) for key, tensor in model.state_dict().items()} == expected
+
+
+def test_parameter_counts_equal_the_table(fixture):
+    exact = fixture("gpt_param_counts")
+    rounded = {"GPT-XL": 775e6, "GPT-XXL": 1.4e9, "GPT-XXXL": 3.9e9, "GPT-1B": 1.2e9, "GPT-3B": 3.1e9, "GPT-7B": 6.6e9}
+    assert set(exact) | set(rounded) | {"GPT-tiny"} == set(GPT_MODELS)
+    with torch.device("meta"):
+        counts = {name: sum(p.numel() for p in GPT(gpt_config(name)).parameters()) for name in GPT_MODELS}
+    assert {name: counts[name] for name in exact} == exact
+    for name, count in rounded.items():
+        digits = 1 if count > 1e9 else 0                         # the table rounds to two figures above a billion
+        assert abs(counts[name] - count) <= max(0.01 * count, 0.05e9 * digits), name
+
+
+def test_drop_path_drops_whole_samples_and_rescales():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(2, 2, 8, grid=2, vocab_size=6, num_classes=2, drop_path=0.5))
+    assert [layer.drop_path for layer in model.layers] == [0.0, 0.5]
+    branch = model.layers[1].regularise(torch.ones(400, 3, 8))
+    per_sample = branch.flatten(1)
+    assert ((per_sample == 0).all(1) | (per_sample == 2).all(1)).all()       # never dropout inside a sample
+    assert 0.4 < (per_sample[:, 0] == 0).float().mean() < 0.6
+
+
+def test_description_names_size_codes_and_classes():
+    with torch.device("meta"):
+        state = GPT(gpt_config("GPT-L", num_classes=7, vocab_size=64)).state_dict()
+    assert describe_gpt(state) == "the file holds GPT-L with 64 codes and 7 classes"
+
+
+def test_the_start_is_uniform_over_codes_and_clusters():
+    model = GPT(GPTConfig(1, 2, 8, grid=3, vocab_size=24, num_classes=2))
+    logits = model(torch.randint(24, (2, 8)), torch.tensor([0, 1]))
+    token_loss, cluster_loss = token_and_cluster_loss(logits.flatten(0, 1), torch.randint(24, (18,)), 4)
+    assert torch.allclose(token_loss, torch.tensor(24.0).log())
+    assert torch.allclose(cluster_loss, torch.tensor(6.0).log())
+    assert F.cross_entropy(logits.flatten(0, 1), torch.zeros(18).long()).allclose(token_loss)
