@@ -15,3 +15,18 @@ FIXTURES = ROOT / "tests" / "fixtures"
 def fixture():
     """Returns a function that loads tests/fixtures/{name}.pt; a missing file is an error, never a skip."""
     return lambda name: torch.load(FIXTURES / f"{name}.pt", weights_only=True)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--run-long", action="store_true", help="also run the tests marked long (scripts/test.sh --all)")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "long: takes minutes; run by scripts/test.sh --all")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--run-long"):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="long: scripts/test.sh --all runs it"))

@@ -130,7 +130,7 @@ def draw(distribution, uniforms):
     """
     cdf = distribution.double().cumsum(-1)                                          # (B, V)
     tokens = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True)[:, 0]
-    last = torch.searchsorted(cdf, cdf[:, -1:])[:, 0]                               # the last of non-zero probability
+    last = torch.searchsorted(cdf, cdf[:, -1:].contiguous())[:, 0]                  # the last of non-zero probability
     return torch.minimum(tokens, last)
 
 

@@ -245,6 +245,12 @@ class GPT(nn.Module):
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.0 if name == "output.weight" else 0.02)
 
+    def cast(self, dtype):
+        """Casts the weights, and with them the cache, to `dtype`; the rotary table stays float32."""
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(dtype)
+        return self
+
     def features(self, tokens, labels):
         """Runs the transformer over the condition and the tokens.
 

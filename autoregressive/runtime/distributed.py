@@ -73,8 +73,16 @@ def add_runtime_args(parser):
     group = parser.add_argument_group("runtime")
     group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"),
                        help="where to compute; auto takes the GPU if there is one")
-    group.add_argument("--global-seed", type=int, default=0, help="the seed that every random choice derives from")
+    group.add_argument("--global-seed", type=seed_number, default=0,
+                       help="the seed that every random choice derives from")
     group.add_argument("--debug", action="store_true", help="one process only, errors keep their traceback")
+
+
+def seed_number(text):
+    """Reads a seed: a whole number of 0 or more that fits 64 bits (random numbers are keyed by it)."""
+    if not 0 <= int(text) < 2 ** 64:
+        raise ValueError
+    return int(text)
 
 
 def launched_rank():
@@ -119,6 +127,14 @@ def open_session(device="auto", debug=False):
     finally:
         if world_size > 1:
             dist.destroy_process_group()
+
+
+def wrap_for_training(module, session):
+    """Returns the module whose backward averages gradients over all processes; with one process, the module itself."""
+    if session.world_size == 1:
+        return module
+    devices = [session.device] if session.device.type == "cuda" else None
+    return torch.nn.parallel.DistributedDataParallel(module, device_ids=devices)
 
 
 def seed_everything(seed, rank=0):

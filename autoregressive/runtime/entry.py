@@ -37,9 +37,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         exit_with(message)
 
-    def add_unbuilt(self, name, **kwargs):
-        """Declares a published flag whose work is not written yet: only its default is accepted."""
-        self._unbuilt.append(self.add_argument(name, **kwargs))
+    def refuse_for_now(self, *flags):
+        """Makes published flags whose work is not written yet accept nothing but their default."""
+        self._unbuilt += [action for action in self._actions if set(action.option_strings) & set(flags)]
 
     @property
     def unbuilt_flags(self):

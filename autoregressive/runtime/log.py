@@ -11,6 +11,8 @@ from tqdm import tqdm
 
 from autoregressive.runtime.files import atomic_write, read_json, require_writable_folder, write_json
 
+LOGGER = logging.getLogger("iar")
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -18,15 +20,19 @@ class RunFolder:
 
     Attributes:
         path: the folder.
-        is_finished: whether the run that it holds came to its end.
     """
 
     path: Path
-    is_finished: bool = False
 
     @property
     def checkpoints(self):
         return self.path / "checkpoints"
+
+    @property
+    def result(self):
+        """What mark_finished recorded; None while the run has not come to its end."""
+        path = self.path / "finished.json"
+        return read_json(path) if path.is_file() else None
 
     def mark_finished(self, result):
         """Records that the run came to its end, with its result (plain data)."""
@@ -60,7 +66,7 @@ def find_run_folder(results_dir, name, config, ignored=(), new_run=False):
         if new_run or path.name.split("-", 1)[1] != name or not (path / "config.json").is_file():
             continue
         if identity(read_json(path / "config.json")) == identity(config):
-            return RunFolder(path, (path / "finished.json").is_file())
+            return RunFolder(path)
     index = max((index for index, _ in numbered), default=-1) + 1
     return RunFolder(Path(results_dir) / f"{index:03d}-{name}")
 
@@ -98,16 +104,15 @@ def read_metrics(path):
 
 
 def open_logger(session, path=None):
-    """Returns a logger that prints on rank 0 (above the progress bar) and appends to `path`; silent on other ranks."""
-    logger = logging.getLogger("iar")
-    logger.handlers.clear()
-    logger.propagate = False
-    logger.setLevel(logging.INFO if session.is_main else logging.ERROR)
+    """Lets LOGGER print on rank 0 (above the progress bar) and append to `path`; other ranks print errors only."""
+    LOGGER.handlers.clear()
+    LOGGER.propagate = False
+    LOGGER.setLevel(logging.INFO if session.is_main else logging.ERROR)
     handlers = [_BarHandler()] + ([logging.FileHandler(path)] if path and session.is_main else [])
     for handler in handlers:
         handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S"))
-        logger.addHandler(handler)
-    return logger
+        LOGGER.addHandler(handler)
+    return LOGGER
 
 
 class _BarHandler(logging.Handler):
@@ -145,3 +150,16 @@ def draw_curves(path, curves, ylabel="loss"):
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=110)
     pyplot.close(figure)
+
+
+def draw_metrics(path, runs, names=("token_loss", "cluster_loss")):
+    """Draws what was logged in runs, a panel for each name, into one PNG.
+
+    Args:
+        path: the PNG.
+        runs: dict of legend -> metrics.jsonl.
+        names: fields of its rows.
+    """
+    logged = {legend: read_metrics(metrics) for legend, metrics in runs.items()}
+    draw_curves(path, {name.replace("_", " "): {legend: [(row["step"], row[name]) for row in rows if name in row]
+                                                for legend, rows in logged.items()} for name in names})
