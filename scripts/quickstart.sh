@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
 # The whole method on 1,797 real handwritten digits, on a laptop, in under ten minutes and without a download:
 # tokenizer -> codes -> reordered codebook -> GPT (lambda 1, and lambda 0 as the baseline) -> samples -> scores.
-# A step whose result exists is skipped; remove results/quickstart to start anew.
+# A second call continues where the first one stopped; remove results/quickstart to start anew.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh requirements.txt
 
 out=results/quickstart
 vq="--vq-model VQ-4-small --codebook-size 512"
-gpt="--gpt-model GPT-tiny --num-classes 10 --image-size 16 --downsample-size 4 --cluster-size 16 --codebook-size 512"
+gpt="--gpt-model GPT-tiny --num-classes 10 --image-size 16 --downsample-size 4 --cluster-size 16"
 reordered="$out/vq-reorder-kmeans+nearest-cluster_size=16.pt"
 mapping="$out/mapping-kmeans+nearest-cluster_size=16.pt"
 two="torchrun --standalone --nproc_per_node=2"
 mkdir -p $out
 
-# step RESULT TITLE COMMAND...: runs the command unless its result is there; stops the script if it fails.
+# step RESULT TITLE COMMAND...: runs a command that knows no resuming, unless its result is there.
 step() {
     local result=$1 title=$2
     shift 2
@@ -27,8 +27,8 @@ step() {
 }
 
 train_gpt() {       # train_gpt LAMBDA: single-threaded, so that both trainings share two cores without getting in the way
-    OMP_NUM_THREADS=1 python autoregressive/train/train_c2i.py $gpt --vocab-size 512 --lambda-cce "$1" \
-        --code-path $out/codes --mapping-path "$mapping" --results-dir $out/gpt-lambda$1 \
+    OMP_NUM_THREADS=1 python autoregressive/train/train_c2i.py $gpt $vq --vocab-size 512 --lambda-cce "$1" \
+        --code-path $out/codes --mapping-path "$mapping" --vq-ckpt "$reordered" --results-dir $out/gpt-lambda$1 \
         --mixed-precision none --max-updates 2000 --global-batch-size 64 --lr 2e-3 --warmup 100 --lr-schedule linear
 }
 
@@ -50,15 +50,18 @@ evaluate() {        # evaluate LAMBDA
 
 step $out/vq.pt "1/8 tokenizer" python tokenizer/tokenizer_image/vq_train.py --dataset digits --data-path train \
     --val-path heldout --no-flip --image-size 16 $vq --results-dir $out --output $out/vq.pt
-step $out/codes "2/8 extract codes, two processes" $two autoregressive/train/extract_codes_c2i.py --dataset digits \
-    --data-path train --no-flip --image-size 16 $vq --vq-ckpt $out/vq.pt --code-path $out/codes
+echo "== 2/8 extract codes, two processes"
+$two autoregressive/train/extract_codes_c2i.py --dataset digits --data-path train --no-flip --image-size 16 $vq \
+    --vq-ckpt $out/vq.pt --code-path $out/codes
 step "$reordered" "3/8 reorder the codebook" python balance_k_means.py --vq-ckpt $out/vq.pt --cluster-size 16 \
     --output-dir $out
-step "$out/gpt-lambda?/000-*/finished.json" "4/8 train two GPTs, lambda 1 (shown) and lambda 0 (beside it)" train_both
+echo "== 4/8 train two GPTs, lambda 1 (shown) and lambda 0 (beside it)"
+train_both
 step $out/classifier.pt "5/8 train a small classifier to score with" python evaluations/c2i/train_classifier.py \
     --dataset digits --data-path train --val-path heldout --image-size 16 --output $out/classifier.pt
-step "$out/samples-lambda1/*.npz" "6/8 sample, lambda 1, two processes" sample 1
-step "$out/samples-lambda0/*.npz" "6/8 sample, lambda 0, two processes" sample 0
+echo "== 6/8 sample from both, two processes"
+sample 1
+sample 0
 step $out/reference.npz "7/8 reference of real digits" python evaluations/c2i/make_reference.py --dataset digits \
     --data-path train --image-size 16 --output $out/reference.npz
 step "$out/samples-lambda1/*.json" "7/8 evaluate, lambda 1" evaluate 1

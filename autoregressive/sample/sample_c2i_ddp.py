@@ -118,10 +118,10 @@ def main(args, session):
     logger = open_logger(session)
     with checks(session):
         check_flags(args)
-        require_writable_folder(args.sample_dir)
         gpt, vq, gpt_path, hashes = load_models(args)
         path = Path(args.sample_dir) / f"{run_name(args, gpt_path)}.npz"
-        settings, folder = describe_samples(args, hashes), path.with_suffix(".shards")
+        settings, folder = describe_samples(args, hashes), path.with_name(f"{path.stem}.shards")
+        require_writable_folder(args.sample_dir)
         if session.is_main and not path.exists():
             open_shards(folder, settings)
     if path.exists():
@@ -132,7 +132,7 @@ def main(args, session):
     draw_all(folder, args, gpt, vq, session)
     session.barrier()
     if session.is_main:
-        save_first(path.with_suffix(".png"), folder, args)
+        save_first(path.with_name(f"{path.stem}.png"), folder, args)
         merge_shards(folder, args.per_proc_batch_size, args.num_fid_samples, path, settings)
     logger.info("%d samples in %s", args.num_fid_samples, path)
 

@@ -20,6 +20,7 @@ if __name__ == "__main__":
 
 import torch
 
+from autoregressive.assemble import check_same, default_vq_path, load_vq
 from autoregressive.data.batches import TokenBatches
 from autoregressive.data.codes import add_code_args, default_mapping_path, open_codes, read_mapping
 from autoregressive.models.cluster_loss import check_cluster_size, token_and_cluster_loss
@@ -28,6 +29,7 @@ from autoregressive.runtime.checkpoint import list_checkpoints, read_checkpoint,
 from autoregressive.runtime.distributed import seed_everything, wrap_for_training
 from autoregressive.runtime.entry import Parser, checks, run
 from autoregressive.runtime.log import (
+    LOGGER,
     MetricsFile,
     draw_metrics,
     find_run_folder,
@@ -35,12 +37,15 @@ from autoregressive.runtime.log import (
     progress,
     start_run_folder,
 )
+from autoregressive.runtime.pictures import save_grid
 from autoregressive.train.optim import add_optim_args, build_optimizer, learning_rate
 from autoregressive.train.preflight import announce, check_store
 from autoregressive.train.step import PRECISIONS, Objective, Trainer
+from tokenizer.tokenizer_image.images import to_uint8
 from tokenizer.tokenizer_image.vq_model import add_vq_args
 
 LABEL_DROPOUT = 0.1                                 # classifier-free guidance learns the null label from these
+NUM_SHOWN = 4                                       # rows of the training data in the picture of the preflight
 FREE_TO_CHANGE = ("epochs", "max_updates", "num_workers", "log_every", "ckpt_every", "device", "debug", "results_dir",
                   "new_run")                        # between two starts of one run
 
@@ -91,6 +96,29 @@ def check_flags(args, session):
                          f"got {args.global_batch_size}")
 
 
+def load_reordered_vq(args, mapping):
+    """Loads the VQ model with the reordered codebook and compares it with the mapping.
+
+    Training needs it for pictures only: None if --vq-ckpt is not given and there is none at its default place.
+    """
+    path = Path(args.vq_ckpt or default_vq_path(args.cluster_size))
+    if not args.vq_ckpt and not path.exists():
+        LOGGER.warning("%s: not there, so no picture of the training data is made; name it with --vq-ckpt", path)
+        return None
+    vq, hashes = load_vq(path, args.vq_model, args.codebook_size, args.codebook_embed_dim)
+    check_same("codebook", mapping.hashes.get("codebook_sha256"), hashes["codebook_sha256"], mapping.path, path)
+    return vq
+
+
+@torch.inference_mode()
+def save_first_rows(path, vq, batches, class_names):
+    """Saves what the first rows of the training data look like when their tokens are decoded."""
+    tokens, labels = batches.batch(0, range(min(NUM_SHOWN, batches.batch_size)))
+    captions = [*class_names, "(label dropped)"]
+    pictures = to_uint8(vq.decode_codes(tokens, batches.store.grid))
+    save_grid(path, pictures, columns=4, captions=[captions[label] for label in labels])
+
+
 def save(path, trainer, objective, update, args, store, mapping, session):
     """Saves everything that training continues from; the GPT's settings travel with it."""
     rng_states = session.gather(torch.get_rng_state())
@@ -132,6 +160,7 @@ def main(args, session):
                                LABEL_DROPOUT)
         name = f"{args.gpt_model}-lambda={args.lambda_cce:g}-cluster_size={args.cluster_size}"
         folder = find_run_folder(args.results_dir, name, vars(args), FREE_TO_CHANGE, args.new_run)
+        vq = load_reordered_vq(args, mapping)
     num_updates = args.max_updates or args.epochs * batches.per_epoch
     if folder.result and folder.result["updates"] >= num_updates:
         logger.info("%s is finished: %s", folder.path, folder.result)
@@ -152,6 +181,8 @@ def main(args, session):
                       args.max_grad_norm)
     seed_everything(args.global_seed, 1 + session.rank)          # dropout differs between processes
     first = resume(folder, trainer, objective, session)
+    if session.is_main and vq:
+        save_first_rows(folder.path / "data.png", vq, batches, store.manifest["class_names"])
     announce(args, store, sum(p.numel() for p in model.parameters()), num_updates)
     train(trainer, objective, batches, range(first, num_updates), args, store, mapping, folder, session)
 

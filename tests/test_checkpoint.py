@@ -1,0 +1,129 @@
+"""Checkpoints: every published layout is read, nothing in a file ever runs, and differences are named."""
+
+import argparse
+import os
+import pickle
+import zipfile
+
+import pytest
+import torch
+from torch import nn
+
+from autoregressive.runtime.checkpoint import (
+    find_checkpoint,
+    load_strictly,
+    model_state,
+    read_checkpoint,
+    save_checkpoint,
+)
+
+STATE = {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.tensor([4, 5])}
+
+
+class Runs:
+    """Would make a file if unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def prefixed(prefix):
+    return {prefix + name: tensor for name, tensor in STATE.items()}
+
+
+@pytest.mark.parametrize("payload", [
+    {"model": STATE}, {"module": STATE}, {"state_dict": STATE}, STATE, {"model": prefixed("_orig_mod.")},
+    prefixed("module."), {"model": prefixed("module._orig_mod.")}, {"model": prefixed("_orig_mod.module.")},
+    {"model": STATE, "optimizer": {"state": {}}, "steps": 3, "args": argparse.Namespace(lr=1e-4)},
+    {"model": {**STATE, "freqs_cis": torch.ones(2), "layers.11.attention.kv_cache.k_cache": torch.ones(3)}},
+], ids=str)
+def test_every_published_layout_is_read(payload, tmp_path):
+    torch.save(payload, tmp_path / "file.pt")
+    found = model_state(read_checkpoint(tmp_path / "file.pt"), "file.pt")
+    assert found.keys() == STATE.keys() and all(torch.equal(found[name], STATE[name]) for name in STATE)
+
+
+def test_files_of_the_older_format_are_read(tmp_path):
+    torch.save({"model": STATE}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert torch.equal(read_checkpoint(tmp_path / "old.pt")["model"]["b"], STATE["b"])
+
+
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, as_zip):
+    torch.save({"model": STATE, "extra": Runs(tmp_path / "made")}, tmp_path / "evil.pt",
+               _use_new_zipfile_serialization=as_zip)
+    with pytest.raises(ValueError, match=r"expected tensors and plain containers, found posix\.mkdir; refused"):
+        read_checkpoint(tmp_path / "evil.pt")
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_plain_pickle_that_would_run_code_is_refused(tmp_path):
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps(Runs(tmp_path / "made")))
+    with pytest.raises(ValueError, match=r"evil\.pt"):
+        read_checkpoint(tmp_path / "evil.pt")
+    assert not (tmp_path / "made").exists()
+
+
+def test_an_unknown_type_is_named(tmp_path):
+    torch.save({"model": STATE, "config": zipfile.ZipInfo("x")}, tmp_path / "odd.pt")
+    with pytest.raises(ValueError, match=r"zipfile\.ZipInfo"):
+        read_checkpoint(tmp_path / "odd.pt")
+
+
+@pytest.mark.parametrize("keep", [0, 10, 400, -30])
+def test_a_truncated_file_is_refused(tmp_path, keep):
+    save_checkpoint(tmp_path / "whole.pt", {"model": STATE})
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"cut\.pt: expected a .*checkpoint"):
+        read_checkpoint(tmp_path / "cut.pt")
+
+
+@pytest.mark.parametrize("payload", [{"steps": 3}, [1, 2], {"model": {"a": "text"}}, {}])
+def test_a_file_without_weights_is_refused(payload):
+    with pytest.raises(ValueError, match="expected a state dict"):
+        model_state(payload, "file.pt")
+
+
+def test_differences_are_named_precisely():
+    state = {"weight": torch.zeros(3, 5), "scale": torch.zeros(1)}
+    with pytest.raises(ValueError, match=r"file\.pt: .*missing bias; unexpected scale; weight expected \(4, 5\), got "
+                                         r"\(3, 5\)\. the file holds X"):
+        load_strictly(nn.Linear(5, 4), state, "file.pt", "the file holds X")
+
+
+def test_a_model_on_the_meta_device_takes_the_tensors_themselves_in_its_own_precision():
+    with torch.device("meta"):
+        model = nn.Linear(2, 3)
+    weight = torch.randn(3, 2)
+    load_strictly(model, {"weight": weight, "bias": torch.ones(3, dtype=torch.float16)}, "file.pt")
+    assert model.weight.data_ptr() == weight.data_ptr() and model.bias.dtype == torch.float32
+
+
+def test_equal_contents_give_equal_bytes(tmp_path):
+    save_checkpoint(tmp_path / "one.pt", {"model": STATE})
+    save_checkpoint(tmp_path / "another_name.pt", {"model": {name: t.clone() for name, t in STATE.items()}})
+    assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "another_name.pt").read_bytes()
+
+
+def test_a_failed_save_leaves_the_older_file_and_nothing_else(tmp_path):
+    save_checkpoint(tmp_path / "file.pt", {"model": STATE})
+    before = (tmp_path / "file.pt").read_bytes()
+    with pytest.raises(AttributeError):
+        save_checkpoint(tmp_path / "file.pt", {"model": lambda: None})
+    assert (tmp_path / "file.pt").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_stands_for_its_newest_checkpoint(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("0000900.pt", "0001000.pt", ".0002000.pt.abc.tmp", "notes.pt"):
+        (tmp_path / "checkpoints" / name).touch()
+    assert find_checkpoint(tmp_path / "checkpoints").name == find_checkpoint(tmp_path).name == "0001000.pt"
+
+
+def test_a_folder_without_a_complete_checkpoint_is_refused(tmp_path):
+    (tmp_path / ".0002000.pt.abc.tmp").touch()
+    with pytest.raises(ValueError, match="expected a checkpoint .* in this folder, found none"):
+        find_checkpoint(tmp_path)

@@ -1,0 +1,199 @@
+"""The rules of the house: top level, import directions, frozen command lines, the original README's commands."""
+
+import ast
+import importlib
+import json
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import FIXTURES, ROOT
+
+TOP_LEVEL = {"autoregressive", "tokenizer", "evaluations", "balance_k_means.py", "pretrained_models", "scripts",
+             "requirements.txt", "README.md", "tests", "LICENSE"}
+ROOMS = ("autoregressive/runtime", "autoregressive/models", "autoregressive/data", "autoregressive/train",
+         "autoregressive/sample", "tokenizer", "evaluations")
+SCRIPTS = {
+    "autoregressive/train/extract_codes_c2i.py": {
+        "--data-path": None, "--code-path": None, "--vq-model": "VQ-16", "--vq-ckpt": None, "--codebook-size": 16384,
+        "--codebook-embed-dim": 8, "--dataset": "imagenet", "--image-size": 256, "--ten-crop": False,
+        "--crop-range": 1.1, "--global-seed": 0, "--num-workers": 24, "--debug": False},
+    "autoregressive/train/train_c2i.py": {
+        "--code-path": None, "--results-dir": None, "--no-local-save": False, "--gpt-model": "GPT-B",
+        "--gpt-ckpt": None, "--gpt-type": "c2i", "--vocab-size": 16384, "--ema": False, "--cls-token-num": 1,
+        "--dropout-p": 0.1, "--token-dropout-p": 0.1, "--drop-path-rate": 0, "--no-compile": False,
+        "--dataset": "imagenet_code", "--image-size": 256, "--downsample-size": 16, "--validation_step": 0,
+        "--num-classes": 1000, "--epochs": 300, "--lr": 1e-4, "--weight-decay": 0.05, "--beta1": 0.9, "--beta2": 0.95,
+        "--max-grad-norm": 1, "--mapping-path": None, "--global-batch-size": 256, "--global-seed": 0,
+        "--num-workers": 24, "--log-every": 100, "--ckpt-every": 5, "--gradient-accumulation-steps": 1,
+        "--mixed-precision": "bf16", "--vq-model": "VQ-16", "--vq-ckpt": None, "--codebook-size": 16384,
+        "--codebook-embed-dim": 8, "--cluster-size": 128, "--lambda-cce": 1},
+    "autoregressive/sample/sample_c2i_ddp.py": {
+        "--gpt-model": "GPT-B", "--gpt-ckpt": None, "--gpt-type": "c2i", "--from-fsdp": False, "--cls-token-num": 1,
+        "--precision": "bf16", "--compile": False, "--no-compile": False, "--vq-model": "VQ-16", "--vq-ckpt": None,
+        "--codebook-size": 16384, "--codebook-embed-dim": 8, "--image-size": 384, "--image-size-eval": 256,
+        "--downsample-size": 16, "--num-classes": 1000, "--cfg-scale": 1.5, "--cfg-interval": -1,
+        "--sample-dir": "samples", "--per-proc-batch-size": 32, "--num-fid-samples": 50000, "--global-seed": 0,
+        "--top-k": 0, "--temperature": 1, "--top-p": 1, "--cluster-size": 128},
+    "balance_k_means.py": {"--cluster-size": 128, "--seed": 42},
+    "evaluations/c2i/evaluator.py": {},
+    "evaluations/c2i/make_reference.py": {},
+    "evaluations/c2i/train_classifier.py": {},
+    "tokenizer/tokenizer_image/vq_train.py": {},
+}
+UNBUILT = {                                         # flags whose work is not written yet; empty when all is
+    "autoregressive/train/extract_codes_c2i.py": ["--num-workers"],
+    "autoregressive/train/train_c2i.py": ["--ema", "--gpt-ckpt", "--gradient-accumulation-steps", "--num-workers",
+                                          "--validation_step"],
+    "autoregressive/sample/sample_c2i_ddp.py": ["--compile", "--from-fsdp"],
+    "evaluations/c2i/evaluator.py": ["--backend", "--inception-path"],
+}
+
+
+def tracked(pattern=""):
+    listed = subprocess.run(["git", "ls-files", pattern], cwd=ROOT, capture_output=True, text=True, check=True)
+    return listed.stdout.split("\n")[:-1]
+
+
+def is_entry(path):
+    return '__name__ == "__main__"' in (ROOT / path).read_text()
+
+
+def imports_of(path):
+    """Yields the files of ours that a file imports."""
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module] + [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            file = name.replace(".", "/") + ".py"
+            if (ROOT / file).is_file():
+                yield file
+
+
+def room_of(path):
+    return next((room for room in ROOMS if path.startswith(room + "/")), path)
+
+
+def parser_of(script):
+    return importlib.import_module(script.removesuffix(".py").replace("/", ".")).build_parser()
+
+
+def flags_of(script):
+    return {action.option_strings[0] if action.option_strings else action.dest: action.default
+            for action in parser_of(script)._actions if action.dest != "help"}
+
+
+def test_top_level_is_as_the_owner_fixed_it():
+    found = {path.split("/")[0] for path in tracked() if not path.startswith(".")}
+    assert found <= TOP_LEVEL, f"does not belong there: {sorted(found - TOP_LEVEL)}"
+
+
+def test_no_file_name_says_nothing():
+    empty = {"utils", "common", "misc", "helpers"}
+    assert not [path for path in tracked("*.py") if path.rsplit("/", 1)[-1].removesuffix(".py") in empty]
+
+
+def test_libraries_import_only_their_own_folder_and_the_ground_floor():
+    offenders = [f"{path} imports {target}" for path in tracked("*.py")
+                 if not path.startswith("tests/") and path != "autoregressive/assemble.py" and not is_entry(path)
+                 for target in imports_of(path)
+                 if room_of(target) not in (room_of(path), "autoregressive/runtime")]
+    assert not offenders
+
+
+def test_ground_floor_imports_nothing_of_ours():
+    offenders = [f"{path} imports {target}" for path in tracked("autoregressive/runtime/*.py")
+                 for target in imports_of(path) if room_of(target) != "autoregressive/runtime"]
+    assert not offenders
+
+
+def test_only_tests_import_entry_scripts():
+    offenders = [f"{path} imports {target}" for path in tracked("*.py") if not path.startswith("tests/")
+                 for target in imports_of(path) if is_entry(target)]
+    assert not offenders
+
+
+def test_ranks_are_known_in_the_ground_floor_only():
+    words = re.compile(r"\bdist\.|torch\.distributed|\"RANK\"|\.cuda\(|weights_only=False|strict=False|"
+                       r"allow_pickle=True")
+    offenders = [f"{path}: {match.group()}" for path in tracked("*.py")
+                 if not path.startswith(("autoregressive/runtime/distributed.py", "tests/"))
+                 for match in words.finditer((ROOT / path).read_text())]
+    assert not offenders
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_flags_and_defaults_are_as_published(script):
+    flags = flags_of(script)
+    assert {flag: flags.get(flag, "no such flag") for flag in SCRIPTS[script]} == SCRIPTS[script]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_command_line_is_frozen(script):
+    frozen = json.loads((FIXTURES / "flags.json").read_text())
+    assert json.loads(json.dumps(flags_of(script))) == frozen[script], \
+        "if the change is meant: python tests/test_rules.py"
+
+
+def test_every_entry_script_is_frozen():
+    entries = [path for path in tracked("*.py") if is_entry(path) and not path.startswith(("tests/", "scripts/"))]
+    assert sorted(entries) == sorted(SCRIPTS)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_flags_without_effect_are_refused_and_listed_here(script, capsys):
+    parser = parser_of(script)
+    assert parser.unbuilt_flags == UNBUILT.get(script, [])
+    required = [word for action in parser._actions if action.required
+                for word in [*action.option_strings[:1], "x"]]
+    for flag in parser.unbuilt_flags:
+        action = next(action for action in parser._actions if flag in action.option_strings)
+        other = [] if action.nargs == 0 else [action.choices[-1] if action.choices else "7"]
+        with pytest.raises(SystemExit) as stop:
+            parser.parse_args([*required, flag, *other])
+        assert stop.value.code == 2 and "expected its default" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_has_help(script):
+    assert not [action.dest for action in parser_of(script)._actions if not action.help]
+
+
+def original_commands():
+    text = (FIXTURES / "ORIGINAL_README.md").read_text()
+    blocks = [block.strip().replace("\\\n", " ") for block in re.findall(r"```\n(.*?)```", text, re.S)]
+    return [block for block in blocks if ".py" in block]
+
+
+@pytest.mark.parametrize("command, missing", zip(original_commands(), [
+    "/path/to/imagenet/train: expected a folder", "pretrained_models/vq_ds16_c2i.pt: expected a file",
+    "/path/to/output/codes: expected a code store", "results/your_model_directory/checkpoints: expected a file",
+    "evaluations/VIRTUAL_imagenet256_labeled.npz: expected a file"], strict=True))
+def test_original_commands_are_accepted_up_to_the_first_missing_file(command, missing, tmp_path):
+    words = shlex.split(command)
+    script = next(index for index, word in enumerate(words) if word.endswith(".py"))
+    done = subprocess.run([sys.executable, ROOT / words[script], *words[script + 1:]], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and missing in done.stderr, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def test_under_torchrun_rank_0_alone_prints_the_error(tmp_path):
+    words = shlex.split(original_commands()[2].replace("PYTHONPATH=$PYTHONPATH:./ torchrun", "").replace("=8", "=2"))
+    script = next(index for index, word in enumerate(words) if word.endswith(".py"))
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:script],
+                           ROOT / words[script], *words[script + 1:]], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.count("train_c2i.py: error: /path/to/output/codes: expected a code store") == 1
+    assert "exitcode  : 2" in done.stderr and "Traceback" not in done.stderr.split("ChildFailedError")[0].split(
+        "error: /path")[0]
+
+
+if __name__ == "__main__":
+    content = json.dumps({script: flags_of(script) for script in SCRIPTS}, indent=1)
+    (FIXTURES / "flags.json").write_text(content + "\n")
