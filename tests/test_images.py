@@ -1,0 +1,218 @@
+"""Image sets, crops and conversions against computed fixtures, torchvision and Pillow."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+from tokenizer.tokenizer_image.images import (
+    center_crop,
+    flip_pair,
+    open_images,
+    random_crop,
+    read_picture,
+    ten_crop,
+    to_float,
+    to_uint8,
+)
+from tokenizer.validation.metrics import psnr
+
+
+@pytest.fixture(scope="module")
+def photo(fixture):
+    return fixture("data_center_crop")["image"].numpy()
+
+
+@pytest.mark.parametrize("size", [64, 256, 281])
+def test_center_crop_is_adms(fixture, photo, size):
+    assert np.array_equal(center_crop(photo, size), fixture("data_center_crop")[f"center_crop_{size}"])
+
+
+def test_center_crop_of_a_tall_picture_is_adms(fixture, photo):
+    turned = np.ascontiguousarray(np.rot90(photo))
+    assert np.array_equal(center_crop(turned, 64), fixture("data_center_crop")["center_crop_64_rot"])
+
+
+def test_center_crop_enlarges_as_adm(fixture, photo):
+    assert np.array_equal(center_crop(photo, 422), fixture("data_center_crop_422")["center_crop_422"])
+
+
+@pytest.mark.parametrize("crop_range", [1.1, 1.05])
+def test_ten_crops_are_the_published_ones(fixture, photo, crop_range):
+    expected = fixture("data_ten_crop")[f"ten_crop_64_{crop_range}"]
+    assert torch.equal(to_float(ten_crop(photo, 64, crop_range)), expected)
+
+
+@pytest.mark.parametrize(("size", "crop_range"), [(16, 1.1), (15, 1.3), (16, 1.0)])
+def test_ten_crops_are_torchvisions_at_any_size(photo, size, crop_range):
+    crop_all = transforms.Compose([transforms.TenCrop(size), lambda crops: np.stack([np.asarray(c) for c in crops])])
+    expected = crop_all(Image.fromarray(center_crop(photo, int(size * crop_range))))
+    assert np.array_equal(ten_crop(photo, size, crop_range), expected)
+
+
+def test_flip_pair_is_the_published_one(fixture, photo):
+    assert torch.equal(to_float(flip_pair(photo, 64)), fixture("data_flip_and_resize")["flip_pair_64"])
+
+
+def test_uint8_rule_with_and_without_resize_is_the_published_one(fixture):
+    expected = fixture("data_flip_and_resize")
+    assert torch.equal(to_uint8(expected["post_in"], 32), expected["post_uint8"])
+    assert torch.equal(to_uint8(expected["post_in"]), expected["post_uint8_noresize"])
+    assert not torch.equal(to_uint8(expected["post_in"], 32, antialias=True), expected["post_uint8"])
+
+
+def test_every_uint8_value_survives_the_round_trip():
+    values = torch.arange(256, dtype=torch.uint8).repeat(3).reshape(1, 16, 48, 1).expand(1, 16, 48, 3)
+    assert torch.equal(to_uint8(to_float(values)), values)
+
+
+def test_random_crop_is_a_function_of_its_generator(photo):
+    crops = [random_crop(photo, 30, np.random.default_rng(seed), 0.8) for seed in (0, 1, 0)]
+    assert crops[0].shape == (30, 30, 3) and crops[0].dtype == np.uint8
+    assert np.array_equal(crops[0], crops[2]) and not np.array_equal(crops[0], crops[1])
+
+
+def test_random_crop_shows_the_published_shares_of_the_shorter_side():
+    columns = np.arange(0, 240, dtype=np.uint8)[None, :, None].repeat(240, axis=0).repeat(3, axis=2)
+    shown = [np.ptp(random_crop(columns, 40, np.random.default_rng(seed), 0.8)[0, :, 0]) / 240 for seed in range(200)]
+    assert 0.74 < min(shown) < 0.82 and 0.93 < max(shown) <= 1
+
+
+def test_random_crop_of_a_square_at_share_one_is_the_centre_crop(photo):
+    square = photo[:300, :300]
+    assert np.array_equal(random_crop(square, 40, np.random.default_rng(0), 1.0), center_crop(square, 40))
+
+
+def test_pictures_of_both_orientations_and_single_pixels_give_full_crops():
+    random = np.random.default_rng(0)
+    for height, width in [(1, 1), (9, 50), (50, 9), (8, 8)]:
+        picture = random.integers(256, size=(height, width, 3), dtype=np.uint8)
+        assert center_crop(picture, 16).shape == random_crop(picture, 16, random).shape == (16, 16, 3)
+
+
+def save(path, array, mode=None, **kwargs):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(array)
+    (image.convert(mode) if mode else image).save(path, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, photo):
+    root = tmp_path_factory.mktemp("images")
+    small = photo[:20, :30]
+    for name in ("b/2.png", "b/10.PNG", "b/deep/1.webp", "a/x.JPEG", "C/y.jpg"):
+        save(root / name, small)
+    (root / "a" / "notes.txt").write_text("no image")
+    (root / "a" / "x.png").mkdir()
+    (root / ".cache").mkdir()
+    (root / "readme.txt").write_text("no class")
+    return root
+
+
+def test_folder_lists_the_rows_that_torchvision_lists(folder):
+    ours = open_images("imagenet", folder)
+    assert ours.class_names == ["C", "a", "b"]
+    expected = [(path, label) for class_name in ("C", "a", "b")
+                for path, label in ImageFolder.make_dataset(str(folder), {n: i for i, n in enumerate(ours.class_names)},
+                                                            extensions=(".jpg", ".jpeg", ".png", ".webp"))
+                if label == ours.class_names.index(class_name)]
+    assert [(ours.path_of(row), ours.labels[row]) for row in range(len(ours))] == expected
+    assert ours.labels.dtype == np.int64 and ours.read(4).shape == (20, 30, 3)
+
+
+@pytest.mark.parametrize(("make", "found"), [
+    (lambda root: None, "found none"),
+    (lambda root: root.write_text(""), "found a file"),
+    (lambda root: root.mkdir(), "0 files and no folder"),
+    (lambda root: save(root / "1.png", np.zeros((4, 4, 3), np.uint8)), "1 files and no folder"),
+    (lambda root: (root / "cat").mkdir(parents=True), "cat: expected images"),
+])
+def test_folder_without_classes_or_images_is_refused(tmp_path, make, found):
+    make(tmp_path / "data")
+    with pytest.raises(ValueError, match=found):
+        open_images("imagenet", tmp_path / "data")
+
+
+def test_modes_of_image_files_become_rgb(tmp_path):
+    ramp = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+    grey = np.stack([ramp] * 3, axis=2)
+    colour = np.stack([ramp, ramp.T, 255 - ramp], axis=2)
+    alpha = np.concatenate([colour, ramp[:, :, None]], axis=2)
+    save(tmp_path / "grey.png", ramp)
+    save(tmp_path / "grey_alpha.png", np.stack([ramp, ramp.T], axis=2))
+    save(tmp_path / "grey16.png", ramp.astype(np.uint16) * 257)
+    save(tmp_path / "alpha.png", alpha)
+    save(tmp_path / "alpha.webp", np.concatenate([colour, np.full((8, 8, 1), 255, np.uint8)], axis=2), lossless=True)
+    Image.fromarray(grey).quantize(64).save(tmp_path / "palette.png")
+    save(tmp_path / "cmyk.jpg", colour, mode="CMYK", quality=100)
+    for name, expected in [("grey.png", grey), ("grey_alpha.png", grey), ("grey16.png", grey), ("alpha.png", colour),
+                           ("alpha.webp", colour), ("palette.png", grey)]:
+        picture = read_picture(tmp_path / name)
+        assert picture.dtype == np.uint8 and np.array_equal(picture, expected), name
+    assert np.abs(read_picture(tmp_path / "cmyk.jpg").astype(int) - colour.astype(int)).mean() < 12
+
+
+def test_exif_orientation_is_ignored(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                                # "turn by 90 degrees"
+    Image.new("RGB", (12, 5)).save(tmp_path / "turned.jpg", exif=exif)
+    assert read_picture(tmp_path / "turned.jpg").shape == (5, 12, 3)
+
+
+def test_broken_files_are_value_errors_that_name_them(tmp_path, monkeypatch):
+    save(tmp_path / "whole.jpg", np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8))
+    whole = (tmp_path / "whole.jpg").read_bytes()
+    save(tmp_path / "whole.png", np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8))
+    png = (tmp_path / "whole.png").read_bytes()
+    broken = {"truncated.jpg": whole[:len(whole) // 2], "empty.jpg": b"", "text.jpg": b"not a picture",
+              "truncated.png": png[:len(png) // 2], "damaged.png": png[:60] + b"\0" * 40 + png[100:]}
+    for name, content in broken.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "folder.png").mkdir()
+    for name in (*broken, "folder.png", "missing.png"):
+        with pytest.raises(ValueError, match=name):
+            read_picture(tmp_path / name)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64 // 3)
+    with pytest.raises(ValueError, match="whole.jpg"):
+        read_picture(tmp_path / "whole.jpg")
+
+
+def test_digits_splits_are_disjoint_whole_and_stratified():
+    train, heldout = open_images("digits", "train"), open_images("digits", "heldout")
+    rows = [os.path.basename(images.path_of(row)) for images in (train, heldout) for row in range(len(images))]
+    assert len(set(rows)) == len(train) + len(heldout) == 1797
+    assert 280 <= len(heldout) <= 320
+    shares = np.bincount(heldout.labels) / np.bincount(np.concatenate([train.labels, heldout.labels]))
+    assert shares.min() > 0.15 and shares.max() < 0.18
+    assert train.class_names == list("0123456789")
+
+
+def test_digits_are_scikit_learns_pictures_with_their_labels():
+    from sklearn.datasets import load_digits
+
+    images, digits = open_images("digits", "heldout"), load_digits()
+    for row in (0, 7, len(images) - 1):
+        source = int(os.path.basename(images.path_of(row)))
+        assert images.labels[row] == digits.target[source]
+        picture = images.read(row)
+        assert picture.shape == (8, 8, 3) and picture.dtype == np.uint8
+        assert np.abs(picture[:, :, 1] / 255 * 16 - digits.images[source]).max() < 0.04
+
+
+def test_unknown_split_and_data_set_are_refused():
+    with pytest.raises(ValueError, match="train or heldout"):
+        open_images("digits", "/path/to/imagenet")
+    with pytest.raises(ValueError, match="imagenet or digits"):
+        open_images("cifar", "train")
+
+
+def test_psnr_is_its_closed_form_for_every_picture():
+    pictures = torch.zeros(3, 4, 5, 3, dtype=torch.uint8)
+    others = pictures.clone()
+    others[1], others[2] = 255, 51
+    torch.testing.assert_close(psnr(pictures, others),
+                               torch.tensor([torch.inf, 0.0, 20 * np.log10(5)], dtype=torch.float64))

@@ -1,0 +1,243 @@
+"""Image files and the only conversions between uint8 pictures and float images.
+
+Pictures are (H, W, 3) uint8 RGB numpy arrays; images are (N, 3, P, P) float32 tensors in [-1, 1]. The geometry is that
+of ADM (OpenAI's guided-diffusion), which the published codes and references were made with.
+"""
+
+import math
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+DATASETS = ("imagenet", "digits")
+DIGITS_SPLITS = ("train", "heldout")
+DIGITS_HELD_OUT = 6             # one of so many digits of each class is held out
+DIGITS_SEED = 0                 # of the split that tokenizer, GPT and classifier share
+# What Pillow raises on truncated, damaged, misnamed or gigantic files.
+BROKEN_IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error,
+                       Image.DecompressionBombError)
+
+
+def add_image_args(parser):
+    """Declares the flags that say which images: --dataset, --data-path, --image-size."""
+    group = parser.add_argument_group("images")
+    group.add_argument("--dataset", default="imagenet", choices=DATASETS,
+                       help="imagenet is any folder of class folders, digits the one inside scikit-learn")
+    group.add_argument("--data-path", required=True,
+                       help=f"the folder; for digits the split, {' or '.join(DIGITS_SPLITS)}")
+    group.add_argument("--image-size", type=int, default=256, help="side in pixels")
+
+
+def open_images(dataset, data_path):
+    """Opens a set of labelled pictures.
+
+    Args:
+        dataset: "imagenet" (any folder with one folder a class) or "digits" (scikit-learn's handwritten digits).
+        data_path: the folder; for digits the split, "train" or "heldout".
+
+    Returns:
+        ImageFolder or Digits, which offer: name, class_names (list), labels (N,) int64 numpy, len(),
+        path_of(row) and read(row) -> (H, W, 3) uint8.
+
+    Raises:
+        ValueError: there are no images to be had there.
+    """
+    if dataset == "digits":
+        return Digits(data_path)
+    if dataset == "imagenet":
+        return ImageFolder(data_path)
+    raise ValueError(f"--dataset: expected {' or '.join(DATASETS)}, got {dataset}")
+
+
+class ImageFolder:
+    """Pictures in one folder a class, in the order of sorted paths, the classes in that of sorted folder names."""
+
+    name = "imagenet"
+
+    def __init__(self, data_path):
+        root = Path(data_path)
+        if not root.is_dir():
+            found = "a file" if root.exists() else "none"
+            raise ValueError(f"{root}: expected a folder of class folders, found {found}; name one as --data-path")
+        entries = [entry for entry in os.scandir(root) if not entry.name.startswith(".")]
+        self.class_names = sorted(entry.name for entry in entries if entry.is_dir())
+        if not self.class_names:
+            raise ValueError(f"{root}: expected one folder a class, found {len(entries)} files and no folder; move the "
+                             "images into folders named after their classes")
+        self._root = root
+        self._paths, labels = [], []
+        for label, class_name in enumerate(self.class_names):
+            paths = _image_paths(root / class_name)
+            if not paths:
+                raise ValueError(f"{root / class_name}: expected images ({', '.join(IMAGE_SUFFIXES)}) of a class, "
+                                 "found none; remove the folder or fill it")
+            self._paths += [os.path.relpath(path, root) for path in paths]
+            labels += [label] * len(paths)
+        self.labels = np.array(labels, dtype=np.int64)
+
+    def __len__(self):
+        return len(self._paths)
+
+    def path_of(self, row):
+        return str(self._root / self._paths[row])
+
+    def read(self, row):
+        """Returns the picture (H, W, 3) uint8 of a row. Raises ValueError if the file is broken."""
+        return read_picture(self.path_of(row))
+
+
+def _image_paths(folder):
+    return [os.path.join(where, name) for where, _, names in sorted(os.walk(folder, followlinks=True))
+            for name in sorted(names) if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")]
+
+
+class Digits:
+    """The 1,797 handwritten digits inside scikit-learn, 8 x 8 pixels, in one fixed split stratified by class."""
+
+    name = "digits"
+
+    def __init__(self, split):
+        if split not in DIGITS_SPLITS:
+            raise ValueError(f"--data-path: expected {' or '.join(DIGITS_SPLITS)} (a split of the digits), got {split}")
+        from sklearn.datasets import load_digits  # here: it takes a second, and folders do not need it
+
+        values, labels = load_digits(return_X_y=True)
+        self._split = split
+        self._rows = _digits_rows(labels, split)
+        grey = np.rint(values[self._rows] * (255 / 16)).astype(np.uint8)            # values are 0 .. 16
+        self._pictures = grey.reshape(-1, 8, 8, 1).repeat(3, axis=3)
+        self.class_names = [str(digit) for digit in range(10)]
+        self.labels = labels[self._rows].astype(np.int64)
+
+    def __len__(self):
+        return len(self._rows)
+
+    def path_of(self, row):
+        return f"digits/{self._split}/{self._rows[row]}"
+
+    def read(self, row):
+        """Returns the picture (8, 8, 3) uint8 of a row."""
+        return self._pictures[row]
+
+
+def _digits_rows(labels, split):
+    random = np.random.Generator(np.random.Philox(key=DIGITS_SEED))
+    chosen = []
+    for digit in range(10):
+        rows = random.permutation(np.flatnonzero(labels == digit))
+        cut = len(rows) // DIGITS_HELD_OUT
+        chosen.append(rows[:cut] if split == "heldout" else rows[cut:])
+    return np.sort(np.concatenate(chosen))
+
+
+def read_picture(path):
+    """Reads an image file as RGB, without turning it by its EXIF orientation.
+
+    Args:
+        path: jpeg, png or webp; grey, 16-bit grey, palette, CMYK and alpha (dropped) are converted.
+
+    Returns:
+        (H, W, 3) uint8.
+
+    Raises:
+        ValueError: the file is missing, damaged, no image, or larger than Pillow's limit for bombs.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            if image.mode.startswith("I"):              # 16-bit grey: Pillow would clip it to 255 instead of scaling
+                grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+                image = Image.fromarray(grey)
+            return np.asarray(image.convert("RGB"))
+    except BROKEN_IMAGE_ERRORS as error:
+        raise ValueError(f"{path}: expected an image, {error or type(error).__name__}; "
+                         "replace or remove the file") from error
+
+
+def _resize(image, side):
+    # ADM's rule: halve by averaging while the shorter side is at least twice the wanted one, then bicubic.
+    while min(image.size) >= 2 * side:
+        image = image.resize(tuple(length // 2 for length in image.size), resample=Image.Resampling.BOX)
+    scale = side / min(image.size)
+    size = tuple(round(length * scale) for length in image.size)
+    return np.array(image.resize(size, resample=Image.Resampling.BICUBIC))         # a copy: Pillow's own is read-only
+
+
+def center_crop(picture, size):
+    """Returns ADM's centre crop (size, size, 3) uint8 of a picture (H, W, 3) uint8; small pictures are enlarged."""
+    resized = _resize(Image.fromarray(picture), size)
+    top, left = (resized.shape[0] - size) // 2, (resized.shape[1] - size) // 2
+    return resized[top:top + size, left:left + size]
+
+
+def flip_pair(picture, size):
+    """Returns the centre crop and its mirror image, (2, size, size, 3) uint8."""
+    crop = center_crop(picture, size)
+    return np.stack([crop, crop[:, ::-1]])
+
+
+def ten_crop(picture, size, crop_range):
+    """Cuts torchvision's ten crops out of an enlarged centre crop.
+
+    Args:
+        picture: (H, W, 3) uint8.
+        size: side of a crop in pixels.
+        crop_range: side of the centre crop in units of `size`, at least 1.
+
+    Returns:
+        (10, size, size, 3) uint8: top-left, top-right, bottom-left, bottom-right, centre; then these five positions of
+        the mirrored picture.
+    """
+    whole = center_crop(picture, int(size * crop_range))
+    far = len(whole) - size
+    middle = round(far / 2)
+    corners = ((0, 0), (0, far), (far, 0), (far, far), (middle, middle))
+    return np.stack([side[top:top + size, left:left + size]
+                     for side in (whole, whole[:, ::-1]) for top, left in corners])
+
+
+def random_crop(picture, size, random, smallest_share=0.8):
+    """Cuts ADM's random crop: the shorter side becomes `size` to `size / smallest_share` pixels, then any window.
+
+    Args:
+        picture: (H, W, 3) uint8.
+        size: side of the crop in pixels.
+        random: numpy Generator, which decides everything.
+        smallest_share: least share of the shorter side that a crop shows, above 0, at most 1.
+
+    Returns:
+        (size, size, 3) uint8.
+    """
+    side = random.integers(size, math.ceil(size / smallest_share), endpoint=True)
+    resized = _resize(Image.fromarray(picture), int(side))
+    top, left = (random.integers(length - size, endpoint=True) for length in resized.shape[:2])
+    return resized[top:top + size, left:left + size]
+
+
+def to_float(pictures):
+    """Returns images (N, 3, P, P) float32 in [-1, 1] of pictures (N, P, P, 3) uint8 (torch or numpy): x / 127.5 - 1."""
+    return torch.as_tensor(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_uint8(images, size=None, antialias=False):
+    """Turns images into pictures by the published rule: resize, then clamp(127.5 x + 128, 0, 255), truncated.
+
+    Args:
+        images: (N, 3, P, P) float, about in [-1, 1].
+        size: side of the result in pixels; None keeps P.
+        antialias: whether the bicubic resize filters; the published rule does not.
+
+    Returns:
+        (N, size, size, 3) uint8 tensor on the device of `images`.
+    """
+    images = images.float()
+    if size is not None and size != images.shape[-1]:
+        images = F.interpolate(images, size=(size, size), mode="bicubic", antialias=antialias)
+    return torch.clamp(127.5 * images + 128, 0, 255).permute(0, 2, 3, 1).to(torch.uint8)
