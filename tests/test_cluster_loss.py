@@ -32,7 +32,8 @@ def test_gradient_equals_the_equation():
     for row, t in enumerate(targets.tolist()):
         inside = torch.arange(12) // size == t // size
         s_c = z[row][inside].logsumexp(0)
-        expected = (1 + weight) * z[row].softmax(0) - (torch.arange(12) == t) - weight * inside * (z[row] - s_c).exp()
+        peak = torch.arange(12) == t
+        expected = (1 + weight) * z[row].softmax(0) - 1.0 * peak - weight * inside * (z[row] - s_c).exp()
         assert torch.allclose(gradient[row] * 5, expected, atol=1e-12)       # the loss is a mean over 5 rows
 
 

@@ -92,7 +92,7 @@ def test_random_numbers_depend_on_seed_and_index_alone():
     alone_label, alone = random_numbers(7, [5], 1000, 6)
     assert labels[1] == alone_label[0] and np.array_equal(uniforms[1], alone[0])
     assert not np.array_equal(uniforms[1], random_numbers(8, [5], 1000, 6)[1][0])
-    assert 0 <= uniforms.min() and uniforms.max() < 1
+    assert uniforms.min() >= 0 and uniforms.max() < 1
 
 
 def test_random_labels_cover_all_classes_evenly():

@@ -1,6 +1,7 @@
 """The GPT against the published architecture's numbers, and against itself."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from autoregressive.models.generate import Sampler, generate
 from autoregressive.models.gpt import GPT, GPT_MODELS, GPTConfig, describe_gpt, gpt_config
 from autoregressive.models.rope import apply_rotary, rotary_table
 from autoregressive.runtime.checkpoint import load_strictly
+from autoregressive.train.optim import build_optimizer
+from autoregressive.train.step import Objective, Trainer
 
 TINY = GPTConfig(num_layers=2, num_heads=4, width=64, grid=4, vocab_size=512, num_classes=10, dropout=0.0,
                  token_dropout=0.0)
@@ -44,11 +47,24 @@ def test_logits_of_a_whole_picture_have_one_more_row(tiny, numbers):
     assert relative_error(logits, numbers["eval_logits_no_input_pos_17"]) < 1e-5
 
 
-def test_losses_gradients_and_update_equal_the_fixture(numbers, fixture):
+def new_tiny(fixture):
     model = GPT(TINY)
     load_strictly(model, fixture("gpt_tiny_weights")["state_dict"], "fixture")
+    return model
+
+
+def losses_of(model, numbers):
     logits = model(numbers["idx"][:, :-1], numbers["cond"])
-    token_loss, cluster_loss = token_and_cluster_loss(logits.flatten(0, 1), numbers["idx"].flatten(), 32)
+    return token_and_cluster_loss(logits.flatten(0, 1), numbers["idx"].flatten(), 32)
+
+
+def optimizer_of(model, step):
+    return build_optimizer(model, step["lr"], tuple(step["betas"]), step["weight_decay"])
+
+
+def test_losses_and_gradients_equal_the_fixture(numbers, fixture):
+    model = new_tiny(fixture)
+    token_loss, cluster_loss = losses_of(model, numbers)
     assert abs(token_loss - numbers["loss2"]) < 1e-6 * numbers["loss2"]
     assert abs(cluster_loss - numbers["loss1"]) < 1e-6 * numbers["loss1"]
     assert abs(token_loss + 0.5 * cluster_loss - numbers["loss_lambda_0.5"]) < 1e-6 * numbers["loss_lambda_0.5"]
@@ -58,6 +74,47 @@ def test_losses_gradients_and_update_equal_the_fixture(numbers, fixture):
     assert abs(norm - gradients["grad_norm"]) < 1e-5 * norm
     for name, parameter in model.named_parameters():
         assert relative_error(parameter.grad, gradients["grads"][name]) < 1e-5, name
+
+
+def test_one_update_from_given_gradients_equals_the_fixture(fixture):
+    model, step = new_tiny(fixture), fixture("gpt_tiny_step")
+    gradients = fixture("gpt_tiny_grads")["grads"]
+    for name, parameter in model.named_parameters():
+        parameter.grad = gradients[name].clone()
+    optimizer_of(model, step["step"]).step()
+    for name, parameter in model.named_parameters():
+        assert relative_error(parameter.detach(), step["after_step"][name]) < 1e-6, name
+
+
+def test_one_update_end_to_end_equals_the_fixture(numbers, fixture):
+    model, step = new_tiny(fixture), fixture("gpt_tiny_step")
+    objective = Objective(model, partial(token_and_cluster_loss, cluster_size=32), 1.0)
+    trainer = Trainer(objective, optimizer_of(model, step["step"]), torch.device("cpu"), "none", step["step"]["clip"])
+    trainer.update(numbers["idx"], numbers["cond"], step["step"]["lr"])
+    for name, parameter in model.named_parameters():
+        assert (parameter - step["after_step"][name]).abs().max() < 1e-4, name
+
+
+def test_generating_in_the_middle_of_training_leaves_the_next_step_unchanged(numbers, fixture):
+    gradients = []
+    for generates in (False, True):
+        model = new_tiny(fixture)
+        torch.manual_seed(0)
+        if generates:
+            generate(model.eval(), numbers["cond"], torch.full((2, 16), 0.3, dtype=torch.float64),
+                     Sampler(2.0))
+            model.train()
+        sum(losses_of(model, numbers)).backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(without, after) for without, after in zip(*gradients, strict=True))
+
+
+def test_evaluation_loss_is_defined_for_any_length_and_keeps_labels(tiny, numbers):
+    whole = tiny.eval()(numbers["idx"], numbers["cond"])
+    for length in (0, 1, 7):
+        assert torch.allclose(tiny(numbers["idx"][:, :length], numbers["cond"]), whole[:, :length + 1], atol=1e-5)
+    with_null_labels = tiny(numbers["idx"], torch.full_like(numbers["cond"], 10))
+    assert not torch.allclose(with_null_labels[:, 0], whole[:, 0])           # had labels been dropped: equal
 
 
 def test_rotary_tables_equal_the_fixture_bit_for_bit(fixture):

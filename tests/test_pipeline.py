@@ -1,0 +1,228 @@
+"""The entry scripts one after the other, with real processes, on a tokenizer of random weights."""
+
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+from autoregressive.assemble import load_vq
+from autoregressive.data.codes import open_codes
+from autoregressive.runtime.checkpoint import read_checkpoint, save_checkpoint
+from autoregressive.runtime.entry import run
+from tokenizer.tokenizer_image.images import center_crop, open_images, to_float
+from tokenizer.tokenizer_image.vq_model import VQModel
+
+VQ = "--vq-model VQ-4-small --codebook-size 64".split()
+GPT = "--gpt-model GPT-tiny --num-classes 10 --image-size 16 --downsample-size 4 --cluster-size 8".split()
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+REORDERED, MAPPING = "vq-reorder-kmeans+nearest-cluster_size=8.pt", "mapping-kmeans+nearest-cluster_size=8.pt"
+
+
+def start(script, *flags, processes=0):
+    """Runs an entry script, by python or by torchrun, and returns the finished process."""
+    launcher = [sys.executable]
+    if processes:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.run([*launcher, ROOT / script, *map(str, flags)], env=ENVIRONMENT, capture_output=True, text=True)
+
+
+def extract(folder, name, *more, processes=0):
+    return start("autoregressive/train/extract_codes_c2i.py", *VQ, "--dataset", "digits", "--data-path", "heldout",
+                 "--image-size", 16, "--vq-ckpt", folder / "vq.pt", "--code-path", folder / name, *more,
+                 processes=processes)
+
+
+def train(folder, results, *more, processes=0):
+    return start("autoregressive/train/train_c2i.py", *GPT, *VQ, "--vocab-size", 64, "--code-path", folder / "codes",
+                 "--mapping-path", folder / MAPPING, "--vq-ckpt", folder / REORDERED, "--results-dir", results,
+                 "--mixed-precision", "none", "--epochs", 2, "--ckpt-every", 1, "--global-batch-size", 80,
+                 "--log-every", 2, *more, processes=processes)
+
+
+def sample(folder, out, *more, processes=0):
+    return start("autoregressive/sample/sample_c2i_ddp.py", *GPT, *VQ, "--vq-ckpt", folder / REORDERED, "--gpt-ckpt",
+                 folder / "gpt" / "000-GPT-tiny-lambda=1-cluster_size=8", "--image-size-eval", 16, "--precision",
+                 "none", "--num-fid-samples", 21, "--per-proc-batch-size", 8, "--sample-dir", out, *more,
+                 processes=processes)
+
+
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory):
+    """Extraction with two processes, reordering, training with two: a folder with all they left."""
+    folder = tmp_path_factory.mktemp("a pipeline")               # with a space in its path
+    torch.manual_seed(0)
+    save_checkpoint(folder / "vq.pt", {"model": VQModel("VQ-4-small", 64, 8).state_dict()})
+    for done in (extract(folder, "codes", processes=2),
+                 start("balance_k_means.py", "--vq-ckpt", folder / "vq.pt", "--cluster-size", 8, "--output-dir",
+                       folder),
+                 train(folder, folder / "gpt", processes=2), sample(folder, folder / "samples", processes=2)):
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+def only_npz(folder):
+    path, = folder.glob("*.npz")
+    return np.load(path, allow_pickle=False)
+
+
+def test_codes_equal_encoding_each_image_alone_and_do_not_depend_on_the_number_of_processes(pipeline):
+    done = extract(pipeline, "alone")
+    assert done.returncode == 0, done.stderr
+    for name in ("codes.npy", "labels.npy", "manifest.json"):
+        assert (pipeline / "codes" / name).read_bytes() == (pipeline / "alone" / name).read_bytes()
+    images, store = open_images("digits", "heldout"), open_codes(pipeline / "codes")
+    vq, _ = load_vq(pipeline / "vq.pt", "VQ-4-small", 64, 8)
+    assert store.codes.shape == (len(images), 2, 16) and np.array_equal(store.labels, images.labels)
+    for row in (0, 57, len(images) - 1):
+        picture = center_crop(images.read(row), 16)
+        for place, crop in enumerate((picture, picture[:, ::-1])):
+            alone = vq.quantize.codes(vq.encode(to_float(crop[None].copy())))
+            assert np.array_equal(store.codes[row, place], alone[0])
+
+
+def test_extraction_says_that_it_is_finished_and_refuses_to_change_a_store(pipeline):
+    assert "is finished" in extract(pipeline, "codes").stdout
+    other = extract(pipeline, "codes", "--image-size", 32)
+    assert other.returncode == 2 and "expected a store with image_size 32, found one with 16" in other.stderr
+
+
+def test_decoding_tokens_with_the_reordered_codebook_gives_bit_identical_images(pipeline):
+    codes = torch.from_numpy(open_codes(pipeline / "codes").codes[:5, 0].astype(np.int64))
+    mapping = read_checkpoint(pipeline / MAPPING)
+    original, _ = load_vq(pipeline / "vq.pt", "VQ-4-small", 64, 8)
+    reordered, _ = load_vq(pipeline / REORDERED, "VQ-4-small", 64, 8)
+    assert not torch.equal(mapping, torch.arange(64))
+    assert torch.equal(original.decode_codes(codes, 4), reordered.decode_codes(mapping[codes], 4))
+
+
+def test_training_leaves_what_a_person_looks_at(pipeline):
+    folder = pipeline / "gpt" / "000-GPT-tiny-lambda=1-cluster_size=8"
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    assert rows[-1]["token_loss"] < rows[0]["token_loss"] < np.log(64) + 0.01
+    assert {path.name for path in folder.iterdir()} == {"checkpoints", "config.json", "curves.png", "data.png",
+                                                        "finished.json", "log.txt", "metrics.jsonl"}
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["0000003.pt", "0000006.pt"]
+
+
+def test_checkpoint_carries_hashes_classes_and_the_grid(pipeline):
+    settings = read_checkpoint(pipeline / "gpt/000-GPT-tiny-lambda=1-cluster_size=8/checkpoints/0000006.pt")["settings"]
+    hashes = json.loads((pipeline / f"{MAPPING}.json").read_text())
+    assert settings["codebook_sha256"] == hashes["codebook_sha256"]
+    assert settings["mapping_sha256"] == hashes["mapping_sha256"]
+    assert settings["grid"] == 4 and settings["class_names"] == [str(digit) for digit in range(10)]
+
+
+def test_the_same_command_says_that_the_run_is_finished(pipeline):
+    again = train(pipeline, pipeline / "gpt")
+    assert again.returncode == 0 and "is finished" in again.stdout
+    assert len(list((pipeline / "gpt").iterdir())) == 1
+
+
+def test_a_run_cut_off_after_its_first_checkpoint_ends_with_the_same_weights(pipeline, tmp_path):
+    shutil.copytree(pipeline / "gpt", tmp_path / "gpt")
+    folder = tmp_path / "gpt" / "000-GPT-tiny-lambda=1-cluster_size=8"
+    (folder / "finished.json").unlink()
+    (folder / "checkpoints" / "0000006.pt").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"results_dir": str(tmp_path / "gpt")}))
+    again = train(pipeline, tmp_path / "gpt", processes=2)
+    assert again.returncode == 0, again.stderr
+    straight, resumed = (read_checkpoint(results / folder.name / "checkpoints/0000006.pt")["model"]
+                         for results in (pipeline / "gpt", tmp_path / "gpt"))
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+def test_two_processes_train_like_one(pipeline, tmp_path):
+    no_dropout = ["--dropout-p", 0, "--token-dropout-p", 0]
+    for processes in (0, 2):
+        done = train(pipeline, tmp_path / f"{processes}", *no_dropout, processes=processes)
+        assert done.returncode == 0, done.stderr
+    one, two = ([json.loads(line) for line in next((tmp_path / name).glob("*/metrics.jsonl")).read_text().splitlines()]
+                for name in "02")
+    for first, second in zip(one, two, strict=True):
+        assert first == pytest.approx(second, rel=1e-5)
+
+
+@pytest.mark.parametrize("processes", [0, 3])
+def test_samples_do_not_depend_on_the_number_of_processes(pipeline, tmp_path, processes):
+    done = sample(pipeline, tmp_path, processes=processes)
+    assert done.returncode == 0, done.stderr
+    expected, found = only_npz(pipeline / "samples"), only_npz(tmp_path)
+    assert found["arr_0"].shape == (21, 16, 16, 3) and found["arr_0"].dtype == np.uint8
+    for name in ("arr_0", "labels"):
+        assert np.array_equal(found[name], expected[name])
+    settings = json.loads(str(found["settings"]))
+    assert settings["cfg_scale"] == 1.5 and settings["resize"] == "bicubic without antialiasing"
+
+
+def test_sampling_continues_from_the_shards_of_a_killed_run(pipeline, tmp_path):
+    done = sample(pipeline, tmp_path, "--num-fid-samples", 21)
+    assert done.returncode == 0, done.stderr
+    npz, = tmp_path.glob("*.npz")
+    with np.load(npz) as arrays:
+        images, settings = arrays["arr_0"], json.loads(str(arrays["settings"]))
+        labels = arrays["labels"]
+    npz.unlink()
+    shards = tmp_path / f"{npz.stem}.shards"
+    shards.mkdir()
+    (shards / "settings.json").write_text(json.dumps(settings))
+    marked = np.full_like(images[8:16], 7)                       # not what would be drawn: taken from disk, or not?
+    np.savez(shards / "00000008.npz", arr_0=marked, labels=labels[8:16])
+    assert sample(pipeline, tmp_path).returncode == 0
+    found = only_npz(tmp_path)["arr_0"]
+    assert np.array_equal(found[8:16], marked) and not shards.exists()
+    assert np.array_equal(found[:8], images[:8]) and np.array_equal(found[16:], images[16:])
+
+
+WRONG_INPUTS = [                                    # what users get wrong: command, flags, words of the error
+    (extract, "--dataset imagenet --data-path /no/such", "/no/such: expected a folder"),
+    (extract, "--dataset imagenet --data-path {0}/empty", "empty: expected one folder a class"),
+    (extract, "--vq-ckpt {0}/none.pt", "none.pt: expected a file, found none"),
+    (extract, "--codebook-size 128", "quantize.embedding.weight expected (128, 8), got (64, 8)"),
+    (train, "--cluster-size 7", "expected a divisor of the 64 codes, got 7"),
+    (train, "--mapping-path {0}/short.pt", "expected a mapping of 64 codes, got shape (63,)"),
+    (train, "--num-classes 9", "--num-classes: expected 10"),
+    (train, "--code-path {0}/empty", "expected a code store"),
+    (train, "--epochs 0", "got 0"),
+    (train, "--global-batch-size 9999", "lower --global-batch-size"),
+    (train, "--vq-ckpt {0}/vq.pt", "come from different runs"),
+    (sample, "--gpt-model GPT-B", "the file holds GPT-tiny with 64 codes and 10 classes"),
+    (sample, "--num-fid-samples 0", "--num-fid-samples: expected at least 1, got 0"),
+    (sample, "--vq-ckpt {0}/vq.pt", "come from different runs"),
+    (sample, "--cluster-size 16", "--cluster-size: expected 8"),
+    (sample, "--temperature 0", "--temperature: expected more than 0"),
+    (sample, "--image-size 32", "expected weights trained on a grid of 8, got 4"),
+    (sample, "--gpt-type t2i", "--gpt-type: expected c2i"),
+]
+
+
+@pytest.mark.parametrize("command, flags, words", WRONG_INPUTS)
+def test_wrong_input_is_one_line_and_exit_code_2_and_leaves_nothing(
+        pipeline, tmp_path, monkeypatch, capsys, command, flags, words):
+    (tmp_path / "empty").mkdir()
+    torch.save(torch.arange(63), tmp_path / "short.pt")
+    shutil.copy(pipeline / "vq.pt", tmp_path)
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(sys.modules[__name__], "start", run_here)
+    monkeypatch.setattr(sys, "argv", ["script"])
+    code = command(pipeline, tmp_path / "new", *flags.format(tmp_path).split())
+    error = capsys.readouterr().err
+    assert code == 2 and words in error and len(error.strip().splitlines()) == 1, error
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def run_here(script, *flags, processes):
+    """Runs an entry script in this process, which spares seconds of imports; returns its exit code."""
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    sys.argv[1:] = map(str, flags)
+    with pytest.raises(SystemExit) as stop:
+        run(module.main, module.build_parser())
+    return stop.value.code
