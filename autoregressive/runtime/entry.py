@@ -82,6 +82,12 @@ def checks(session):
         exit_with(mistakes[0])
 
 
+def require_one_process(session):
+    """Raises ValueError under several processes, for work that is not divided among them."""
+    if session.world_size > 1:
+        raise ValueError(f"expected one process, got {session.world_size}; start with python instead of torchrun")
+
+
 def describe(error):
     """Returns the text of an exception for a user: `path: reason` for those of the operating system."""
     if isinstance(error, OSError) and error.filename is not None:

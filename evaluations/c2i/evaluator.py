@@ -1,0 +1,217 @@
+"""Main 4: scores an npz of samples against a reference npz with the five numbers of the ADM evaluator.
+
+    python3 evaluations/c2i/evaluator.py evaluations/VIRTUAL_imagenet256_labeled.npz samples/your_generated_samples.npz
+
+On a CPU, after scripts/quickstart.sh, with a small classifier in place of Inception:
+
+    python3 evaluations/c2i/evaluator.py results/quickstart/reference.npz results/quickstart/samples-lambda1/*.npz \
+        --classifier results/quickstart/classifier.pt
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[2])      # the repository root instead of this folder
+
+import argparse
+import platform
+import time
+
+import numpy as np
+import scipy
+import torch
+
+from autoregressive.runtime.entry import Parser, checks, require_one_process, run
+from autoregressive.runtime.files import atomic_write, file_sha256, require_writable_folder, write_json
+from autoregressive.runtime.log import progress
+from evaluations.c2i.classifier import load_classifier
+from evaluations.c2i.inception import extract_features, require_image_size
+from evaluations.c2i.metrics import (
+    NEIGHBOURS,
+    feature_statistics,
+    frechet_distance,
+    inception_score,
+    precision_recall,
+    require_finite,
+)
+from evaluations.c2i.npz_reader import NpzImages
+
+TITLES = {"is": "Inception Score", "fid": "FID", "sfid": "sFID", "precision": "Precision", "recall": "Recall"}
+STORED = {"fid": ("mu", "sigma"), "sfid": ("mu_s", "sigma_s")}          # statistics that a reference may hold ready
+SPACE = {"fid": "pool", "sfid": "spatial"}
+REFERENCE_OF = {"samples": "fid reference", "reconstructions": "rfid reference"}
+
+
+def metric_names(text):
+    """Returns the metrics of a comma-separated list, in the order in which they are printed."""
+    names = text.split(",")
+    unknown = [name for name in names if name not in TITLES]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"expected some of {','.join(TITLES)}, got {text}")
+    return [name for name in TITLES if name in names]
+
+
+def build_parser():
+    """Returns the parser of this script's command line."""
+    parser = Parser("Score samples against a reference: Inception score, FID, sFID, precision, recall.")
+    parser.add_argument("ref_batch", help="npz of the reference: pictures and perhaps ready statistics")
+    parser.add_argument("sample_batch", help="npz of the samples")
+    parser.add_argument("--classifier", help="score with this small classifier (train_classifier.py), not Inception")
+    parser.add_argument("--metrics", type=metric_names, default=",".join(TITLES), help="comma-separated choice")
+    parser.add_argument("--batch-size", type=int, default=64, help="pictures that the network takes at once")
+    parser.add_argument("--output", help="JSON record; the printed lines go beside it with .txt; "
+                                         "default: the sample file with .json")
+    parser.add_argument("--backend", default="tensorflow", choices=("tensorflow", "torch"), help="what runs Inception")
+    parser.add_argument("--inception-path", default="pretrained_models/classify_image_graph_def.pb",
+                        help="the frozen Inception graph")
+    parser.refuse_for_now("--backend", "--inception-path")
+    return parser
+
+
+def open_files(args):
+    """Opens both files and names the record; returns (reference, samples, path of the record)."""
+    reference, samples = NpzImages(args.ref_batch), NpzImages(args.sample_batch)
+    if samples.path.suffix != ".npz":
+        raise ValueError(f"{samples.path}: expected a name ending in .npz, which results replace; rename the file")
+    if samples.path.samefile(reference.path):
+        raise ValueError(f"{samples.path}: expected two files, got the same as reference and as samples")
+    output = Path(args.output) if args.output else samples.path.with_suffix(".json")
+    if output.suffix != ".json":
+        raise ValueError(f"--output: expected a name ending in .json, got {output}")
+    fewest = NEIGHBOURS + 1 if {"precision", "recall"} & set(args.metrics) else 2
+    for images in (reference, samples):
+        if len(images) < fewest:
+            raise ValueError(f"{images.path}: expected at least {fewest} pictures for these metrics, "
+                             f"found {len(images)}")
+    wanted, kind = REFERENCE_OF.get(samples.settings.get("kind")), reference.settings.get("kind")
+    if wanted and kind and kind != wanted:
+        raise ValueError(f"{reference.path}: expected a {wanted}, since {samples.path.name} holds "
+                         f"{samples.settings['kind']}; found a {kind}")
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size: expected at least 1, got {args.batch_size}")
+    require_writable_folder(output.parent)
+    return reference, samples, output
+
+
+def open_network(args, device):
+    """Returns the feature network of the flags."""
+    if not args.classifier:
+        raise ValueError("the Inception network is not available in this version; score with --classifier PATH, a "
+                         "file of evaluations/c2i/train_classifier.py")
+    return load_classifier(args.classifier, device)
+
+
+def read_statistics(reference, network, metrics):
+    """Returns the ready statistics of a reference that `metrics` need: dict of metric -> (mean, covariance, None)."""
+    known = reference.settings.get("feature_network_sha256", network.sha256)
+    pool, spatial, _ = network.features(np.zeros((1, *reference.shape[1:]), np.uint8))
+    statistics = {}
+    for metric, size in (("fid", pool.shape[1]), ("sfid", spatial.shape[1])):
+        arrays = [reference.array(name) for name in STORED[metric]]
+        if metric not in metrics or all(array is None for array in arrays):
+            continue
+        shapes = [None if array is None else array.shape for array in arrays]
+        if shapes != [(size,), (size, size)] or known != network.sha256:
+            raise ValueError(f"{reference.path}: expected {' and '.join(STORED[metric])} of {network.name} with {size} "
+                             f"features, found shapes {shapes[0]} and {shapes[1]}, or another network's statistics; "
+                             "make the reference again with this network")
+        for array in arrays:
+            require_finite(array)
+        statistics[metric] = (*arrays, None)
+    return statistics
+
+
+def read_labels(samples, network):
+    """Returns the labels that the samples were made for, if they carry some that the network can judge, else None."""
+    labels, classes = samples.labels(), network.settings["class_names"]
+    if labels is not None and not 0 <= labels.min() <= labels.max() < len(classes):
+        raise ValueError(f"{samples.path}: expected labels in 0 .. {len(classes) - 1}, the classes of {network.name}, "
+                         f"found {labels.min()} .. {labels.max()}")
+    return labels
+
+
+def main(args, session):
+    started = time.perf_counter()
+    with checks(session):
+        require_one_process(session)
+        reference, samples, output = open_files(args)
+        network = open_network(args, session.device)
+        for images in (reference, samples):
+            require_image_size(network, images)
+        stored = read_statistics(reference, network, args.metrics)
+        labels = read_labels(samples, network)
+    print(f"{samples.path.name}: {len(samples)} samples; {reference.path.name}: {len(reference)} reference pictures; "
+          f"features of {network.name}", file=sys.stderr)
+
+    sample_features = extract(network, samples, args.batch_size, session)
+    is_needed = {"precision", "recall"} & set(args.metrics) or {"fid", "sfid"} & set(args.metrics) - set(stored)
+    reference_features = extract(network, reference, args.batch_size, session) if is_needed else None
+    numbers = compute(args.metrics, sample_features, reference_features, stored, session)
+    if labels is not None:
+        numbers["Label agreement"] = float((sample_features.probabilities.argmax(axis=1) == labels).mean())
+        numbers["Held-out accuracy of the classifier"] = network.settings["accuracy"]
+    for warning in (warnings := find_bias(args.metrics, sample_features, reference_features, stored)):
+        print(f"warning: {warning}", file=sys.stderr)
+
+    lines = "".join(f"{title}: {number}\n" for title, number in numbers.items())
+    print(lines, end="", flush=True)
+    with atomic_write(output.with_suffix(".txt")) as file:
+        file.write(lines.encode())
+    write_json(output, {
+        "numbers": numbers, "warnings": warnings,
+        "samples": {"name": samples.path.name, "num_images": len(samples), "settings": samples.settings},
+        "reference": {"name": reference.path.name, "sha256": file_sha256(reference.path),
+                      "num_images": len(reference), "ready_statistics": sorted(stored),
+                      "settings": reference.settings},
+        "feature_network": {"name": network.name, "sha256": network.sha256},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+                     "scipy": scipy.__version__},
+        "seconds": round(time.perf_counter() - started, 1)})
+    print(f"recorded in {output}", file=sys.stderr)
+
+
+def extract(network, images, batch_size, session):
+    """Returns the Features of a file, with a progress bar."""
+    with progress(session, len(images), images.path.name, "image") as bar:
+        return extract_features(network, images, batch_size, bar.update)
+
+
+def compute(metrics, samples, reference, stored, session):
+    """Returns the numbers of `metrics` by title, in the order of ADM.
+
+    Args:
+        metrics: keys of TITLES.
+        samples, reference: Features; the reference's may be None where all that is asked for is in `stored`.
+        stored: what read_statistics returned.
+        session: whose device computes distances.
+    """
+    numbers = {}
+    if "is" in metrics:
+        numbers["is"] = inception_score(samples.probabilities)
+    for metric in (name for name in SPACE if name in metrics):
+        mu1, sigma1, factor1 = stored.get(metric) or feature_statistics(getattr(reference, SPACE[metric]))
+        mu2, sigma2, factor2 = feature_statistics(getattr(samples, SPACE[metric]))
+        numbers[metric] = frechet_distance(mu1, sigma1, mu2, sigma2, factor1, factor2)
+    if {"precision", "recall"} & set(metrics):
+        pools = [torch.from_numpy(features.pool).to(session.device) for features in (reference, samples)]
+        with progress(session, 2 * len(pools[0]) + len(pools[1]), "precision and recall", "row") as bar:
+            numbers["precision"], numbers["recall"] = precision_recall(*pools, advance=bar.update)
+    return {title: numbers[name] for name, title in TITLES.items() if name in metrics}
+
+
+def find_bias(metrics, samples, reference, stored):
+    """Returns a warning for every covariance that has fewer pictures than dimensions."""
+    warnings = []
+    for metric in (name for name in SPACE if name in metrics):
+        owners = {"sample": samples} | ({} if metric in stored else {"reference": reference})
+        for kind, owner in owners.items():
+            count, size = getattr(owner, SPACE[metric]).shape
+            if count < size:
+                warnings.append(f"{TITLES[metric]} is biased upwards: {count} {kind} pictures for {size} features; "
+                                "compare it with results of equal numbers only")
+    return warnings
+
+
+if __name__ == "__main__":
+    run(main, build_parser())

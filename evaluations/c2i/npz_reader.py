@@ -1,0 +1,127 @@
+"""Pictures in an npz, read batch by batch: the file may be larger than memory, compressed or not, zip64 too."""
+
+import contextlib
+import json
+import math
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from autoregressive.runtime.files import require_file
+
+IMAGES = "arr_0"
+DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError)
+
+
+class NpzImages:
+    """The pictures and small arrays of one npz.
+
+    Attributes:
+        path: the file.
+        shape: (N, H, W, 3) of the pictures.
+        settings: the record of how the pictures were made, a plain dict; empty if the file carries none.
+
+    Raises:
+        ValueError: the file is missing, damaged, or holds no uint8 RGB pictures under `arr_0`.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        require_file(path, "name an npz of pictures")
+        with self._archive() as archive:
+            self._members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            if IMAGES not in self._members:
+                found = ", ".join(sorted(self._members)) or "nothing"
+                raise ValueError(f"{path}: expected pictures under {IMAGES}, found {found}; "
+                                 f"save them with numpy.savez(path, {IMAGES}=pictures)")
+            with archive.open(self._members[IMAGES]) as member:
+                self.shape, is_fortran, dtype = self._read_header(member, IMAGES)
+        if dtype != np.uint8 or len(self.shape) != 4 or self.shape[3] != 3 or is_fortran:
+            raise ValueError(f"{path}: expected {IMAGES} as uint8 (N, P, P, 3) in C order, found {dtype} {self.shape}"
+                             + (" in Fortran order" if is_fortran else ""))
+        if 0 in self.shape:
+            raise ValueError(f"{path}: expected pictures, found {IMAGES} of shape {self.shape}")
+        size = self._members[IMAGES].file_size
+        if size < math.prod(self.shape):
+            raise ValueError(f"{path}: expected {math.prod(self.shape)} bytes of pictures, found {size}; "
+                             "the file is damaged, make it again")
+        self.settings = self._read_settings()
+
+    def __len__(self):
+        return self.shape[0]
+
+    def batches(self, batch_size):
+        """Yields consecutive pictures (n, H, W, 3) uint8, n <= batch_size.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        picture_bytes = math.prod(self.shape[1:])
+        with self._archive() as archive, archive.open(self._members[IMAGES]) as member:
+            self._read_header(member, IMAGES)
+            for start in range(0, len(self), batch_size):
+                count = min(batch_size, len(self) - start)
+                content = member.read(count * picture_bytes)
+                if len(content) < count * picture_bytes:
+                    raise ValueError(f"{self.path}: expected {len(self)} pictures, found an end after "
+                                     f"{start + len(content) // picture_bytes}; the file is damaged, make it again")
+                yield np.frombuffer(content, np.uint8).reshape(count, *self.shape[1:])
+
+    def array(self, name):
+        """Returns a small array of the file, or None if it has none of that name.
+
+        Raises:
+            ValueError: the file is damaged, or the array holds Python objects.
+        """
+        if name not in self._members:
+            return None
+        with self._archive() as archive, archive.open(self._members[name]) as member:
+            try:
+                return np.lib.format.read_array(member, allow_pickle=False)
+            except ValueError as error:
+                raise ValueError(f"{self.path}: expected a plain array under {name}, {error}") from error
+
+    def labels(self):
+        """Returns the class index of each picture, (N,) int64, or None.
+
+        Raises:
+            ValueError: there are labels of another kind or number.
+        """
+        labels = self.array("labels")
+        if labels is None:
+            return None
+        if labels.shape != (len(self),) or labels.dtype.kind not in "iu":
+            raise ValueError(f"{self.path}: expected labels as {len(self)} integers, "
+                             f"found {labels.dtype} {labels.shape}")
+        return labels.astype(np.int64)
+
+    def _read_settings(self):
+        stored = self.array("settings")
+        if stored is None:
+            return {}
+        with contextlib.suppress(ValueError, AttributeError):  # not one text, not JSON
+            text = stored.item()
+            settings = json.loads(text.decode() if isinstance(text, bytes) else text)
+            if isinstance(settings, dict):
+                return settings
+        raise ValueError(f"{self.path}: expected settings as one JSON object, found {stored.dtype} {stored.shape} "
+                         "with other content")
+
+    @contextlib.contextmanager
+    def _archive(self):
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                yield archive
+        except DAMAGED as error:
+            raise ValueError(f"{self.path}: expected a whole npz, {error or 'its end is missing'}; "
+                             "copy or make the file again") from error
+
+    def _read_header(self, member, name):
+        try:
+            version = np.lib.format.read_magic(member)
+            read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+            return read(member)
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{self.path}: expected {name} as a numpy array, found other content ({error})") from error
