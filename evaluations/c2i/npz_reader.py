@@ -38,12 +38,12 @@ class NpzImages:
                                  f"save them with numpy.savez(path, {IMAGES}=pictures)")
             with archive.open(self._members[IMAGES]) as member:
                 self.shape, is_fortran, dtype = self._read_header(member, IMAGES)
+                size = self._members[IMAGES].file_size - member.tell()
         if dtype != np.uint8 or len(self.shape) != 4 or self.shape[3] != 3 or is_fortran:
             raise ValueError(f"{path}: expected {IMAGES} as uint8 (N, P, P, 3) in C order, found {dtype} {self.shape}"
                              + (" in Fortran order" if is_fortran else ""))
         if 0 in self.shape:
             raise ValueError(f"{path}: expected pictures, found {IMAGES} of shape {self.shape}")
-        size = self._members[IMAGES].file_size
         if size < math.prod(self.shape):
             raise ValueError(f"{path}: expected {math.prod(self.shape)} bytes of pictures, found {size}; "
                              "the file is damaged, make it again")

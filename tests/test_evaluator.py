@@ -1,0 +1,345 @@
+"""The evaluator and the scripts around it: files in, numbers and one-line errors out."""
+
+import json
+import subprocess
+import sys
+import tracemalloc
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+from autoregressive.runtime import entry
+from autoregressive.runtime.files import file_sha256
+from evaluations.c2i import evaluator, make_reference, train_classifier
+from evaluations.c2i.classifier import SmallClassifier, load_classifier, save_classifier
+from evaluations.c2i.inception import extract_features
+from evaluations.c2i.npz_reader import NpzImages
+
+SIZE = 12           # pixels
+NUM_CLASSES = 3
+SETTINGS = {"class_names": ["cat", "dog", "owl"], "image_size": SIZE, "accuracy": 0.875, "num_heldout": 40,
+            "dataset": "imagenet", "seed": 0}
+
+
+def random_pictures(count, seed, size=SIZE):
+    return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """A working folder with ref.npz (90 pictures), samples.npz (80, labelled, with settings) and classifier.pt."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    save_classifier("classifier.pt", SmallClassifier(NUM_CLASSES), SETTINGS)
+    np.savez("ref.npz", arr_0=random_pictures(90, 0))
+    np.savez("samples.npz", arr_0=random_pictures(80, 1), labels=np.arange(80) % NUM_CLASSES,
+             settings=np.array(json.dumps({"cfg_scale": 2.0})))
+    return tmp_path
+
+
+def call(script, *words):
+    """Runs an entry script in this process."""
+    previous, sys.argv = sys.argv, [f"{script.__name__.rsplit('.', 1)[-1]}.py", *map(str, words)]
+    try:
+        entry.run(script.main, script.build_parser())
+    finally:
+        sys.argv = previous
+
+
+def refusal(capsys, script, *words):
+    """Returns the one line with which a script refuses its arguments."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        call(script, *words)
+    printed = capsys.readouterr()
+    assert stop.value.code == 2 and not printed.out and len(printed.err.splitlines()) == 1, printed.err
+    return printed.err
+
+
+def test_a_command_prints_the_lines_of_adm_and_leaves_them_beside_the_samples(files):
+    before = file_sha256("samples.npz")
+    done = subprocess.run([sys.executable, ROOT / "evaluations/c2i/evaluator.py", "ref.npz", "samples.npz",
+                           "--classifier", "classifier.pt", "--batch-size", "32"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    titles = [line.split(": ")[0] for line in done.stdout.splitlines()]
+    assert titles == ["Inception Score", "FID", "sFID", "Precision", "Recall", "Label agreement",
+                      "Held-out accuracy of the classifier"]
+    assert (files / "samples.txt").read_text() == done.stdout
+    record = json.loads((files / "samples.json").read_text())
+    assert {line.split(": ")[0]: float(line.split(": ")[1]) for line in done.stdout.splitlines()} == record["numbers"]
+    assert record["reference"]["sha256"] == file_sha256("ref.npz") and record["reference"]["num_images"] == 90
+    assert record["samples"]["settings"] == {"cfg_scale": 2.0} and record["samples"]["num_images"] == 80
+    assert record["feature_network"]["name"] == "small classifier classifier.pt (not Inception)"
+    assert record["numbers"]["Held-out accuracy of the classifier"] == SETTINGS["accuracy"]
+    assert file_sha256("samples.npz") == before
+    assert sorted(path.name for path in files.iterdir()) == ["classifier.pt", "ref.npz", "samples.json", "samples.npz",
+                                                             "samples.txt"]
+
+
+def test_without_a_classifier_it_says_that_inception_is_missing(files, capsys):
+    assert "--classifier" in refusal(capsys, evaluator, "ref.npz", "samples.npz")
+    assert not (files / "samples.txt").exists()
+
+
+def test_fewer_metrics_and_another_output(files, capsys):
+    call(evaluator, "ref.npz", "samples.npz", "--classifier", "classifier.pt", "--metrics", "recall,fid",
+         "--output", "there/scores.json")
+    printed = capsys.readouterr()
+    assert [line.split(":")[0] for line in printed.out.splitlines()][:2] == ["FID", "Recall"]
+    assert (files / "there/scores.txt").is_file() and not (files / "samples.txt").exists()
+    assert json.loads((files / "there/scores.json").read_text())["warnings"] == []
+
+
+def test_label_agreement_is_the_share_of_labels_that_the_classifier_gives(files, capsys):
+    pictures = random_pictures(80, 1)
+    given = load_classifier("classifier.pt").features(pictures)[2].argmax(axis=1)
+    given[:20] = (given[:20] + 1) % NUM_CLASSES
+    np.savez("samples.npz", arr_0=pictures, labels=given)
+    call(evaluator, "ref.npz", "samples.npz", "--classifier", "classifier.pt", "--metrics", "is")
+    assert "Label agreement: 0.75\n" in capsys.readouterr().out
+
+
+def test_fewer_pictures_than_features_are_a_warning(files, capsys):
+    np.savez("samples.npz", arr_0=random_pictures(30, 1))
+    call(evaluator, "ref.npz", "samples.npz", "--classifier", "classifier.pt", "--metrics", "fid")
+    assert "warning: FID is biased upwards: 30 sample pictures for 64 features" in capsys.readouterr().err
+    assert len(json.loads((files / "samples.json").read_text())["warnings"]) == 1
+
+
+def test_numbers_do_not_depend_on_the_batch_size(files):
+    network, images = load_classifier("classifier.pt"), NpzImages("samples.npz")
+    whole, parts = (extract_features(network, images, batch_size, lambda count: None) for batch_size in (80, 7))
+    assert whole.pool.shape == (80, 64) and whole.spatial.shape == (80, 3 * 3 * 7)
+    assert whole.probabilities.shape == (80, NUM_CLASSES)
+    for name in ("pool", "spatial", "probabilities"):
+        np.testing.assert_allclose(getattr(whole, name), getattr(parts, name), rtol=1e-4, atol=1e-6)
+
+
+def test_spatial_features_are_the_first_channels_of_the_middle_map(files):
+    pictures = random_pictures(5, 2)
+    payload = torch.load("classifier.pt", weights_only=True)
+    model = SmallClassifier(NUM_CLASSES).eval()
+    model.load_state_dict(payload["model"])
+    middle = model.maps(torch.from_numpy(pictures))[1].detach().numpy()            # (5, 64, 3, 3)
+    spatial = load_classifier("classifier.pt").features(pictures)[1].reshape(5, 3, 3, 7)
+    np.testing.assert_allclose(spatial, middle[:, :7].transpose(0, 2, 3, 1), rtol=1e-5, atol=1e-6)
+
+
+def test_a_feature_that_is_not_finite_is_an_error(files):
+    class Broken:
+        name = "broken network"
+
+        def features(self, images):
+            return (np.full((len(images), 4), np.nan, np.float32),) * 3
+
+    with pytest.raises(ValueError, match="samples.npz: expected finite features.*broken network"):
+        extract_features(Broken(), NpzImages("samples.npz"), 8, lambda count: None)
+
+
+BAD_FILES = {
+    "no arr_0": ({"pictures": random_pictures(9, 0)}, "expected pictures under arr_0, found pictures"),
+    "floats": ({"arr_0": np.zeros((9, SIZE, SIZE, 3), np.float32)}, "found float32"),
+    "channels": ({"arr_0": np.zeros((9, SIZE, SIZE, 4), np.uint8)}, "(9, 12, 12, 4)"),
+    "no pictures": ({"arr_0": np.zeros((0, SIZE, SIZE, 3), np.uint8)}, "expected pictures, found"),
+    "objects": ({"arr_0": np.array([None, {}])}, "found object"),
+    "one picture": ({"arr_0": random_pictures(1, 0)}, "expected at least 4 pictures"),
+    "size": ({"arr_0": random_pictures(9, 0, size=15)}, "expected pictures of 12 x 12 pixels"),
+    "settings": ({"arr_0": random_pictures(9, 0), "settings": np.arange(2)}, "expected settings as one JSON object"),
+    "label count": ({"arr_0": random_pictures(9, 0), "labels": np.arange(8)}, "expected labels as 9 integers"),
+    "label range": ({"arr_0": random_pictures(9, 0), "labels": np.arange(9)}, "expected labels in 0 .. 2"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_samples_are_refused_in_one_line(files, capsys, case):
+    arrays, message = BAD_FILES[case]
+    np.savez("bad.npz", **arrays)
+    line = refusal(capsys, evaluator, "ref.npz", "bad.npz", "--classifier", "classifier.pt")
+    assert message in line and "bad.npz" in line
+    assert not list(files.glob("bad.[tj]*"))
+
+
+@pytest.mark.parametrize("words, message", [
+    (("none.npz", "samples.npz"), "none.npz: expected a file, found none"),
+    (("ref.npz", "ref.npz"), "the same as reference and as samples"),
+    (("ref.npz", "samples.npz", "--output", "x.npz"), "--output: expected a name ending in .json"),
+    (("ref.npz", "samples.npz", "--batch-size", "0"), "--batch-size: expected at least 1"),
+    (("ref.npz", "samples.npz", "--metrics", "fid,kid"), "expected some of is,fid,sfid,precision,recall"),
+    (("ref.npz", "samples.npz", "--classifier", "ref.npz"), "ref.npz: expected"),
+    (("ref.npz", "samples.npz", "--classifier", "other.pt"), "expected a classifier made by train_classifier.py"),
+    (("ref.npz", "renamed.zip"), "expected a name ending in .npz"),
+    (("ref.npz", "cut.npz"), "cut.npz: expected a whole npz"),
+    (("ref.npz", "classifier.pt"), "expected pictures under arr_0"),
+])
+def test_bad_arguments_are_refused_in_one_line(files, capsys, words, message):
+    content = (files / "samples.npz").read_bytes()
+    (files / "renamed.zip").write_bytes(content)
+    (files / "cut.npz").write_bytes(content[:len(content) // 2])
+    torch.save({"model": {}}, "other.pt")
+    assert message in refusal(capsys, evaluator, *words)
+
+
+def test_reconstructions_want_the_reference_of_their_originals(files, capsys):
+    def save(path, kind):
+        np.savez(path, arr_0=random_pictures(9, len(kind)), settings=np.array(json.dumps({"kind": kind})))
+
+    save("ref.npz", "fid reference")
+    save("samples.npz", "reconstructions")
+    line = refusal(capsys, evaluator, "ref.npz", "samples.npz", "--classifier", "classifier.pt")
+    assert "expected a rfid reference, since samples.npz holds reconstructions; found a fid reference" in line
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_reader_streams_what_numpy_reads(files, save):
+    pictures = random_pictures(11, 5)
+    save("other.npz", labels=np.arange(11, dtype=np.int32), arr_0=pictures, mu=np.arange(3.0))
+    images = NpzImages("other.npz")
+    assert len(images) == 11 and images.settings == {} and images.array("sigma") is None
+    assert [len(batch) for batch in images.batches(4)] == [4, 4, 3]
+    np.testing.assert_array_equal(np.concatenate(list(images.batches(4))), pictures)
+    np.testing.assert_array_equal(images.array("mu"), [0, 1, 2])
+    assert images.labels().dtype == np.int64
+
+
+def test_reader_takes_zip64_members(files):
+    with zipfile.ZipFile("large.npz", "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as member:
+        np.lib.format.write_array(member, random_pictures(3, 6))
+    np.testing.assert_array_equal(next(NpzImages("large.npz").batches(3)), random_pictures(3, 6))
+
+
+def test_reader_holds_a_batch_and_not_the_file(files):
+    pictures = np.zeros((400, 64, 64, 3), np.uint8)
+    np.savez("long.npz", arr_0=pictures)
+    tracemalloc.start()
+    for _ in NpzImages("long.npz").batches(8):
+        pass
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < pictures.nbytes / 4
+
+
+def test_reader_refuses_an_array_that_is_shorter_than_it_says(files):
+    with zipfile.ZipFile("short.npz", "w") as archive, archive.open("arr_0.npy", "w") as member:
+        np.lib.format.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False, "shape": (5, 2, 2, 3)})
+        member.write(bytes(30))
+    with pytest.raises(ValueError, match="short.npz: expected 60 bytes of pictures"):
+        NpzImages("short.npz")
+
+
+def test_reader_notices_bytes_that_changed(files):
+    content = bytearray((files / "ref.npz").read_bytes())
+    content[len(content) // 2] ^= 255
+    (files / "changed.npz").write_bytes(content)
+    with pytest.raises(ValueError, match="changed.npz: expected a whole npz, Bad CRC"):
+        list(NpzImages("changed.npz").batches(50))
+
+
+def test_ready_statistics_give_the_numbers_of_computed_ones(files, capsys):
+    call(make_reference, "--data-path", "ref.npz", "--image-size", SIZE, "--output", "ready.npz",
+         "--classifier", "classifier.pt")
+    results = []
+    for reference in ("ref.npz", "ready.npz"):
+        call(evaluator, reference, "samples.npz", "--classifier", "classifier.pt")
+        results.append(json.loads((files / "samples.json").read_text()))
+    assert results[1]["reference"]["ready_statistics"] == ["fid", "sfid"]
+    for title, number in results[0]["numbers"].items():
+        assert results[1]["numbers"][title] == pytest.approx(number, rel=1e-5), title
+
+
+def test_statistics_of_another_network_are_refused(files, capsys):
+    call(make_reference, "--data-path", "ref.npz", "--image-size", SIZE, "--output", "ready.npz",
+         "--classifier", "classifier.pt")
+    torch.manual_seed(1)
+    save_classifier("other.pt", SmallClassifier(NUM_CLASSES), SETTINGS)
+    line = refusal(capsys, evaluator, "ready.npz", "samples.npz", "--classifier", "other.pt")
+    assert "make the reference again with this network" in line
+    np.savez("inception.npz", arr_0=random_pictures(9, 0), mu=np.zeros(20), sigma=np.eye(20))
+    line = refusal(capsys, evaluator, "inception.npz", "samples.npz", "--classifier", "classifier.pt")
+    assert "expected mu and sigma of small classifier classifier.pt (not Inception) with 64 features" in line
+
+
+@pytest.fixture
+def folder(files):
+    """An image folder of two classes: 7 dark pictures and 5 light ones, 20 x 16 pixels."""
+    for name, count, level in (("dark", 7, 40), ("light", 5, 200)):
+        (files / "images" / name).mkdir(parents=True)
+        for index in range(count):
+            Image.new("RGB", (20, 16), (level + index, level, level)).save(files / "images" / name / f"{index}.png")
+    return files / "images"
+
+
+def test_a_folder_becomes_a_reference(folder, capsys):
+    call(make_reference, "--data-path", folder, "--image-size", SIZE, "--output", "made.npz", "--kind", "rfid")
+    images = NpzImages("made.npz")
+    pictures = np.concatenate(list(images.batches(5)))
+    assert pictures.shape == (12, SIZE, SIZE, 3)
+    np.testing.assert_array_equal(pictures[:, 0, 0, 0], [40, 41, 42, 43, 44, 45, 46, 200, 201, 202, 203, 204])
+    np.testing.assert_array_equal(images.labels(), [0] * 7 + [1] * 5)
+    assert images.settings["kind"] == "rfid reference" and images.settings["num_images"] == 12
+    assert images.settings["class_names"] == ["dark", "light"] and "ADM centre crop" in images.settings["resize"]
+    assert file_sha256("made.npz") and np.load("made.npz", allow_pickle=False)["arr_0"].dtype == np.uint8
+
+
+def test_fewer_pictures_are_spread_evenly_and_equal_commands_give_equal_files(folder, capsys):
+    for name in ("one.npz", "two.npz"):
+        call(make_reference, "--data-path", folder, "--image-size", SIZE, "--output", name, "--num-images", 4)
+    images = NpzImages("one.npz")
+    np.testing.assert_array_equal(next(images.batches(9))[:, 0, 0, 0], [40, 43, 46, 202])
+    assert file_sha256("one.npz") == file_sha256("two.npz")
+
+
+@pytest.mark.parametrize("words, message", [
+    (("--num-images", "13"), "--num-images: expected 2 to 12"),
+    (("--num-images", "-1"), "--num-images: expected 2 to 12"),
+    (("--output", "made.zip"), "--output: expected a name ending in .npz"),
+    (("--data-path", "nowhere"), "nowhere: expected a folder"),
+    (("--data-path", "ref.npz", "--image-size", "13"), "ref.npz: expected pictures of 13 x 13 pixels"),
+    (("--classifier", "classifier.pt", "--image-size", "16"), "--image-size: expected 12"),
+])
+def test_make_reference_refuses_bad_arguments(folder, capsys, words, message):
+    line = refusal(capsys, make_reference, "--data-path", folder, "--image-size", SIZE, "--output", "made.npz", *words)
+    assert message in line and not list(folder.parent.glob("made*"))
+
+
+def test_a_broken_picture_leaves_no_reference(folder, capsys):
+    (folder / "light" / "9.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="9.png"):
+        call(make_reference, "--data-path", folder, "--image-size", SIZE, "--output", "made.npz")
+    assert not list(folder.parent.glob("*made*"))
+
+
+def test_the_classifier_learns_and_is_reproducible(folder, capsys):
+    for name in ("a.pt", "b.pt"):
+        call(train_classifier, "--data-path", folder, "--val-path", folder, "--image-size", "8", "--batch-size", "6",
+             "--max-updates", "25", "--output", name, "--global-seed", "3", "--device", "cpu")
+    network = load_classifier("a.pt")
+    assert network.settings["accuracy"] == 1 and network.settings["num_heldout"] == 12
+    assert network.settings["class_names"] == ["dark", "light"] and network.settings["seed"] == 3
+    assert network.image_size == 8 and network.sha256 == load_classifier("b.pt").sha256
+
+
+def test_shift_moves_whole_pictures_and_repeats_the_border():
+    picture = torch.arange(5 * 5, dtype=torch.uint8).reshape(1, 5, 5, 1).expand(200, 5, 5, 3)
+    torch.manual_seed(0)
+    moved = train_classifier.shift(picture, reach=1)
+    padded = torch.nn.functional.pad(picture[:1, ..., 0].float(), (1, 1, 1, 1), mode="replicate")[0].byte()
+    allowed = {tuple(padded[top:top + 5, left:left + 5].flatten().tolist()) for top in range(3) for left in range(3)}
+    assert {tuple(each.flatten().tolist()) for each in moved[..., 0]} == allowed
+
+
+@pytest.mark.parametrize("words, message", [
+    (("--val-path", "nowhere"), "nowhere: expected a folder"),
+    (("--batch-size", "13"), "--batch-size: expected at most the 12 training pictures"),
+    (("--image-size", "4"), "--image-size: expected at least 8"),
+    (("--epochs", "0"), "--epochs: expected at least 1"),
+    (("--output", "images"), "--output: expected the name of a file"),
+    (("--dataset", "digits", "--data-path", "test"), "expected train or heldout"),
+])
+def test_train_classifier_refuses_bad_arguments(folder, capsys, words, message):
+    line = refusal(capsys, train_classifier, "--data-path", folder, "--val-path", folder, "--image-size", SIZE,
+                   "--batch-size", 6, "--output", "new.pt", *words)
+    assert message in line and not list(folder.parent.glob("new*"))
