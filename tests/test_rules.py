@@ -52,13 +52,13 @@ UNBUILT = {                                         # flags whose work is not wr
 }
 
 
-def tracked(pattern=""):
+def tracked(pattern="."):
     listed = subprocess.run(["git", "ls-files", pattern], cwd=ROOT, capture_output=True, text=True, check=True)
     return listed.stdout.split("\n")[:-1]
 
 
 def is_entry(path):
-    return '__name__ == "__main__"' in (ROOT / path).read_text()
+    return re.search(r'^if __name__ == "__main__":', (ROOT / path).read_text(), re.M) is not None
 
 
 def imports_of(path):
@@ -119,8 +119,8 @@ def test_only_tests_import_entry_scripts():
 
 
 def test_ranks_are_known_in_the_ground_floor_only():
-    words = re.compile(r"\bdist\.|torch\.distributed|\"RANK\"|\.cuda\(|weights_only=False|strict=False|"
-                       r"allow_pickle=True")
+    words = re.compile(r"\bdist\.|torch\.distributed|\"RANK\"|\.cuda\(|weights_only=False|allow_pickle=True|"
+                       r"load_state_dict\(.*strict=False")
     offenders = [f"{path}: {match.group()}" for path in tracked("*.py")
                  if not path.startswith(("autoregressive/runtime/distributed.py", "tests/"))
                  for match in words.finditer((ROOT / path).read_text())]

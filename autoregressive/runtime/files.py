@@ -5,8 +5,10 @@ import hashlib
 import json
 import os
 import tempfile
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
 
 
@@ -30,6 +32,26 @@ def atomic_write(path):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+@contextlib.contextmanager
+def npz_writer(path):
+    """Opens an npz that is filled array by array without holding one in memory, and appears when it is whole.
+
+    Yields:
+        add(name, dtype, shape, chunks): writes an array of `shape` whose rows come from consecutive arrays.
+    """
+    with atomic_write(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+
+        def add(name, dtype, shape, chunks):
+            header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+            member = zipfile.ZipInfo(f"{name}.npy")                 # of a fixed date: equal contents, equal bytes
+            with archive.open(member, "w", force_zip64=True) as stream:
+                np.lib.format.write_array_header_1_0(stream, header)
+                for chunk in chunks:
+                    stream.write(np.ascontiguousarray(chunk, dtype=dtype).tobytes())
+
+        yield add
 
 
 def _umask():

@@ -100,7 +100,8 @@ def describe_samples(args, hashes):
     names = ("gpt_model", "vq_model", "image_size", "image_size_eval", "num_fid_samples", "cfg_scale", "cfg_interval",
              "temperature", "top_k", "top_p", "greedy", "global_seed", "per_proc_batch_size", "precision")
     return {name: getattr(args, name) for name in names} | hashes | {
-        "labels": "random", "resize": "bicubic without antialiasing", "torch": torch.__version__.split("+")[0]}
+        "kind": "samples", "labels": "random", "resize": "bicubic without antialiasing",
+        "torch": torch.__version__.split("+")[0]}
 
 
 @torch.inference_mode()

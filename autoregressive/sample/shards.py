@@ -6,12 +6,11 @@ Letters: P pixels.
 
 import json
 import shutil
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
-from autoregressive.runtime.files import atomic_write, read_json, write_json
+from autoregressive.runtime.files import atomic_write, npz_writer, read_json, write_json
 
 
 def open_shards(folder, settings):
@@ -55,21 +54,18 @@ def merge_shards(folder, batch_size, num_samples, path, settings):
         num_samples: how many samples the npz holds.
         path: the npz; `settings` is stored in it as JSON text.
     """
-    shards = [shard_path(folder, first) for first in range(0, num_samples, batch_size)]
-    with np.load(shards[0], allow_pickle=False) as shard:
-        shapes = {name: (shard[name].dtype, shard[name].shape[1:]) for name in shard.files}
-    with atomic_write(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        for name, (dtype, shape) in shapes.items():
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                _write_header(member, dtype, (num_samples, *shape))
-                for first, shard in zip(range(0, num_samples, batch_size), shards, strict=True):
-                    with np.load(shard, allow_pickle=False) as arrays:
-                        member.write(np.ascontiguousarray(arrays[name][:num_samples - first]).tobytes())
-        with archive.open("settings.npy", "w") as member:
-            np.lib.format.write_array(member, np.array(json.dumps(settings)), allow_pickle=False)
+    firsts = range(0, num_samples, batch_size)
+
+    def chunks(name):
+        for first in firsts:
+            with np.load(shard_path(folder, first), allow_pickle=False) as shard:
+                yield shard[name][:num_samples - first]
+
+    with np.load(shard_path(folder, 0), allow_pickle=False) as shard:
+        kinds = {name: (shard[name].dtype, shard[name].shape[1:]) for name in shard.files}
+    with npz_writer(path) as add:
+        for name, (dtype, shape) in kinds.items():
+            add(name, dtype, (num_samples, *shape), chunks(name))
+        record = np.array(json.dumps(settings))
+        add("settings", record.dtype, (), [record])
     shutil.rmtree(folder)
-
-
-def _write_header(file, dtype, shape):
-    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, header)

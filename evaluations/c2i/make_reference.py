@@ -15,12 +15,11 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])      # the repository root instead of this folder
 
 import json
-import zipfile
 
 import numpy as np
 
 from autoregressive.runtime.entry import Parser, checks, require_one_process, run
-from autoregressive.runtime.files import atomic_write, require_writable_folder
+from autoregressive.runtime.files import npz_writer, require_writable_folder
 from autoregressive.runtime.log import open_logger, progress
 from evaluations.c2i.classifier import load_classifier
 from evaluations.c2i.metrics import StreamingStatistics
@@ -119,23 +118,24 @@ def write_reference(path, pictures, shape, settings, labels, network, advance):
         advance: called with the number of pictures written, for a progress bar.
     """
     pool, spatial = StreamingStatistics(), StreamingStatistics()
-    small = {"settings": np.array(json.dumps(settings))} | ({} if labels is None else {"labels": labels})
-    with atomic_write(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-            np.lib.format.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False, "shape": shape})
-            for start in range(0, shape[0], BATCH_IMAGES):
-                batch = np.stack([next(pictures) for _ in range(min(BATCH_IMAGES, shape[0] - start))])
-                member.write(batch.tobytes())
-                if network:
-                    pool_features, spatial_features, _ = network.features(batch)
-                    pool.add(pool_features)
-                    spatial.add(spatial_features)
-                advance(len(batch))
+
+    def batches():
+        for start in range(0, shape[0], BATCH_IMAGES):
+            batch = np.stack([next(pictures) for _ in range(min(BATCH_IMAGES, shape[0] - start))])
+            if network:
+                pool_features, spatial_features, _ = network.features(batch)
+                pool.add(pool_features)
+                spatial.add(spatial_features)
+            yield batch
+            advance(len(batch))
+
+    with npz_writer(path) as add:
+        add("arr_0", np.uint8, shape, batches())
+        small = {"settings": np.array(json.dumps(settings))} | ({} if labels is None else {"labels": labels})
         if network:
             small |= {"mu": pool.mean, "sigma": pool.covariance, "mu_s": spatial.mean, "sigma_s": spatial.covariance}
         for name, array in small.items():
-            with archive.open(f"{name}.npy", "w") as member:
-                np.lib.format.write_array(member, array, allow_pickle=False)
+            add(name, array.dtype, array.shape, [array])
 
 
 def main(args, session):
