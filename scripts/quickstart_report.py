@@ -1,0 +1,120 @@
+"""Gathers what scripts/quickstart.sh left into one table, three pictures and report.json.
+
+    python scripts/quickstart_report.py results/quickstart
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])      # the repository root instead of this folder
+
+import platform
+
+import numpy as np
+import torch
+
+from autoregressive.assemble import load_vq
+from autoregressive.runtime.entry import Parser, checks, run
+from autoregressive.runtime.files import file_sha256, read_json, write_json
+from autoregressive.runtime.log import draw_metrics
+from autoregressive.runtime.pictures import save_grid
+from tokenizer.tokenizer_image.images import center_crop, open_images, to_float, to_uint8
+
+LAMBDAS = (1, 0)
+SHOWN_PER_CLASS = 4
+METRICS = ("Inception Score", "FID", "sFID", "Precision", "Recall", "Label agreement")
+
+
+def build_parser():
+    """Returns the parser of this script's command line."""
+    parser = Parser("Gather the results of the quickstart.")
+    parser.add_argument("folder", type=Path, help="what scripts/quickstart.sh wrote")
+    return parser
+
+
+def only(folder, pattern):
+    """Returns the one path of `folder` that matches. Raises ValueError if there is none or more."""
+    found = sorted(folder.glob(pattern))
+    if len(found) != 1:
+        raise ValueError(f"{folder / pattern}: expected one, found {len(found)}; remove {folder} and run "
+                         "scripts/quickstart.sh again")
+    return found[0]
+
+
+def read_results(folder):
+    """Returns all numbers of the quickstart as plain data."""
+    runs = {}
+    for weight in LAMBDAS:
+        run_folder = only(folder, f"gpt-lambda{weight}/000-*")
+        runs[f"lambda {weight}"] = {"training": read_json(run_folder / "finished.json"),
+                                    "config": read_json(run_folder / "config.json"),
+                                    "evaluation": read_json(only(folder, f"samples-lambda{weight}/*.json"))}
+    return {"tokenizer": read_json(folder / "vq.json"), "codes": read_json(folder / "codes" / "manifest.json"),
+            "reordering": read_json(only(folder, "*report*.json")), "runs": runs}
+
+
+def hash_files(folder):
+    """Returns the SHA-256 of every file that a step handed to the next one."""
+    paths = [folder / "vq.pt", folder / "classifier.pt", folder / "reference.npz", *folder.glob("codes/*.npy"),
+             *folder.glob("*cluster_size=16.pt"), *folder.glob("gpt-lambda?/*/checkpoints/*.pt"),
+             *folder.glob("samples-lambda?/*.npz")]
+    return {str(path.relative_to(folder)): file_sha256(path) for path in sorted(paths)}
+
+
+@torch.inference_mode()
+def save_digits(path, folder):
+    """Saves a grid with a row for each digit: held-out real ones, their reconstructions, and generated ones."""
+    images = open_images("digits", "heldout")
+    rows = first_of_each_class(images.labels)
+    real = np.stack([center_crop(images.read(row), 16) for row in rows])
+    config = read_json(only(folder, "gpt-lambda1/000-*") / "config.json")
+    vq, _ = load_vq(folder / "vq.pt", config["vq_model"], config["codebook_size"], config["codebook_embed_dim"])
+    codes = vq.quantize.codes(vq.encode(to_float(real)))
+    sources = {"real": real, "rebuilt": to_uint8(vq.decode_codes(codes, 16 // vq.downsampling))}
+    for weight in LAMBDAS:
+        with np.load(only(folder, f"samples-lambda{weight}/*.npz"), allow_pickle=False) as samples:
+            sources[f"lambda {weight}"] = samples["arr_0"][first_of_each_class(samples["labels"])]
+    by_digit = [pictures.reshape(10, SHOWN_PER_CLASS, *pictures.shape[1:]) for pictures in sources.values()]
+    grid = np.concatenate(by_digit, axis=1)                     # (10, sources * SHOWN_PER_CLASS, P, P, 3)
+    captions = [f"{name}: {digit}" for digit in range(10) for name in sources for _ in range(SHOWN_PER_CLASS)]
+    save_grid(path, grid.reshape(-1, *grid.shape[2:]), columns=grid.shape[1], captions=captions, scale=4)
+
+
+def first_of_each_class(labels):
+    """Returns the first SHOWN_PER_CLASS rows of every digit, digit by digit."""
+    return [row for digit in range(10) for row in np.flatnonzero(labels == digit)[:SHOWN_PER_CLASS]]
+
+
+def print_table(results):
+    """Prints the numbers that a person wants to see first."""
+    tokenizer, runs = results["tokenizer"], results["runs"]
+    print(f"\n{'held-out reconstruction':28}{tokenizer['psnr']:10.2f} dB, {tokenizer['codes_used']} of "
+          f"{results['codes']['codebook_size']} codes used")
+    numbers = {name: run["evaluation"]["numbers"] for name, run in runs.items()}
+    accuracy = numbers["lambda 1"]["Held-out accuracy of the classifier"]
+    print(f"{'classifier, held-out digits':28}{100 * accuracy:10.2f} % right (all scores below are from it, not from "
+          "Inception)\n")
+    print(f"{'':28}" + "".join(f"{name:>14}" for name in runs))
+    for loss in ("token_loss", "cluster_loss"):
+        print(f"{loss.replace('_', ' '):28}" + "".join(f"{run['training'][loss]:14.3f}" for run in runs.values()))
+    for metric in METRICS:
+        print(f"{metric:28}" + "".join(f"{values[metric]:14.4f}" for values in numbers.values()))
+
+
+def main(args, session):
+    with checks(session):
+        results = read_results(args.folder)
+        metrics = {f"lambda {weight}": only(args.folder, f"gpt-lambda{weight}/000-*/metrics.jsonl")
+                   for weight in LAMBDAS}
+    save_digits(args.folder / "digits.png", args.folder)
+    draw_metrics(args.folder / "curves.png", metrics)
+    write_json(args.folder / "report.json", results | {
+        "files_sha256": hash_files(args.folder),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}})
+    print_table(results)
+    print(f"\npictures, curves and report.json in {args.folder}")
+
+
+if __name__ == "__main__":
+    run(main, build_parser())

@@ -1,0 +1,98 @@
+"""Loading GPT and VQ files: strictly, without a second copy of the weights, and only parts that belong together."""
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+from autoregressive.assemble import check_same, load_gpt, load_vq
+from autoregressive.models.gpt import GPT, gpt_config
+from autoregressive.runtime.checkpoint import save_checkpoint
+from autoregressive.runtime.files import codebook_sha256
+from tokenizer.tokenizer_image.vq_model import VQModel
+
+SHAPE = {"grid": 4, "vocab_size": 24, "num_classes": 5}
+
+MEASURE_LOADING = """
+import resource, sys
+import torch
+sys.path.insert(0, sys.argv[2])
+from autoregressive.assemble import load_gpt
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+torch.ones(2, 2) @ torch.ones(2, 2)
+before = peak()
+model, _, _ = load_gpt(sys.argv[1], sys.argv[3], grid=16, vocab_size=16384, num_classes=1000)
+with torch.inference_mode():
+    model.prefill(torch.zeros(1, dtype=torch.int64), model.new_cache(1))       # every weight is read
+weights = sum(parameter.nbytes for parameter in model.parameters())
+print((peak() - before) / weights)
+"""
+
+
+@pytest.fixture
+def saved(tmp_path):
+    torch.manual_seed(0)
+    model = GPT(gpt_config("GPT-tiny", **SHAPE))
+    save_checkpoint(tmp_path / "0000007.pt", {"model": model.state_dict(), "settings": {"grid": 4, "lambda_cce": 1.0}})
+    return tmp_path / "0000007.pt", model.eval()
+
+
+def test_a_loaded_gpt_computes_the_same(saved):
+    path, model = saved
+    loaded, found, record = load_gpt(path.parent, "GPT-tiny", **SHAPE)
+    tokens, labels = torch.randint(24, (2, 15)), torch.tensor([0, 5])
+    assert found == path and record == {"grid": 4, "lambda_cce": 1.0} and not loaded.training
+    assert torch.equal(loaded(tokens, labels), model(tokens, labels))
+
+
+def test_another_size_is_refused_and_the_files_own_size_is_named(tmp_path):
+    with torch.device("meta"):
+        large = GPT(gpt_config("GPT-L", vocab_size=4, num_classes=2))
+    zeros = {name: torch.zeros(()).expand(tensor.shape) for name, tensor in large.state_dict().items()}
+    save_checkpoint(tmp_path / "large.pt", zeros)                 # a kilobyte each: an expanded tensor stores one value
+    with pytest.raises(ValueError, match="the file holds GPT-L with 4 codes and 2 classes; asked for GPT-B with 24 "
+                                         "codes and 5 classes"):
+        load_gpt(tmp_path / "large.pt", "GPT-B", **SHAPE)
+
+
+def test_weights_of_another_grid_are_refused(saved):
+    with pytest.raises(ValueError, match="expected weights trained on a grid of 6, got 4"):
+        load_gpt(saved[0], "GPT-tiny", **SHAPE | {"grid": 6})
+
+
+def test_a_file_that_names_no_grid_is_loaded_and_the_assumed_grid_is_said(saved, tmp_path, caplog):
+    save_checkpoint(tmp_path / "published.pt", saved[1].state_dict())
+    logging.getLogger("iar").propagate = True
+    _, _, record = load_gpt(tmp_path / "published.pt", "GPT-tiny", **SHAPE)
+    assert record == {} and "names no grid; 4 x 4 tokens are assumed" in caplog.text
+
+
+def test_a_loaded_vq_model_comes_with_the_hash_of_its_codebook(tmp_path):
+    model = VQModel("VQ-4-small", 48, 8)
+    save_checkpoint(tmp_path / "vq.pt", {"model": model.state_dict(), "ema": {}})
+    loaded, hashes = load_vq(tmp_path / "vq.pt", "VQ-4-small", 48, 8)
+    assert hashes["codebook_sha256"] == codebook_sha256(model.quantize.embedding.weight)
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    with pytest.raises(ValueError, match=r"quantize\.embedding\.weight expected \(64, 8\), got \(48, 8\)"):
+        load_vq(tmp_path / "vq.pt", "VQ-4-small", 64, 8)
+
+
+def test_hashes_that_differ_are_refused_and_unknown_ones_are_a_warning(caplog):
+    logging.getLogger("iar").propagate = True
+    check_same("codebook", "a" * 64, "a" * 64, "gpt.pt", "vq.pt")
+    assert not caplog.text
+    check_same("codebook", None, "a" * 64, "gpt.pt", "vq.pt")
+    assert "gpt.pt: carries no hash of its codebook" in caplog.text
+    with pytest.raises(ValueError, match=r"vq\.pt: expected the codebook aaaaaaaaaaaa of gpt\.pt, got bbbbbbbbbbbb"):
+        check_same("codebook", "a" * 64, "b" * 64, "gpt.pt", "vq.pt")
+
+
+def test_loading_needs_no_second_copy_of_the_weights(tmp_path):
+    save_checkpoint(tmp_path / "b.pt", {"model": GPT(gpt_config("GPT-B")).state_dict()})
+    done = subprocess.run([sys.executable, "-c", MEASURE_LOADING, tmp_path / "b.pt", ROOT, "GPT-B"],
+                          capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 1.15
