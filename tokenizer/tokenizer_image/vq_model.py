@@ -180,10 +180,10 @@ class Middle(nn.Sequential):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation with the published constants."""
+    """Group normalisation: the published 32 groups, fewer in narrow models, which need a few channels in each."""
 
     def __init__(self, channels):
-        super().__init__(32, channels, eps=1e-6)
+        super().__init__(min(32, channels // 4), channels, eps=1e-6)
 
 
 class ResBlock(nn.Module):

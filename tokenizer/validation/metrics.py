@@ -1,4 +1,4 @@
-"""How close a reconstruction comes to its original."""
+"""How close reconstructions come to their originals, and how much of a codebook they use."""
 
 import torch
 
@@ -15,3 +15,17 @@ def psnr(pictures, reconstructions):
     """
     error = (pictures.double() - reconstructions.double()).square().flatten(1).mean(1)
     return 10 * torch.log10(255**2 / error)
+
+
+def codebook_usage(counts):
+    """Says how much of a codebook is used.
+
+    Args:
+        counts: (V,) how often each code occurs, at least once in total.
+
+    Returns:
+        dict: codes_used, usage (their share, 0 .. 1), perplexity (exp of the entropy: as many codes used evenly).
+    """
+    used = int((counts > 0).sum())
+    entropy = torch.special.entr(counts.double() / counts.sum()).sum()
+    return {"codes_used": used, "usage": used / len(counts), "perplexity": entropy.exp().item()}

@@ -1,0 +1,154 @@
+"""Training a tokenizer: its data, its losses, and the script from start to finish."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+from autoregressive.assemble import load_vq
+from autoregressive.runtime.checkpoint import read_checkpoint
+from autoregressive.runtime.entry import run
+from tokenizer.tokenizer_image.crops import TrainingCrops, load_crops, plan_updates
+from tokenizer.tokenizer_image.images import center_crop, open_images
+from tokenizer.validation.metrics import codebook_usage
+
+SCRIPT = ROOT / "tokenizer" / "tokenizer_image" / "vq_train.py"
+SMALL = ["--dataset", "digits", "--data-path", "heldout", "--image-size", "8", "--vq-model", "VQ-4-small",
+         "--codebook-size", "48", "--mixed-precision", "none", "--num-workers", "0", "--global-batch-size", "14"]
+
+
+def start(monkeypatch, results, *flags):
+    """Runs the script in this process."""
+    script = importlib.import_module("tokenizer.tokenizer_image.vq_train")
+    monkeypatch.setattr(sys, "argv", ["vq_train.py", *SMALL, "--results-dir", str(results), *flags])
+    run(script.main, script.build_parser())
+
+
+def test_an_epoch_visits_every_image_once_and_drops_the_last_incomplete_batch():
+    batches = list(plan_updates(23, 5, 1, range(8), range(5)))
+    for epoch in (0, 1):
+        keys = [key for batch in batches[4 * epoch:4 * epoch + 4] for key in batch]
+        assert {key[0] for key in keys} == {epoch}
+        assert len({row for _, row in keys}) == 20
+    assert [row for _, row in batches[0]] != [row for _, row in batches[4]]
+
+
+def test_parts_of_processes_make_up_the_batch_and_a_later_start_continues_the_plan():
+    whole = list(plan_updates(23, 6, 1, range(9), range(6)))
+    parts = [list(plan_updates(23, 6, 1, range(9), part)) for part in (range(0, 3), range(3, 6))]
+    assert [first + second for first, second in zip(*parts, strict=True)] == whole
+    assert list(plan_updates(23, 6, 1, range(5, 9), range(6))) == whole[5:]
+
+
+def test_crops_depend_on_seed_epoch_and_row_alone():
+    images = open_images("digits", "heldout")
+    keys = [(0, 3), (1, 3), (0, 4), (1, 2)]
+    crops = TrainingCrops(images, 16, seed=5, smallest_share=0.5, flip=True)
+    forward, = load_crops(crops, [keys], num_workers=0)
+    in_workers, = load_crops(crops, [keys[::-1]], num_workers=1)
+    assert torch.equal(forward, in_workers.flip(0))
+    assert not torch.equal(forward[0], forward[1])
+    assert not np.array_equal(TrainingCrops(images, 16, 6, 0.5, True)[0, 3], crops[0, 3])
+
+
+def test_half_of_the_crops_are_mirrored_unless_flips_are_off():
+    images = open_images("digits", "heldout")
+    whole = center_crop(images.read(3), 16)
+    assert np.array_equal(TrainingCrops(images, 16, 0, 1.0, flip=False)[7, 3], whole)
+    flipped = [np.array_equal(TrainingCrops(images, 16, 0, 1.0, flip=True)[epoch, 3], whole[:, ::-1])
+               for epoch in range(40)]
+    assert 8 < sum(flipped) < 32
+
+
+def test_usage_and_perplexity_are_their_closed_forms():
+    assert codebook_usage(torch.tensor([3.0, 0, 3, 3, 0])) == pytest.approx(
+        {"codes_used": 3, "usage": 0.6, "perplexity": 3.0})
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Trained by two processes: a folder with all that they left."""
+    folder = tmp_path_factory.mktemp("a tokenizer")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT,
+                           *SMALL, "--results-dir", folder, "--val-path", "heldout", "--max-updates", "18",
+                           "--lr", "2e-3", "--log-every", "1", "--output", folder / "vq.pt"],
+                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def read_losses(folder):
+    return [json.loads(line)["reconstruction"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_training_lowers_the_reconstruction_loss(trained):
+    losses = read_losses(trained / "000-VQ-4-small")
+    assert len(losses) == 18 and losses[-1] < 0.7 * losses[0]
+
+
+def test_checkpoint_loads_strictly_and_says_what_it_was_trained_on(trained):
+    model, _ = load_vq(trained / "vq.pt", "VQ-4-small", 48, 8)
+    assert len(model.quantize.codebook_used.unique()) > 1
+    settings = read_checkpoint(trained / "vq.pt")["settings"]
+    assert settings.items() >= {"vq_model": "VQ-4-small", "codebook_size": 48, "codebook_embed_dim": 8,
+                                "image_size": 8, "dataset": "digits", "num_classes": 10, "updates": 18}.items()
+
+
+def test_result_and_pictures_lie_beside(trained):
+    result = json.loads((trained / "vq.json").read_text())
+    assert 5 < result["psnr"] < 40 and result["num_images"] == len(open_images("digits", "heldout"))
+    assert 1 <= result["codes_used"] <= result["codebook_size"] == 48
+    folder = trained / "000-VQ-4-small"
+    assert {"config.json", "log.txt", "curves.png", "reconstructions.png", "finished.json"} <= {
+        path.name for path in folder.iterdir()}
+
+
+def test_one_process_trains_as_two_and_a_finished_run_is_left_alone(trained, tmp_path, monkeypatch, capsys):
+    flags = ("--max-updates", "5", "--lr", "2e-3", "--log-every", "1")
+    start(monkeypatch, tmp_path, *flags)
+    np.testing.assert_allclose(read_losses(tmp_path / "000-VQ-4-small"), read_losses(trained / "000-VQ-4-small")[:5],
+                               rtol=1e-4)
+    assert "is finished" not in capsys.readouterr().out
+    start(monkeypatch, tmp_path, *flags)
+    assert "is finished" in capsys.readouterr().out
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_entropy_and_mixed_precision_train(tmp_path, monkeypatch):
+    start(monkeypatch, tmp_path, "--max-updates", "2", "--entropy-ratio", "0.1", "--mixed-precision", "bf16")
+    row, = [json.loads(line) for line in (tmp_path / "000-VQ-4-small" / "metrics.jsonl").read_text().splitlines()]
+    assert row["step"] == 2 and row["entropy"] != 0 and np.isfinite(row["reconstruction"])
+
+
+def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.nn.functional.mse_loss", lambda a, b: (a - b).mean() * torch.nan)
+    with pytest.raises(FloatingPointError, match="update 1"):
+        start(monkeypatch, tmp_path, "--max-updates", "2")
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--dataset", "imagenet", "--data-path", "/missing"], "/missing: expected a folder"),
+    (["--data-path", "test"], "expected train or heldout"),
+    (["--val-path", "test"], "expected train or heldout"),
+    (["--image-size", "18"], "--image-size: expected a multiple of the 4 pixels"),
+    (["--image-size", "0"], "--image-size: expected a multiple"),
+    (["--global-batch-size", "0"], "--global-batch-size: expected a multiple"),
+    (["--global-batch-size", "5000"], "lower --global-batch-size"),
+    (["--epochs", "0"], "--epochs: expected at least 1, got 0"),
+    (["--lr", "nan"], "--lr: expected at least 0, got nan"),
+    (["--smallest-crop", "1.5"], "--smallest-crop: expected a share"),
+    (["--codebook-size", "0"], "--codebook-size: expected at least 1"),
+])
+def test_wrong_input_is_one_line_and_exit_code_2_and_leaves_nothing(tmp_path, monkeypatch, capsys, flags, message):
+    with pytest.raises(SystemExit) as stopped:
+        start(monkeypatch, tmp_path, *flags)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert error.count("\n") == 1 and message in error
+    assert not list(tmp_path.iterdir())
