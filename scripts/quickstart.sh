@@ -12,6 +12,7 @@ gpt="--gpt-model GPT-tiny --num-classes 10 --image-size 16 --downsample-size 4 -
 reordered="$out/vq-reorder-kmeans+nearest-cluster_size=16.pt"
 mapping="$out/mapping-kmeans+nearest-cluster_size=16.pt"
 two="torchrun --standalone --nproc_per_node=2"
+export OMP_NUM_THREADS=1        # small layers: two processes of one thread beat one process of two, by far on a busy machine
 mkdir -p $out
 
 # step RESULT TITLE COMMAND...: runs a command that knows no resuming, unless its result is there.
@@ -26,8 +27,8 @@ step() {
     fi
 }
 
-train_gpt() {       # train_gpt LAMBDA: single-threaded, so that both trainings share two cores without getting in the way
-    OMP_NUM_THREADS=1 python autoregressive/train/train_c2i.py $gpt $vq --vocab-size 512 --lambda-cce "$1" \
+train_gpt() {       # train_gpt LAMBDA
+    python autoregressive/train/train_c2i.py $gpt $vq --vocab-size 512 --lambda-cce "$1" \
         --code-path $out/codes --mapping-path "$mapping" --vq-ckpt "$reordered" --results-dir $out/gpt-lambda$1 \
         --mixed-precision none --max-updates 2000 --global-batch-size 64 --lr 2e-3 --warmup 100 --lr-schedule linear
 }
@@ -48,8 +49,10 @@ evaluate() {        # evaluate LAMBDA
     python evaluations/c2i/evaluator.py $out/reference.npz $out/samples-lambda$1/*.npz --classifier $out/classifier.pt
 }
 
-step $out/vq.pt "1/8 tokenizer" python tokenizer/tokenizer_image/vq_train.py --dataset digits --data-path train \
-    --val-path heldout --no-flip --image-size 16 $vq --results-dir $out --output $out/vq.pt
+step $out/vq.pt "1/8 tokenizer, two processes" $two tokenizer/tokenizer_image/vq_train.py --dataset digits --data-path train \
+    --val-path heldout --no-flip --smallest-crop 1 --image-size 16 $vq --max-updates 450 --global-batch-size 32 \
+    --lr 1e-3 --lr-schedule linear --warmup 50 --mixed-precision none --num-workers 0 --results-dir $out/vq \
+    --output $out/vq.pt
 echo "== 2/8 extract codes, two processes"
 $two autoregressive/train/extract_codes_c2i.py --dataset digits --data-path train --no-flip --image-size 16 $vq \
     --vq-ckpt $out/vq.pt --code-path $out/codes
