@@ -41,7 +41,8 @@ LARGEST_PICTURE = 512                                   # codes a side; larger c
 
 def build_parser():
     """Returns the parser of this script's command line."""
-    parser = Parser("Rearrange a codebook so that a cluster of similar codes is a run of neighbouring indices.")
+    parser = Parser("Rearrange a codebook so that a cluster of similar codes is a run of neighbouring indices.",
+                    draws=False)
     parser.add_argument("--vq-ckpt", default="pretrained_models/vq_ds16_c2i.pt", help="checkpoint with the codebook")
     parser.add_argument("--cluster-size", type=int, default=128, help="codes in every cluster")
     parser.add_argument("--method", default="optimal", choices=("optimal", "greedy"),

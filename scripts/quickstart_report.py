@@ -28,7 +28,7 @@ METRICS = ("Inception Score", "FID", "sFID", "Precision", "Recall", "Label agree
 
 def build_parser():
     """Returns the parser of this script's command line."""
-    parser = Parser("Gather the results of the quickstart.")
+    parser = Parser("Gather the results of the quickstart.", draws=False)
     parser.add_argument("folder", type=Path, help="what scripts/quickstart.sh wrote")
     return parser
 

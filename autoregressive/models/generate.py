@@ -140,7 +140,7 @@ def choose(logits, uniforms, sampler):
 
 
 @torch.inference_mode()
-def generate(model, labels, uniforms, sampler, on_token=lambda: None):
+def generate(model, labels, uniforms, sampler):
     """Draws the tokens of pictures, position by position, with a key-value cache.
 
     Args:
@@ -148,7 +148,6 @@ def generate(model, labels, uniforms, sampler, on_token=lambda: None):
         labels: (B,) int64 on the model's device.
         uniforms: (B, T) float64 on the model's device, one for each token.
         sampler: Sampler.
-        on_token: called after every position.
 
     Returns:
         (B, T) int64 tokens.
@@ -167,5 +166,4 @@ def generate(model, labels, uniforms, sampler, on_token=lambda: None):
             logits = model.decode_step(previous.repeat(2) if guided else previous, position, cache)
         tokens[:, position] = choose(guide(logits, sampler.cfg_scale) if guided else logits,
                                      uniforms[:, position], sampler)
-        on_token()
     return tokens

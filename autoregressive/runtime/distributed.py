@@ -68,13 +68,14 @@ class Session:
         return range(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
 
 
-def add_runtime_args(parser):
-    """Declares the flags that every script shares: --device, --global-seed, --debug."""
+def add_runtime_args(parser, draws=True):
+    """Declares the flags that scripts share: --device, --debug, and, for those that draw, --global-seed."""
     group = parser.add_argument_group("runtime")
     group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"),
                        help="where to compute; auto takes the GPU if there is one")
-    group.add_argument("--global-seed", type=seed_number, default=0,
-                       help="the seed that every random choice derives from")
+    if draws:
+        group.add_argument("--global-seed", type=seed_number, default=0,
+                           help="the seed that every random choice derives from")
     group.add_argument("--debug", action="store_true", help="one process only, errors keep their traceback")
 
 

@@ -28,11 +28,12 @@ OLDEST_TORCH = (2, 6)
 class Parser(argparse.ArgumentParser):
     """An argument parser with the shared runtime flags, whose errors are one line, printed by rank 0 alone."""
 
-    def __init__(self, description):
+    def __init__(self, description, draws=True):
+        """`draws` says whether the script draws anything at random, and so has a --global-seed."""
         super().__init__(description=description, allow_abbrev=False,
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         self._unbuilt = []
-        add_runtime_args(self)
+        add_runtime_args(self, draws)
 
     def error(self, message):
         exit_with(message)

@@ -21,6 +21,7 @@ import torch
 
 from autoregressive.assemble import load_vq
 from autoregressive.data.codes import CodeWriter, add_code_args
+from autoregressive.runtime.distributed import seed_everything
 from autoregressive.runtime.entry import Parser, checks, run
 from autoregressive.runtime.log import open_logger, progress
 from tokenizer.tokenizer_image.images import add_image_args, flip_pair, open_images, ten_crop, to_float
@@ -86,6 +87,7 @@ def encode_rows(rows, images, vq, args, device):
 
 def main(args, session):
     logger = open_logger(session)
+    seed_everything(args.global_seed)
     with checks(session):
         images = open_images(args.dataset, args.data_path)
         vq, hashes = load_vq(args.vq_ckpt, args.vq_model, args.codebook_size, args.codebook_embed_dim)

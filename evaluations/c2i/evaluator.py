@@ -54,7 +54,8 @@ def metric_names(text):
 
 def build_parser():
     """Returns the parser of this script's command line."""
-    parser = Parser("Score samples against a reference: Inception score, FID, sFID, precision, recall.")
+    parser = Parser("Score samples against a reference: Inception score, FID, sFID, precision, recall.",
+                    draws=False)
     parser.add_argument("ref_batch", help="npz of the reference: pictures and perhaps ready statistics")
     parser.add_argument("sample_batch", help="npz of the samples")
     parser.add_argument("--classifier", help="score with this small classifier (train_classifier.py), not Inception")

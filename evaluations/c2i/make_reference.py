@@ -31,7 +31,8 @@ BATCH_IMAGES = 256      # pictures that are in memory together
 
 def build_parser():
     """Returns the parser of this script's command line."""
-    parser = Parser("Make a reference npz out of an image folder, the digits, or an npz (--data-path X.npz).")
+    parser = Parser("Make a reference npz out of an image folder, the digits, or an npz (--data-path X.npz).",
+                    draws=False)
     add_image_args(parser)
     parser.add_argument("--output", required=True, help="the npz to write")
     parser.add_argument("--num-images", type=int, default=0, help="how many pictures, evenly spread; 0 = all")
