@@ -1,0 +1,208 @@
+"""The exact steps of balanced clustering: the best assignment for given centers, and the best swaps.
+
+V codes belong to K clusters of exactly S = V / K. Moving one code from cluster a to b costs at least
+w[a, b] = min over i in a of (cost[i, b] - cost[i, a]), so an assignment is optimal exactly when the graph of these
+K x K weights has no negative cycle. Cycles are found and cancelled among K nodes, however many codes there are.
+"""
+
+import numpy as np
+
+TOLERANCE = 1e-10       # relative to the largest cost: below it, differences of float64 sums are rounding
+
+
+def distance_costs(codes, centers):
+    """Returns (V, K) float64: squared distances of codes to centers, less the |code|^2 that no assignment changes."""
+    return (centers ** 2).sum(axis=1) - 2 * (codes @ centers.T)
+
+
+def fill_clusters(costs):
+    """Assigns every code to its cheapest cluster that is not full, codes with most to lose first.
+
+    Args:
+        costs: (V, K) float64, K at least 2.
+
+    Returns:
+        (V,) int64: the cluster of each code, S codes in every cluster.
+    """
+    nearest = costs.argmin(axis=1)
+    two_cheapest = np.partition(costs, 1, axis=1)[:, :2]
+    order = np.argsort(two_cheapest[:, 0] - two_cheapest[:, 1], kind="stable")
+    return fill_in_order(costs, order, nearest)
+
+
+def fill_in_order(costs, order, nearest):
+    """Visits codes in `order` and gives each to `nearest` or, when that is full, to its cheapest cluster with room.
+
+    Args:
+        costs: (V, K) floats.
+        order: (V,) permutation of the codes.
+        nearest: (V,) int64, the cheapest cluster of each code.
+
+    Returns:
+        (V,) int64: the cluster of each code.
+    """
+    num_codes, num_clusters = costs.shape
+    room = [num_codes // num_clusters] * num_clusters
+    closed = np.zeros(num_clusters)                  # infinity where a cluster is full
+    assignment = nearest.tolist()
+    for code in order.tolist():
+        cluster = assignment[code]
+        if not room[cluster]:
+            cluster = assignment[code] = int((costs[code] + closed).argmin())
+        room[cluster] -= 1
+        if not room[cluster]:
+            closed[cluster] = np.inf
+    return np.array(assignment, dtype=np.int64)
+
+
+def list_members(assignment, num_clusters):
+    """Returns (K, S) int64: the codes of each cluster, ascending."""
+    return np.argsort(assignment, kind="stable").reshape(num_clusters, -1)
+
+
+def move_weights(costs, members, clusters):
+    """Finds the cheapest code to move out of some clusters into each other cluster.
+
+    Args:
+        costs: (V, K) float64.
+        members: (K, S) int64.
+        clusters: (A,) int64, the clusters to leave.
+
+    Returns:
+        weights (A, K) float64, and slots (A, K) int64: which member it is. A cluster costs 0 to itself.
+    """
+    leaving = costs[members[clusters]]                                                      # (A, S, K)
+    leaving -= np.take_along_axis(leaving, clusters[:, None, None], axis=2)
+    slots = leaving.argmin(axis=1)                                                          # (A, K)
+    weights = np.take_along_axis(leaving, slots[:, None, :], axis=1)[:, 0]
+    weights[np.arange(len(clusters)), clusters] = 0
+    return weights, slots
+
+
+def find_negative_cycles(weights, tolerance):
+    """Finds disjoint cycles of negative weight by Bellman and Ford's method from all nodes at once.
+
+    Args:
+        weights: (K, K) float64, zero diagonal.
+        tolerance: a path counts as shorter only by more than this.
+
+    Returns:
+        list of cycles, each a list of nodes a, b, c, .. with a -> b -> c -> .. -> a; empty exactly when there is none.
+    """
+    num_nodes = len(weights)
+    nodes = np.arange(num_nodes)
+    lengths = np.zeros(num_nodes)
+    previous = np.full(num_nodes, -1)
+    for step in range(1, num_nodes + 1):
+        extended = lengths[:, None] + weights
+        best = extended.argmin(axis=0)
+        shorter = extended[best, nodes] < lengths - tolerance
+        if not shorter.any():
+            return []
+        lengths = np.where(shorter, extended[best, nodes], lengths)
+        previous = np.where(shorter, best, previous)
+        is_due = step % 4 == 0 or step == num_nodes  # cycles are short, so looking now and then finds them early
+        if is_due and (cycles := _cycles_of(previous.tolist())):
+            return cycles
+    return []
+
+
+def _cycles_of(previous):
+    """Returns the cycles of a graph in which every node has at most one predecessor (-1: none)."""
+    cycles, visited_from = [], [-1] * len(previous)
+    for start in range(len(previous)):
+        node, path = start, []
+        while node != -1 and visited_from[node] == -1:
+            visited_from[node] = start
+            path.append(node)
+            node = previous[node]
+        if node != -1 and visited_from[node] == start:
+            cycles.append(path[path.index(node):][::-1])
+    return cycles
+
+
+def assign_exactly(costs, assignment):
+    """Returns the balanced assignment of least total cost, by cancelling negative cycles of a given one.
+
+    Args:
+        costs: (V, K) float64.
+        assignment: (V,) int64, any balanced assignment; the nearer to the best, the faster.
+
+    Returns:
+        (V,) int64: a balanced assignment whose graph has no negative cycle.
+    """
+    num_clusters = costs.shape[1]
+    tolerance = TOLERANCE * np.abs(costs).max()
+    members = list_members(assignment, num_clusters)
+    weights, slots = move_weights(costs, members, np.arange(num_clusters))
+    while cycles := find_negative_cycles(weights, tolerance):
+        for cycle in cycles:                         # disjoint: each cluster gives one code and gets one
+            target = np.roll(cycle, -1)
+            source_slots = slots[cycle, target]
+            members[target, np.roll(source_slots, -1)] = members[cycle, source_slots]
+        changed = np.concatenate(cycles)
+        weights[changed], slots[changed] = move_weights(costs, members, changed)
+    return _assignment_of(members)
+
+
+def _assignment_of(members):
+    assignment = np.empty(members.size, dtype=np.int64)
+    assignment[members] = np.arange(len(members))[:, None]
+    return assignment
+
+
+def assignment_is_optimal(costs, assignment):
+    """Returns whether no other balanced assignment costs less: no negative cycle among the K clusters."""
+    num_clusters = costs.shape[1]
+    weights, _ = move_weights(costs, list_members(assignment, num_clusters), np.arange(num_clusters))
+    return not find_negative_cycles(weights, TOLERANCE * np.abs(costs).max())
+
+
+def swap_changes(first, second):
+    """Returns (S, S) float64: by how much the SSE changes when first[i] and second[j] change places.
+
+    With d = second[j] - first[i] the means move by d/S and -d/S, so the change is -2 d.(c_a - c_b) - 2 |d|^2 / S.
+
+    Args:
+        first, second: (S, E) float64, all codes of two clusters.
+    """
+    size = len(first)
+    step = first.mean(axis=0) - second.mean(axis=0)
+    leave = 2 * (first @ step) - 2 * (first ** 2).sum(axis=1) / size
+    enter = -2 * (second @ step) - 2 * (second ** 2).sum(axis=1) / size
+    return leave[:, None] + enter + 4 / size * (first @ second.T)
+
+
+def swap_candidates(codes, members, tolerance):
+    """Returns the pairs of clusters (a < b) in which a swap may lower the SSE, by a bound that misses none."""
+    num_clusters, size = members.shape
+    centers = codes[members].mean(axis=1)
+    radii = np.sqrt(((codes[members] - centers[:, None]) ** 2).sum(axis=2).max(axis=1))
+    gaps = np.sqrt(((centers[:, None] - centers) ** 2).sum(axis=2))
+    weights, _ = move_weights(distance_costs(codes, centers), members, np.arange(num_clusters))
+    bound = weights + weights.T - 2 * (radii[:, None] + radii + gaps) ** 2 / size
+    return np.argwhere(np.triu(bound < -tolerance, k=1))
+
+
+def swap_codes(codes, assignment, num_clusters):
+    """Swaps pairs of codes as long as a swap lowers the SSE.
+
+    Args:
+        codes: (V, E) float64.
+        assignment: (V,) int64, balanced.
+        num_clusters: K.
+
+    Returns:
+        the improved assignment (V,) int64, and the number of swaps made: 0 certifies that none helps.
+    """
+    members = list_members(assignment, num_clusters)
+    tolerance = TOLERANCE * (codes ** 2).sum(axis=1).max()
+    num_swaps = 0
+    for a, b in swap_candidates(codes, members, tolerance):
+        changes = swap_changes(codes[members[a]], codes[members[b]])
+        while changes.min() < -tolerance:
+            i, j = np.unravel_index(changes.argmin(), changes.shape)
+            members[a, i], members[b, j] = members[b, j], members[a, i]
+            num_swaps += 1
+            changes = swap_changes(codes[members[a]], codes[members[b]])
+    return _assignment_of(members), num_swaps
