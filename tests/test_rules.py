@@ -32,7 +32,7 @@ SCRIPTS = {
         "--codebook-embed-dim": 8, "--cluster-size": 128, "--lambda-cce": 1},
     "autoregressive/sample/sample_c2i_ddp.py": {
         "--gpt-model": "GPT-B", "--gpt-ckpt": None, "--gpt-type": "c2i", "--from-fsdp": False, "--cls-token-num": 1,
-        "--precision": "bf16", "--compile": False, "--no-compile": False, "--vq-model": "VQ-16", "--vq-ckpt": None,
+        "--precision": "bf16", "--compile": False, "--vq-model": "VQ-16", "--vq-ckpt": None,
         "--codebook-size": 16384, "--codebook-embed-dim": 8, "--image-size": 384, "--image-size-eval": 256,
         "--downsample-size": 16, "--num-classes": 1000, "--cfg-scale": 1.5, "--cfg-interval": -1,
         "--sample-dir": "samples", "--per-proc-batch-size": 32, "--num-fid-samples": 50000, "--global-seed": 0,
@@ -170,10 +170,10 @@ def original_commands():
     return [block for block in blocks if ".py" in block]
 
 
-@pytest.mark.parametrize("command, missing", zip(original_commands(), [
+@pytest.mark.parametrize("command, missing", list(zip(original_commands(), [
     "/path/to/imagenet/train: expected a folder", "pretrained_models/vq_ds16_c2i.pt: expected a file",
     "/path/to/output/codes: expected a code store", "results/your_model_directory/checkpoints: expected a file",
-    "evaluations/VIRTUAL_imagenet256_labeled.npz: expected a file"], strict=True))
+    "evaluations/VIRTUAL_imagenet256_labeled.npz: expected a file"], strict=True)))
 def test_original_commands_are_accepted_up_to_the_first_missing_file(command, missing, tmp_path):
     words = shlex.split(command)
     script = next(index for index, word in enumerate(words) if word.endswith(".py"))

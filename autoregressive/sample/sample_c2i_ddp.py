@@ -19,6 +19,8 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])      # the repository root instead of this folder
 
+import argparse
+
 import numpy as np
 import torch
 
@@ -45,8 +47,8 @@ def build_parser():
     add_sampler_args(parser)
     parser.add_argument("--from-fsdp", action="store_true", help="the checkpoint is a bare state dict")
     parser.add_argument("--precision", default="bf16", choices=PRECISIONS, help="of the GPT's weights and cache")
-    parser.add_argument("--compile", action="store_true", help="compile the decode step")
-    parser.add_argument("--no-compile", dest="compile", action="store_false", help="do not compile the decode step")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
+                        help="compile the decode step")
     parser.add_argument("--image-size", type=int, default=384, help="pixels of a generated picture's side")
     parser.add_argument("--image-size-eval", type=int, default=256, help="pixels of a stored picture's side")
     parser.add_argument("--sample-dir", default="samples", help="folder of the npz")

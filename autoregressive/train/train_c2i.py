@@ -158,9 +158,9 @@ def main(args, session):
         check_store(args, store, mapping)
         batches = TokenBatches(store, mapping.tokens, args.global_batch_size, args.global_seed, args.num_classes,
                                LABEL_DROPOUT)
+        vq = load_reordered_vq(args, mapping)
         name = f"{args.gpt_model}-lambda={args.lambda_cce:g}-cluster_size={args.cluster_size}"
         folder = find_run_folder(args.results_dir, name, vars(args), FREE_TO_CHANGE, args.new_run)
-        vq = load_reordered_vq(args, mapping)
     num_updates = args.max_updates or args.epochs * batches.per_epoch
     if folder.result and folder.result["updates"] >= num_updates:
         logger.info("%s is finished: %s", folder.path, folder.result)
