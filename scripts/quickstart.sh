@@ -50,8 +50,8 @@ evaluate() {        # evaluate LAMBDA
 }
 
 step $out/vq.pt "1/8 tokenizer, two processes" $two tokenizer/tokenizer_image/vq_train.py --dataset digits --data-path train \
-    --val-path heldout --no-flip --smallest-crop 1 --image-size 16 $vq --max-updates 450 --global-batch-size 32 \
-    --lr 1e-3 --lr-schedule linear --warmup 50 --mixed-precision none --num-workers 0 --results-dir $out/vq \
+    --val-path heldout --no-flip --smallest-crop 1 --image-size 16 $vq --max-updates 400 --global-batch-size 32 \
+    --lr 1.5e-3 --lr-schedule linear --warmup 30 --mixed-precision none --num-workers 0 --results-dir $out/vq \
     --output $out/vq.pt
 echo "== 2/8 extract codes, two processes"
 $two autoregressive/train/extract_codes_c2i.py --dataset digits --data-path train --no-flip --image-size 16 $vq \
