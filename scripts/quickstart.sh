@@ -12,36 +12,41 @@ gpt="--gpt-model GPT-tiny --num-classes 10 --image-size 16 --downsample-size 4 -
 reordered="$out/vq-reorder-kmeans+nearest-cluster_size=16.pt"
 mapping="$out/mapping-kmeans+nearest-cluster_size=16.pt"
 two="torchrun --standalone --nproc_per_node=2"
-export OMP_NUM_THREADS=1        # small layers: two processes of one thread beat one process of two, by far on a busy machine
+export OMP_NUM_THREADS=1        # the layers are small: a second core is better used by a second step than by a second thread
 mkdir -p $out
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT         # what runs beside a step that failed
 
-# step RESULT TITLE COMMAND...: runs a command that knows no resuming, unless its result is there.
+# step RESULT COMMAND...: runs a command that knows no resuming, unless its result is there.
 step() {
-    local result=$1 title=$2
-    shift 2
-    if compgen -G "$result" >/dev/null; then
-        echo "== $title: done before ($result)"
+    local result=$1
+    shift
+    if [ -e "$result" ]; then
+        echo "$result is there"
     else
-        echo "== $title"
         "$@"
     fi
+}
+
+# beside LOG COMMAND...: runs a step in the background and keeps what it prints; `joined` waits for it.
+beside() {
+    log=$1
+    shift
+    "$@" >"$log" 2>&1 &
+}
+
+joined() {
+    wait $! || { cat "$log"; return 1; }
 }
 
 train_gpt() {       # train_gpt LAMBDA
     python autoregressive/train/train_c2i.py $gpt $vq --vocab-size 512 --lambda-cce "$1" \
         --code-path $out/codes --mapping-path "$mapping" --vq-ckpt "$reordered" --results-dir $out/gpt-lambda$1 \
-        --mixed-precision none --max-updates 2000 --global-batch-size 64 --lr 2e-3 --warmup 100 --lr-schedule linear
-}
-
-train_both() {
-    train_gpt 0 >$out/train-lambda0.log 2>&1 &
-    train_gpt 1
-    wait $! || { cat $out/train-lambda0.log; return 1; }
+        --mixed-precision none --max-updates 1500 --global-batch-size 64 --lr 3e-3 --warmup 100 --lr-schedule linear
 }
 
 sample() {          # sample LAMBDA
     $two autoregressive/sample/sample_c2i_ddp.py $gpt $vq --vq-ckpt "$reordered" --gpt-ckpt $out/gpt-lambda$1/000-* \
-        --image-size-eval 16 --precision none --num-fid-samples 1500 --per-proc-batch-size 125 --cfg-scale 2 \
+        --image-size-eval 16 --precision none --num-fid-samples 1500 --per-proc-batch-size 125 --cfg-scale 2 --top-p 0.9 \
         --sample-dir $out/samples-lambda$1
 }
 
@@ -49,25 +54,29 @@ evaluate() {        # evaluate LAMBDA
     python evaluations/c2i/evaluator.py $out/reference.npz $out/samples-lambda$1/*.npz --classifier $out/classifier.pt
 }
 
-step $out/vq.pt "1/8 tokenizer, two processes" $two tokenizer/tokenizer_image/vq_train.py --dataset digits --data-path train \
-    --val-path heldout --no-flip --smallest-crop 1 --image-size 16 $vq --max-updates 400 --global-batch-size 32 \
-    --lr 1.5e-3 --lr-schedule linear --warmup 30 --mixed-precision none --num-workers 0 --results-dir $out/vq \
-    --output $out/vq.pt
-echo "== 2/8 extract codes, two processes"
+echo "== 1/7 train a tokenizer (shown) and a small classifier to score with (beside it)"
+beside $out/classifier.log step $out/classifier.pt python evaluations/c2i/train_classifier.py --dataset digits \
+    --data-path train --val-path heldout --image-size 16 --output $out/classifier.pt
+step $out/vq.pt python tokenizer/tokenizer_image/vq_train.py --dataset digits --data-path train --val-path heldout \
+    --no-flip --smallest-crop 1 --image-size 16 $vq --max-updates 350 --global-batch-size 32 --lr 1.5e-3 \
+    --lr-schedule linear --warmup 30 --mixed-precision none --num-workers 0 --results-dir $out/vq --output $out/vq.pt
+joined
+echo "== 2/7 extract codes, two processes"
 $two autoregressive/train/extract_codes_c2i.py --dataset digits --data-path train --no-flip --image-size 16 $vq \
     --vq-ckpt $out/vq.pt --code-path $out/codes
-step "$reordered" "3/8 reorder the codebook" python balance_k_means.py --vq-ckpt $out/vq.pt --cluster-size 16 \
-    --output-dir $out
-echo "== 4/8 train two GPTs, lambda 1 (shown) and lambda 0 (beside it)"
-train_both
-step $out/classifier.pt "5/8 train a small classifier to score with" python evaluations/c2i/train_classifier.py \
-    --dataset digits --data-path train --val-path heldout --image-size 16 --output $out/classifier.pt
-echo "== 6/8 sample from both, two processes"
+echo "== 3/7 reorder the codebook"
+step "$reordered" python balance_k_means.py --vq-ckpt $out/vq.pt --cluster-size 16 --output-dir $out
+echo "== 4/7 train two GPTs, lambda 1 (shown) and lambda 0 (beside it)"
+beside $out/train-lambda0.log train_gpt 0
+train_gpt 1
+joined
+echo "== 5/7 sample from both, two processes"
 sample 1
 sample 0
-step $out/reference.npz "7/8 reference of real digits" python evaluations/c2i/make_reference.py --dataset digits \
-    --data-path train --image-size 16 --output $out/reference.npz
-step "$out/samples-lambda1/*.json" "7/8 evaluate, lambda 1" evaluate 1
-step "$out/samples-lambda0/*.json" "7/8 evaluate, lambda 0" evaluate 0
-echo "== 8/8 report"
+echo "== 6/7 evaluate both against the real digits"
+step $out/reference.npz python evaluations/c2i/make_reference.py --dataset digits --data-path train --image-size 16 \
+    --output $out/reference.npz
+evaluate 1
+evaluate 0
+echo "== 7/7 report"
 python scripts/quickstart_report.py $out

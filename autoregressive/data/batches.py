@@ -6,12 +6,9 @@ Letters: N images, B batch, T tokens.
 import numpy as np
 import torch
 
+from autoregressive.runtime.distributed import keyed_random
+
 ORDER, CROP, LABEL_DROPOUT = range(3)               # streams of random numbers of one epoch
-
-
-def epoch_stream(seed, epoch, stream):
-    """Returns the numpy Generator of one kind of choice in one epoch."""
-    return np.random.Generator(np.random.Philox(key=np.array([seed, 3 * epoch + stream], dtype=np.uint64)))
 
 
 class TokenBatches:
@@ -48,9 +45,9 @@ class TokenBatches:
     def _plan(self, epoch):
         if self._epoch != epoch:
             count = len(self.store.rows)
-            self._order = epoch_stream(self.seed, epoch, ORDER).permutation(count)
-            self._crops = epoch_stream(self.seed, epoch, CROP).integers(self.store.codes.shape[1], size=count)
-            self._drops = epoch_stream(self.seed, epoch, LABEL_DROPOUT).random(count) < self.label_dropout
+            self._order = keyed_random(self.seed, epoch, ORDER).permutation(count)
+            self._crops = keyed_random(self.seed, epoch, CROP).integers(self.store.codes.shape[1], size=count)
+            self._drops = keyed_random(self.seed, epoch, LABEL_DROPOUT).random(count) < self.label_dropout
             self._epoch = epoch
 
     def batch(self, update, part):

@@ -138,6 +138,18 @@ def wrap_for_training(module, session):
     return torch.nn.parallel.DistributedDataParallel(module, device_ids=devices)
 
 
+def keyed_random(seed, epoch, stream):
+    """Returns the numpy Generator of one kind of choice in one epoch, whatever was drawn before.
+
+    Args:
+        seed: the run's seed.
+        epoch: number of the epoch.
+        stream: tells kinds of choices, or rows, of an epoch apart.
+    """
+    # Philox counts in four words: the first runs within a stream, the second tells the streams apart.
+    return np.random.Generator(np.random.Philox(key=np.array([seed, epoch], np.uint64), counter=[0, stream, 0, 0]))
+
+
 def seed_everything(seed, rank=0):
     """Seeds Python, NumPy and torch (all devices) from (seed, rank)."""
     state = np.random.SeedSequence([seed, rank]).generate_state(3)

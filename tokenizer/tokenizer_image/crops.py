@@ -1,14 +1,9 @@
 """Crops for training and judging a tokenizer: which row comes when, and how it is cut, follows from the seed alone."""
 
-import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
+from autoregressive.runtime.distributed import keyed_random
 from tokenizer.tokenizer_image.images import center_crop, random_crop
-
-
-def _random(seed, epoch, stream):
-    # Philox counts in four words; the second one tells the streams of an epoch apart, the first one runs in each.
-    return np.random.Generator(np.random.Philox(key=np.array([seed, epoch], np.uint64), counter=[0, stream, 0, 0]))
 
 
 class TrainingCrops(Dataset):
@@ -29,7 +24,7 @@ class TrainingCrops(Dataset):
     def __getitem__(self, key):
         """Returns (image_size, image_size, 3) uint8. Raises ValueError if the file is broken."""
         epoch, row = key
-        random = _random(self.seed, epoch, 1 + row)
+        random = keyed_random(self.seed, epoch, 1 + row)
         crop = random_crop(self.images.read(row), self.image_size, random, self.smallest_share)
         return crop[:, ::-1].copy() if self.flip and random.random() < 0.5 else crop
 
@@ -60,7 +55,7 @@ def plan_updates(num_images, batch_size, seed, updates, part):
     for update in updates:
         epoch, index = divmod(update, per_epoch)
         if epoch != shuffled:
-            order, shuffled = _random(seed, epoch, 0).permutation(num_images), epoch
+            order, shuffled = keyed_random(seed, epoch, 0).permutation(num_images), epoch
         yield [(epoch, int(row)) for row in order[index * batch_size:][part.start:part.stop]]
 
 
