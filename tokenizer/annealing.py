@@ -9,13 +9,13 @@ import numpy as np
 import torch
 
 START_TEMPERATURE = 0.4         # of the critical one
-COOLING = 0.995                 # the temperature after a move of the centers, as a part of the one before
+COOLING = 0.998                 # of the temperature in every round
 SHARPNESS = 0.8                 # mean share of the nearest cluster at which annealing ends
 LAST_TEMPERATURE = 1e-3         # of the first; equal codes keep shares from ever being sharp
 OVER_RELAXATION = 1.5           # centers move past their means: near a split the plain move is slow
-BALANCE = 0.3                   # largest relative error of a soft size at which the centers may move
-MAX_BALANCING = 6               # rounds at one temperature
-SAMPLED_ROWS = 2048             # codes from which the Hessian of the prices is estimated
+BALANCE = 0.4                   # largest relative error of a soft size at which the centers may move
+MAX_BALANCING = 6               # rounds between two moves of the centers
+BLOCK_ROWS = 1024               # codes handled together: their shares stay in the processor's cache
 DAMPING = 0.2                   # added to the Hessian's diagonal, in units of S
 MAX_PRICE_STEP = 2.0            # in units of the temperature
 
@@ -31,22 +31,21 @@ def anneal(codes, start, on_round=lambda: None):
     Returns:
         centers (K, E) float64 and prices (K,) float64.
     """
-    num_codes, num_clusters = len(codes), len(start)
-    size = num_codes / num_clusters
-    centers, prices = codes[start].astype(np.float64), np.zeros(num_clusters)
+    size = len(codes) / len(start)
+    centers, prices = codes[start].astype(np.float64), np.zeros(len(start))
     temperature = START_TEMPERATURE * critical_temperature(codes)
     last_temperature = LAST_TEMPERATURE * temperature
-    with_ones = np.concatenate([codes, np.ones((num_codes, 1), np.float32)], axis=1)    # (V, E+1)
-    shares = np.empty((num_codes, num_clusters), np.float32)
-    shares_tensor = torch.from_numpy(shares)         # the same memory: torch's softmax is several times faster
+    with_ones = np.concatenate([codes, np.ones((len(codes), 1), np.float32)], axis=1)  # (V, E+1)
+    num_blocks = -(-len(codes) // BLOCK_ROWS)
+    blocks = [np.ascontiguousarray(with_ones[first::num_blocks]) for first in range(num_blocks)]
     num_rounds = balancing = 0
     while temperature > last_temperature:
         slopes = np.concatenate([2 * centers.T, (prices - (centers ** 2).sum(axis=1))[None]]) / temperature
-        np.dot(with_ones, slopes.astype(np.float32), out=shares)
-        torch.softmax(shares_tensor, 1, out=shares_tensor)
-        sums = (shares.T @ with_ones).astype(np.float64)                                # (K, E+1)
+        slopes = slopes.astype(np.float32)                                              # (E+1, K)
+        sums = sum((soft_shares(block, slopes).T @ block for block in blocks), np.zeros(1))  # (K, E+1)
         soft_sizes = sums[:, -1]
-        prices += temperature * _price_step(shares, soft_sizes, size, num_rounds)
+        sample = soft_shares(blocks[num_rounds % num_blocks], slopes)                   # stands for all codes
+        prices += temperature * _price_step(sample, soft_sizes, size)
         prices -= prices.mean()
         num_rounds, balancing = num_rounds + 1, balancing + 1
         on_round()
@@ -54,10 +53,16 @@ def anneal(codes, start, on_round=lambda: None):
             continue
         means = sums[:, :-1] / np.maximum(soft_sizes, 1e-3)[:, None]
         centers += OVER_RELAXATION * (means - centers)
-        temperature, balancing = COOLING * temperature, 0
-        if shares_tensor.amax(1).mean() > SHARPNESS:
+        temperature, balancing = COOLING ** balancing * temperature, 0
+        if sample.max(axis=1).mean() > SHARPNESS:
             break
     return centers, prices
+
+
+def soft_shares(rows, slopes):
+    """Returns softmax(rows @ slopes), (R, K) float32; torch's softmax is several times faster than NumPy's exp."""
+    logits = torch.from_numpy(rows @ slopes)
+    return torch.softmax(logits, 1, out=logits).numpy()
 
 
 def critical_temperature(codes):
@@ -70,11 +75,9 @@ def critical_temperature(codes):
     return critical if critical > 1e-12 * (codes ** 2).sum(axis=1).max() else 0.0
 
 
-def _price_step(shares, soft_sizes, size, num_rounds):
+def _price_step(sample, soft_sizes, size):
     """Returns a Newton step of the prices to equal soft sizes, in units of the temperature."""
-    stride = max(1, len(shares) // SAMPLED_ROWS)
-    sample = shares[num_rounds % stride::stride]
-    overlap = (sample.T @ sample).astype(np.float64) * (len(shares) / len(sample))      # (K, K)
+    overlap = (sample.T @ sample).astype(np.float64) * (soft_sizes.sum() / len(sample))     # (K, K)
     np.fill_diagonal(overlap, 0)
     hessian = np.diag(overlap.sum(axis=1) + DAMPING * size) - overlap
     return np.clip(np.linalg.solve(hessian, size - soft_sizes), -MAX_PRICE_STEP, MAX_PRICE_STEP)
