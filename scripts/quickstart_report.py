@@ -51,7 +51,7 @@ def read_results(folder):
                                     "config": read_json(run_folder / "config.json"),
                                     "evaluation": read_json(only(folder, f"samples-lambda{weight}/*.json"))}
     return {"tokenizer": read_json(folder / "vq.json"), "codes": read_json(folder / "codes" / "manifest.json"),
-            "reordering": read_json(only(folder, "*report*.json")), "runs": runs}
+            "reordering": read_json(only(folder, "report-kmeans*.json")), "runs": runs}
 
 
 def hash_files(folder):
