@@ -66,10 +66,16 @@ def read_codebook(args):
     if CODEBOOK not in state:
         raise ValueError(f"{args.vq_ckpt}: expected a VQ checkpoint with {CODEBOOK}, found "
                          f"{', '.join(list(state)[:4])}; name the tokenizer's file with --vq-ckpt")
-    require_cluster_size(len(state[CODEBOOK]), args.cluster_size)
+    codebook = state[CODEBOOK]
+    if codebook.dim() != 2 or not len(codebook) or not codebook.isfinite().all():
+        raise ValueError(f"{args.vq_ckpt}: expected finite codes (V, E) in {CODEBOOK}, found shape "
+                         f"{tuple(codebook.shape)}, {int((~codebook.isfinite()).sum())} values not finite")
+    require_cluster_size(len(codebook), args.cluster_size)
     if args.restarts < 0:
         raise ValueError(f"--restarts: expected at least 0, got {args.restarts}")
-    return payload, state[CODEBOOK]
+    if not 0 <= args.seed < 2**63 - args.restarts:
+        raise ValueError(f"--seed: expected 0 to 2^63 - 1, got {args.seed}")
+    return payload, codebook
 
 
 def cluster(codes, args, session):
@@ -112,8 +118,8 @@ def draw_codebooks(path, codes, order):
     step = max(1, len(codes) // LARGEST_PICTURE)
     for axis, title, arranged in ((axes[0], "before", codes), (axes[1], "after", codes[order])):
         block = torch.from_numpy(arranged[::step])
-        distances = torch.cdist(block, block)
-        image = axis.imshow(distances, cmap="viridis", vmin=0, vmax=2, extent=(0, len(codes), len(codes), 0))
+        distances = torch.cdist(block, block, compute_mode="donot_use_mm_for_euclid_dist")    # equal on any threads
+        image = axis.imshow(distances.numpy(), cmap="viridis", vmin=0, vmax=2, extent=(0, len(codes), len(codes), 0))
         axis.set(title=f"distance of codes, {title}", xlabel="index", ylabel="index")
         gaps = np.unique(np.geomspace(1, len(codes) // 2, 40).astype(int))
         means = [np.linalg.norm(arranged[gap:] - arranged[:-gap], axis=1).mean() for gap in gaps]

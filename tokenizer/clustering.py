@@ -163,11 +163,14 @@ def certify(codes, assignment, num_clusters):
         among them), `no_swap_improves` (no exchange of two codes lowers the SSE).
     """
     codes = codes.astype(np.float64)
-    with threadpool_limits(1):
-        costs = distance_costs(codes, cluster_means(codes, assignment, num_clusters))
-        return {"balanced": bool((np.bincount(assignment, minlength=num_clusters) * num_clusters == len(codes)).all()),
-                "assignment_is_optimal": assignment_is_optimal(costs, assignment),
-                "no_swap_improves": swap_codes(codes, assignment, num_clusters)[1] == 0}
+    is_balanced = bool((np.bincount(assignment, minlength=num_clusters) * num_clusters == len(codes)).all())
+    is_optimal = no_swap_improves = is_balanced and num_clusters in (1, len(codes))
+    if is_balanced and not is_optimal:
+        with threadpool_limits(1):
+            costs = distance_costs(codes, cluster_means(codes, assignment, num_clusters))
+            is_optimal = assignment_is_optimal(costs, assignment)
+            no_swap_improves = swap_codes(codes, assignment, num_clusters)[1] == 0
+    return {"balanced": is_balanced, "assignment_is_optimal": is_optimal, "no_swap_improves": no_swap_improves}
 
 
 def order_clusters(codes, assignment, num_clusters):
@@ -193,22 +196,25 @@ def order_clusters(codes, assignment, num_clusters):
 def _chain(points):
     """Returns the order of the points (S, E) of one cluster."""
     size = len(points)
-    middle = (size - 1) // 2
-    distances = ((points[:, None] - points) ** 2).sum(axis=2)
+    middle = left = right = (size - 1) // 2
+    is_placed = np.zeros(size, dtype=bool)
     places = np.empty(size, dtype=np.int64)
-    places[middle] = ((points - points.mean(axis=0)) ** 2).sum(axis=1).argmin()
-    distances[:, places[middle]] = np.inf
-    left = right = middle
+
+    def place(position, target):
+        distances = ((points - target) ** 2).sum(axis=1)
+        distances[is_placed] = np.inf
+        places[position] = distances.argmin()
+        is_placed[places[position]] = True
+
+    place(middle, points.mean(axis=0))
     grow_right = True
     for _ in range(size - 1):
         if grow_right:
             right += 1
-            new, end = right, places[right - 1]
+            place(right, points[places[right - 1]])
         else:
             left -= 1
-            new, end = left, places[left + 1]
-        places[new] = distances[end].argmin()
-        distances[:, places[new]] = np.inf
+            place(left, points[places[left + 1]])
         grow_right = left == 0 or (not grow_right and right < size - 1)
     return places
 
