@@ -120,7 +120,7 @@ def run(main, parser):
 def leave(code):
     """Ends the process without finalising the interpreter.
 
-    gloo's worker thread lets go of the tensors of the last collective some time after it is done. If the interpreter is
+    gloo's worker thread lets go of the last collective's tensors some time after it is done. If the interpreter is
     being finalised by then, Python ends the thread inside a C++ destructor, and the process dies by SIGABRT (seen in one
     of eight runs).
     """
