@@ -121,8 +121,8 @@ def leave(code):
     """Ends the process without finalising the interpreter.
 
     gloo's worker thread lets go of the last collective's tensors some time after it is done. If the interpreter is
-    being finalised by then, Python ends the thread inside a C++ destructor, and the process dies by SIGABRT (seen in one
-    of eight runs).
+    being finalised by then, Python ends that thread inside a C++ destructor, and the process dies by SIGABRT (seen in
+    one of eight runs).
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,0 +1,83 @@
+"""SSE and CPU seconds of the balanced clusterings, side by side on two synthetic codebooks.
+
+    OMP_NUM_THREADS=1 python scripts/benchmarks/clustering.py --seeds 5
+
+Codebooks of V = 16384 codes of E = 8 dimensions, K = 128 clusters of 128. A: codes uniform on the sphere. B: 200 clumps
+of uneven weight. scikit-learn's KMeans has no balance to keep: its SSE is a yardstick, out of reach for balanced ones.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[2])      # the repository root instead of this folder
+
+import time
+
+import numpy as np
+from sklearn.cluster import KMeans
+from threadpoolctl import threadpool_limits
+
+from autoregressive.runtime.entry import Parser, run
+from tokenizer.clustering import Clustering, cluster_greedy, cluster_optimal, start_codes
+
+NUM_CODES, DIMENSIONS, NUM_CLUSTERS = 16384, 8, 128
+
+
+def build_parser():
+    """Returns the parser of this script's command line."""
+    parser = Parser("Compare balanced clusterings: SSE and CPU seconds.", draws=False)
+    parser.add_argument("--seeds", type=int, default=5, help="starts of the optimal method, from seed 0")
+    parser.add_argument("--skip-greedy", action="store_true", help="leave out the published method (minutes)")
+    return parser
+
+
+def codebook_a():
+    """Returns codes uniform on the sphere, (V, E) float32."""
+    return normalized(np.random.default_rng(0).standard_normal((NUM_CODES, DIMENSIONS)))
+
+
+def codebook_b():
+    """Returns codes in 200 clumps of uneven weight, (V, E) float32."""
+    random = np.random.default_rng(0)
+    centers = normalized(random.standard_normal((200, DIMENSIONS)))
+    weights = random.dirichlet(np.ones(200))
+    chosen = random.choice(200, size=NUM_CODES, p=weights)
+    return normalized(centers[chosen] + 0.1 * random.standard_normal((NUM_CODES, DIMENSIONS)))
+
+
+def normalized(codes):
+    return (codes / np.linalg.norm(codes, axis=1, keepdims=True)).astype(np.float32)
+
+
+def timed(method, *arguments):
+    """Returns the SSE of the Clustering that a method finds and its CPU seconds."""
+    started = time.process_time()
+    found = method(*arguments)
+    return found.sse, time.process_time() - started
+
+
+def cluster_unbalanced(codes):
+    with threadpool_limits(1):
+        found = KMeans(NUM_CLUSTERS, n_init=1, random_state=0).fit(codes)
+    return Clustering(found.labels_, found.inertia_)
+
+
+def main(args, session):
+    for name, codes in (("A", codebook_a()), ("B", codebook_b())):
+        starts = [start_codes(NUM_CODES, NUM_CLUSTERS, seed) for seed in range(args.seeds)]
+        ours = np.array([timed(cluster_optimal, codes, start) for start in starts])
+        for seed, (sse, seconds) in enumerate(ours):
+            print(f"{name}  optimal, seed {seed}: SSE {sse:8.1f}  {seconds:6.1f} CPU s", flush=True)
+        print(f"{name}  optimal, median: SSE {np.median(ours[:, 0]):8.1f}  {np.median(ours[:, 1]):6.1f} CPU s; "
+              f"best {ours[:, 0].min():.1f} in {ours[:, 1].sum():.1f} CPU s together")
+        sse, seconds = timed(cluster_unbalanced, codes)
+        print(f"{name}  scikit-learn KMeans, unbalanced: SSE {sse:8.1f}  {seconds:6.1f} CPU s", flush=True)
+        if not args.skip_greedy:
+            sse, seconds = timed(cluster_greedy, codes, starts[0])
+            print(f"{name}  greedy, 100 rounds: SSE {sse:8.1f}  {seconds:6.1f} CPU s; "
+                  f"optimal is {seconds / np.median(ours[:, 1]):.0f} times faster", flush=True)
+
+
+if __name__ == "__main__":
+    run(main, build_parser())
