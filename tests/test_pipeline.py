@@ -189,6 +189,7 @@ WRONG_INPUTS = [                                    # what users get wrong: comm
     (extract, "--codebook-size 128", "quantize.embedding.weight expected (128, 8), got (64, 8)"),
     (train, "--cluster-size 7", "expected a divisor of the 64 codes, got 7"),
     (train, "--mapping-path {0}/short.pt", "expected a mapping of 64 codes, got shape (63,)"),
+    (train, "--mapping-path {0}/foreign.pt", "expected the mapping of codebook"),
     (train, "--num-classes 9", "--num-classes: expected 10"),
     (train, "--code-path {0}/empty", "expected a code store"),
     (train, "--epochs 0", "got 0"),
@@ -210,6 +211,9 @@ def test_wrong_input_is_one_line_and_exit_code_2_and_leaves_nothing(
     (tmp_path / "empty").mkdir()
     torch.save(torch.arange(63), tmp_path / "short.pt")
     shutil.copy(pipeline / "vq.pt", tmp_path)
+    shutil.copy(pipeline / MAPPING, tmp_path / "foreign.pt")     # the same permutation, made for another codebook
+    hashes = json.loads((pipeline / f"{MAPPING}.json").read_text()) | {"original_codebook_sha256": "0" * 64}
+    (tmp_path / "foreign.pt.json").write_text(json.dumps(hashes))
     before = sorted(tmp_path.iterdir())
     monkeypatch.setattr(sys.modules[__name__], "start", run_here)
     monkeypatch.setattr(sys, "argv", ["script"])
