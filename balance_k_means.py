@@ -71,6 +71,8 @@ def read_codebook(args):
         raise ValueError(f"{args.vq_ckpt}: expected finite codes (V, E) in {CODEBOOK}, found shape "
                          f"{tuple(codebook.shape)}, {int((~codebook.isfinite()).sum())} values not finite")
     require_cluster_size(len(codebook), args.cluster_size)
+    if args.keep_best and args.method != "greedy":
+        raise ValueError("--keep-best: expected --method greedy, got optimal, whose last round is its best")
     if args.restarts < 0:
         raise ValueError(f"--restarts: expected at least 0, got {args.restarts}")
     if not 0 <= args.seed < 2**63 - args.restarts:

@@ -143,6 +143,7 @@ def test_every_layout_of_a_checkpoint_is_read(wrap, tmp_path, monkeypatch):
     (["--cluster-size", "-7"], "positive divisor of the 42 codes, got -7"),
     (["--restarts", "-1"], "--restarts: expected at least 0"),
     (["--seed", "-1"], "--seed: expected 0 to"),
+    (["--keep-best"], "--keep-best: expected --method greedy"),
     (["--vq-ckpt", "nowhere.pt"], "nowhere.pt: expected a file"),
     (["--vq-ckpt", "gpt.pt"], "expected a VQ checkpoint with"),
     (["--vq-ckpt", "broken.pt"], "1 values not finite"),
