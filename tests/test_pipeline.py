@@ -163,6 +163,15 @@ def test_samples_do_not_depend_on_the_number_of_processes(pipeline, tmp_path, pr
     assert settings["cfg_scale"] == 1.5 and settings["resize"] == "bicubic without antialiasing"
 
 
+def test_finished_samples_are_kept_and_never_taken_for_those_of_other_settings(pipeline):
+    path, = (pipeline / "samples").glob("*.npz")
+    before = path.stat().st_mtime_ns
+    assert "is finished" in sample(pipeline, pipeline / "samples").stdout
+    other = sample(pipeline, pipeline / "samples", "--num-fid-samples", 20)
+    assert other.returncode == 2 and "expected samples with num_fid_samples 20, found some with 21" in other.stderr
+    assert path.stat().st_mtime_ns == before
+
+
 def test_sampling_continues_from_the_shards_of_a_killed_run(pipeline, tmp_path):
     done = sample(pipeline, tmp_path, "--num-fid-samples", 21)
     assert done.returncode == 0, done.stderr

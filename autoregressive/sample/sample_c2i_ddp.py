@@ -31,7 +31,7 @@ from autoregressive.runtime.entry import Parser, checks, run
 from autoregressive.runtime.files import require_writable_folder, weights_sha256
 from autoregressive.runtime.log import open_logger, progress
 from autoregressive.runtime.pictures import save_grid
-from autoregressive.sample.shards import merge_shards, open_shards, shard_path, write_shard
+from autoregressive.sample.shards import is_finished, merge_shards, open_shards, shard_path, write_shard
 from tokenizer.tokenizer_image.images import to_uint8
 from tokenizer.tokenizer_image.vq_model import add_vq_args
 
@@ -124,10 +124,11 @@ def main(args, session):
         gpt, vq, gpt_path, hashes = load_models(args)
         path = Path(args.sample_dir) / f"{run_name(args, gpt_path)}.npz"
         settings, folder = describe_samples(args, hashes), path.with_name(f"{path.stem}.shards")
+        finished = is_finished(path, settings)
         require_writable_folder(args.sample_dir)
-        if session.is_main and not path.exists():
+        if session.is_main and not finished:
             open_shards(folder, settings)
-    if path.exists():
+    if finished:
         logger.info("%s is finished", path)
         return
     gpt.to(session.device).cast(PRECISIONS[args.precision])

@@ -25,13 +25,29 @@ def open_shards(folder, settings):
     """
     record = Path(folder) / "settings.json"
     if record.is_file():
-        found = read_json(record)
-        for key in settings.keys() | found.keys():
-            if found.get(key) != settings.get(key):
-                raise ValueError(f"{folder}: expected samples with {key} {settings.get(key)!r}, found some with "
-                                 f"{found.get(key)!r}; choose another --sample-dir or remove this folder")
+        _require_equal(folder, settings, read_json(record))
     else:
         write_json(record, settings)
+
+
+def is_finished(path, settings):
+    """Says whether the npz `path` is there and holds the samples of these settings.
+
+    Raises:
+        ValueError: it holds others.
+    """
+    if not Path(path).exists():
+        return False
+    with np.load(path, allow_pickle=False) as samples:
+        _require_equal(path, settings, json.loads(str(samples["settings"])) if "settings" in samples else {})
+    return True
+
+
+def _require_equal(path, settings, found):
+    for key in [*settings, *found]:
+        if found.get(key) != settings.get(key):
+            raise ValueError(f"{path}: expected samples with {key} {settings.get(key)!r}, found some with "
+                             f"{found.get(key)!r}; choose another --sample-dir or remove them")
 
 
 def shard_path(folder, first):

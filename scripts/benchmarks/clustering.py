@@ -71,8 +71,8 @@ def cluster_as_published(codes, start):
     centers, size = points[start], NUM_CODES // NUM_CLUSTERS
     for _ in range(100):
         distances = torch.cdist(points, centers)
-        assignment, counts = torch.zeros(NUM_CODES, dtype=torch.int64), torch.zeros(NUM_CLUSTERS, dtype=torch.int64)
-        for code in torch.argsort(distances.min(dim=1).values, stable=True):
+        assignment, counts = torch.zeros(NUM_CODES, dtype=torch.int64), [0] * NUM_CLUSTERS
+        for code in torch.argsort(distances.min(dim=1).values, stable=True).tolist():
             for cluster in torch.argsort(distances[code], stable=True):
                 if counts[cluster] < size:
                     assignment[code] = cluster
