@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from autoregressive.assemble import load_vq
+from autoregressive.runtime.checkpoint import read_checkpoint
 from autoregressive.runtime.entry import Parser, checks, run
 from autoregressive.runtime.files import file_sha256, read_json, write_json
 from autoregressive.runtime.log import draw_metrics
@@ -50,7 +51,10 @@ def read_results(folder):
         runs[f"lambda {weight}"] = {"training": read_json(run_folder / "finished.json"),
                                     "config": read_json(run_folder / "config.json"),
                                     "evaluation": read_json(only(folder, f"samples-lambda{weight}/*.json"))}
-    return {"tokenizer": read_json(folder / "vq.json"), "codes": read_json(folder / "codes" / "manifest.json"),
+    tokenizer = {"config": read_json(only(folder, "vq/000-*") / "config.json")}
+    return {"tokenizer": read_json(folder / "vq.json") | tokenizer,
+            "classifier": read_checkpoint(folder / "classifier.pt")["settings"],
+            "codes": read_json(folder / "codes" / "manifest.json"),
             "reordering": read_json(only(folder, "report-kmeans*.json")), "runs": runs}
 
 
