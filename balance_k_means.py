@@ -61,7 +61,7 @@ def codebook_keys(state):
 
 def read_codebook(args):
     """Returns the whole checkpoint and its codebook (V, E). Raises ValueError for unusable input."""
-    payload = read_checkpoint(args.vq_ckpt)
+    payload = read_checkpoint(args.vq_ckpt, "pretrained_models/README.md says where to get it, --vq-ckpt names another")
     state = model_state(payload, args.vq_ckpt)
     if CODEBOOK not in state:
         raise ValueError(f"{args.vq_ckpt}: expected a VQ checkpoint with {CODEBOOK}, found "

@@ -13,6 +13,8 @@ from autoregressive.runtime.files import codebook_sha256, weights_sha256
 from autoregressive.runtime.log import LOGGER
 from tokenizer.tokenizer_image.vq_model import VQModel
 
+VQ_HINT = "name a tokenizer with --vq-ckpt; pretrained_models/README.md says where the published ones come from"
+
 
 def default_vq_path(cluster_size):
     """Returns where balance_k_means.py puts the published VQ checkpoint with its codebook reordered."""
@@ -34,7 +36,7 @@ def load_vq(path, name, codebook_size, codebook_embed_dim):
     Raises:
         ValueError: unreadable, or weights of another model.
     """
-    state = model_state(read_checkpoint(path), path)
+    state = model_state(read_checkpoint(path, VQ_HINT), path)
     with torch.device("meta"):
         model = VQModel(name, codebook_size, codebook_embed_dim)
     load_strictly(model, state, path, "check --vq-model, --codebook-size and --codebook-embed-dim")

@@ -82,7 +82,7 @@ def save_digits(path, folder):
     by_digit = [pictures.reshape(10, SHOWN_PER_CLASS, *pictures.shape[1:]) for pictures in sources.values()]
     grid = np.concatenate(by_digit, axis=1)                     # (10, sources * SHOWN_PER_CLASS, P, P, 3)
     captions = [f"{name}: {digit}" for digit in range(10) for name in sources for _ in range(SHOWN_PER_CLASS)]
-    save_grid(path, grid.reshape(-1, *grid.shape[2:]), columns=grid.shape[1], captions=captions, scale=4)
+    save_grid(path, grid.reshape(-1, *grid.shape[2:]), columns=grid.shape[1], captions=captions)
 
 
 def first_of_each_class(labels):

@@ -20,7 +20,7 @@ from autoregressive.runtime.files import (
     weights_sha256,
 )
 from autoregressive.runtime.log import MetricsFile, find_run_folder, read_metrics, start_run_folder
-from autoregressive.runtime.pictures import CAPTION_HEIGHT, GAP, save_grid
+from autoregressive.runtime.pictures import CAPTION_HEIGHT, GAP, LEGIBLE_SIDE, save_grid
 from autoregressive.train.optim import build_optimizer, learning_rate
 
 ALONE = Session(rank=0, world_size=1, device=torch.device("cpu"))
@@ -109,12 +109,13 @@ def test_metrics_are_cut_back_to_the_step_that_training_continues_from(tmp_path)
 def test_pictures_stand_where_they_belong(tmp_path):
     from PIL import Image
     images = np.arange(3, dtype=np.uint8)[:, None, None, None].repeat(2, 1).repeat(2, 2).repeat(3, 3) * 100
-    save_grid(tmp_path / "grid.png", images, columns=2, captions=["a", "b", "a very long caption"], scale=3)
+    save_grid(tmp_path / "grid.png", images, columns=2, captions=["a", "b", "a very long caption"])
     canvas = np.asarray(Image.open(tmp_path / "grid.png"))
-    assert canvas.shape == (2 * (6 + CAPTION_HEIGHT + GAP) + GAP, 2 * (6 + GAP) + GAP, 3)
-    upper, left = GAP + CAPTION_HEIGHT, GAP + 6 + GAP
-    assert (canvas[upper:upper + 6, left:left + 6] == 100).all()
-    assert (canvas[upper + 6 + GAP + CAPTION_HEIGHT:][:6, GAP:GAP + 6] == 200).all()
+    side = LEGIBLE_SIDE                                           # of 2 pixels each, enlarged
+    assert canvas.shape == (2 * (side + CAPTION_HEIGHT + GAP) + GAP, 2 * (side + GAP) + GAP, 3)
+    upper, left = GAP + CAPTION_HEIGHT, GAP + side + GAP
+    assert (canvas[upper:upper + side, left:left + side] == 100).all()
+    assert (canvas[upper + side + GAP + CAPTION_HEIGHT:][:side, GAP:GAP + side] == 200).all()
 
 
 @pytest.mark.parametrize("error, line", [

@@ -22,11 +22,12 @@ def save_checkpoint(path, payload):
         torch.save(payload, file)
 
 
-def read_checkpoint(path):
+def read_checkpoint(path, hint=""):
     """Reads a file of tensors, plain containers and, in older files, an argparse.Namespace; no code in it ever runs.
 
     Args:
         path: a file made by torch.save; tensors of a zip-format file are mapped, not copied, and lie on the CPU.
+        hint: what to do if there is no such file.
 
     Returns:
         what was saved.
@@ -34,7 +35,7 @@ def read_checkpoint(path):
     Raises:
         ValueError: the file is missing, damaged, or holds any other type, which the message names.
     """
-    require_file(path)
+    require_file(path, hint)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)

@@ -7,9 +7,10 @@ from autoregressive.runtime.files import atomic_write
 
 GAP = 4                 # pixels between pictures
 CAPTION_HEIGHT = 15     # pixels
+LEGIBLE_SIDE = 64       # pixels; smaller pictures are enlarged towards it by whole factors
 
 
-def save_grid(path, images, columns, captions=None, scale=1):
+def save_grid(path, images, columns, captions=None):
     """Saves images as one PNG, row by row.
 
     Args:
@@ -17,9 +18,10 @@ def save_grid(path, images, columns, captions=None, scale=1):
         images: (N, P, P, 3) uint8.
         columns: pictures in a row.
         captions: N texts to print above the pictures, or None.
-        scale: every pixel is drawn as scale x scale.
     """
-    images = np.asarray(images).repeat(scale, axis=1).repeat(scale, axis=2)
+    images = np.asarray(images)
+    scale = max(1, LEGIBLE_SIDE // images.shape[1])
+    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
     height, width = images.shape[1:3]
     top = CAPTION_HEIGHT if captions is not None else 0
     rows = -(-len(images) // columns)

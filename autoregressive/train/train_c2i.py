@@ -114,7 +114,7 @@ def load_reordered_vq(args, mapping):
 def save_first_rows(path, vq, batches, class_names):
     """Saves what the first rows of the training data look like when their tokens are decoded."""
     tokens, labels = batches.batch(0, range(min(NUM_SHOWN, batches.batch_size)))
-    captions = [*class_names, "(label dropped)"]
+    captions = [*class_names, "no label"]
     pictures = to_uint8(vq.decode_codes(tokens, batches.store.grid))
     save_grid(path, pictures, columns=4, captions=[captions[label] for label in labels])
 

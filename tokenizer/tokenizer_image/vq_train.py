@@ -167,8 +167,7 @@ def save_reconstructions(path, model, images, args, session):
     crops = CenterCrops(images, args.image_size)
     originals = torch.from_numpy(np.stack([crops[row] for row in range(min(NUM_SHOWN, len(images)))]))
     reconstructions = to_uint8(model(to_float(originals.to(session.device)))[0]).cpu()
-    scale = max(1, 64 // args.image_size)
-    save_grid(path, torch.cat([originals, reconstructions]), columns=len(originals), scale=scale)
+    save_grid(path, torch.cat([originals, reconstructions]), columns=len(originals))
 
 
 def save(path, model, num_updates, args, images):
