@@ -140,6 +140,15 @@ def test_a_run_cut_off_after_its_first_checkpoint_ends_with_the_same_weights(pip
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
 
 
+def test_a_run_that_only_lacks_its_end_is_finished_by_the_same_command(pipeline):
+    finished = pipeline / "gpt" / "000-GPT-tiny-lambda=1-cluster_size=8" / "finished.json"
+    before = finished.read_bytes()
+    finished.unlink()                                            # killed between its last checkpoint and this file
+    again = train(pipeline, pipeline / "gpt")
+    assert again.returncode == 0, again.stderr
+    assert finished.read_bytes() == before
+
+
 def test_two_processes_train_like_one(pipeline, tmp_path):
     no_dropout = ["--dropout-p", 0, "--token-dropout-p", 0]
     for processes in (0, 2):

@@ -35,6 +35,7 @@ from autoregressive.runtime.log import (
     find_run_folder,
     open_logger,
     progress,
+    read_metrics,
     start_run_folder,
 )
 from autoregressive.runtime.pictures import save_grid
@@ -191,7 +192,7 @@ def train(trainer, objective, batches, updates, args, store, mapping, folder, se
     """Runs the updates, with log, curves and checkpoints."""
     metrics = MetricsFile(folder.path / "metrics.jsonl", updates.start) if session.is_main else None
     part, num_updates = session.share_of(args.global_batch_size), updates.stop
-    checkpoint_interval, values = args.ckpt_every * batches.per_epoch, {}
+    checkpoint_interval = args.ckpt_every * batches.per_epoch
     with progress(session, num_updates * args.global_batch_size, folder.path.name, "image",
                   initial=updates.start * args.global_batch_size) as bar:
         for update in updates:
@@ -208,9 +209,11 @@ def train(trainer, objective, batches, updates, args, store, mapping, folder, se
                 save(folder.checkpoints / f"{done:07d}.pt", trainer, objective, done, args, store, mapping, session)
     if session.is_main:
         draw_metrics(folder.path / "curves.png", {folder.path.name: folder.path / "metrics.jsonl"})
-        folder.mark_finished({"updates": num_updates, **values})
-    open_logger(session).info("token loss %.3f, cluster loss %.3f; checkpoints in %s", values["token_loss"],
-                              values["cluster_loss"], folder.checkpoints)
+        last = read_metrics(folder.path / "metrics.jsonl")[-1]      # of an earlier start, if it only lacked its end
+        folder.mark_finished({"updates": num_updates, "token_loss": last["token_loss"],
+                              "cluster_loss": last["cluster_loss"]})
+        LOGGER.info("token loss %.3f, cluster loss %.3f; checkpoints in %s", last["token_loss"], last["cluster_loss"],
+                    folder.checkpoints)
 
 
 if __name__ == "__main__":
