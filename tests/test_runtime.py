@@ -4,10 +4,13 @@ import hashlib
 import json
 import math
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from autoregressive.runtime.distributed import Session, seed_everything
 from autoregressive.runtime.entry import Parser, checks
@@ -135,6 +138,27 @@ def test_mistakes_keep_their_traceback_when_debugging():
 def test_errors_of_the_code_are_never_taken_for_mistakes():
     with pytest.raises(ZeroDivisionError), checks(ALONE):
         print(1 / 0)
+
+
+LEAVES = """
+import atexit, sys
+sys.path.insert(0, sys.argv.pop(1))
+from autoregressive.runtime.entry import Parser, run
+atexit.register(lambda: print("finalised"))
+def main(args, session):
+    ranks = session.gather(session.rank)
+    if session.is_main:
+        print("worked", ranks)
+run(main, Parser("test"))
+"""
+
+
+def test_several_processes_leave_without_finalising_the_interpreter(tmp_path):
+    (tmp_path / "script.py").write_text(LEAVES)                  # else gloo's thread may abort a rank as it ends
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                           tmp_path / "script.py", ROOT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "worked [0, 1]\n"
 
 
 @pytest.mark.parametrize("words", [["--global-seed", "-1"], ["--no-such-flag"], ["--global-see", "1"]])

@@ -110,7 +110,7 @@ def run(main, parser):
         try:
             main(args, session)
         except SystemExit as stop:
-            code = stop.code
+            code = stop.code or 0
     if session.world_size > 1:
         leave(code)
     if code:
