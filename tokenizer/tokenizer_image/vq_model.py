@@ -9,6 +9,7 @@ Attributes that appear in state-dict keys (conv_blocks, res, attn, nin_shortcut,
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import nn
@@ -118,7 +119,7 @@ class Encoder(nn.Module):
         self.conv_blocks = nn.ModuleList(
             Level(width_in, width, num_blocks=2, has_attention=level == last,
                   downsample=Downsample(width) if level < last else None)
-            for level, (width_in, width) in enumerate(zip([size.channels, *widths], widths, strict=False)))
+            for level, (width_in, width) in enumerate(pairwise([size.channels, *widths])))
         self.mid = Middle(widths[last])
         self.norm_out = GroupNorm(widths[last])
         self.conv_out = nn.Conv2d(widths[last], size.z_channels, 3, padding=1)
@@ -142,7 +143,7 @@ class Decoder(nn.Module):
         self.conv_blocks = nn.ModuleList(
             Level(width_in, width, num_blocks=3, has_attention=level == 0,
                   upsample=Upsample(width) if level < last else None)
-            for level, (width_in, width) in enumerate(zip([widths[0], *widths], widths, strict=False)))
+            for level, (width_in, width) in enumerate(pairwise([widths[0], *widths])))
         self.norm_out = GroupNorm(widths[last])
         self.conv_out = nn.Conv2d(widths[last], 3, 3, padding=1)
 
