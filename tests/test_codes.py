@@ -1,25 +1,30 @@
 """The code store: what is written is what is read, and unfinished or foreign stores are refused."""
 
+import errno
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from autoregressive.data.batches import TokenBatches
-from autoregressive.data.codes import CodeWriter, code_dtype, open_codes, read_mapping
+from autoregressive.data.code_writer import CodeWriter
+from autoregressive.data.codes import code_dtype, open_codes, read_mapping, verify_checksums
 from autoregressive.runtime.files import mapping_sha256, write_json
 
 MANIFEST = {"dataset": "test", "num_images": 7, "num_crops": 2, "num_tokens": 9, "grid": 3, "codebook_size": 24,
-            "class_names": ["a", "b", "c"]}
+            "crops": ["centre", "centre, mirrored"], "class_names": ["a", "b", "c"], "images_sha256": "1" * 64,
+            "image_size": 12, "codebook_sha256": "2" * 64, "tokenizer_sha256": "3" * 64}
 LABELS = np.array([0, 0, 1, 1, 1, 2, 2])
 
 
 def fill(path, manifest=MANIFEST, failures=None, upto=7):
     """Writes a store of known codes in batches of 3 rows."""
     codes = np.random.default_rng(0).integers(manifest["codebook_size"], size=(7, 2, 9))
-    CodeWriter.create(path, manifest, LABELS)
     writer = CodeWriter(path, manifest)
+    writer.create(LABELS)
     for first in range(0, upto, 3):
         rows = range(first, min(first + 3, 7))
         writer.write(rows, codes[rows.start:rows.stop], {row: why for row, why in (failures or {}).items()
@@ -30,13 +35,13 @@ def fill(path, manifest=MANIFEST, failures=None, upto=7):
 @pytest.fixture
 def store(tmp_path):
     writer, _ = fill(tmp_path / "codes")
-    writer.finish()
+    writer.finish(0)
     return open_codes(tmp_path / "codes")
 
 
 def test_codes_read_are_the_codes_written(tmp_path):
     writer, codes = fill(tmp_path / "codes")
-    writer.finish()
+    writer.finish(0)
     store = open_codes(tmp_path / "codes")
     assert store.codes.dtype == np.uint16 and np.array_equal(store.codes, codes)
     assert np.array_equal(store.labels, LABELS) and np.array_equal(store.rows, np.arange(7))
@@ -52,36 +57,158 @@ def test_unfinished_store_is_refused_and_can_be_continued(tmp_path):
     with pytest.raises(ValueError, match="unfinished"):
         open_codes(path)
     with pytest.raises(RuntimeError, match="1 rows were not written"):
-        writer.finish()
-    CodeWriter.create(path, MANIFEST, LABELS)                    # the same command again
-    assert writer.is_written(range(3, 6)) and not writer.is_written(range(6, 7))
+        writer.finish(0)
+    writer.create(LABELS)                                        # the same command again
+    assert writer.missing(3) == [range(6, 7)] and writer.missing(4) == [range(4, 7)] and writer.num_done == 6
     writer.write(range(6, 7), codes[6:], {})
-    writer.finish()
+    writer.finish(0)
     assert np.array_equal(open_codes(path).codes, codes)
+    assert sorted(item.name for item in path.iterdir()) == ["codes.npy", "labels.npy", "manifest.json"]
 
 
-def test_store_of_another_extraction_is_never_touched(tmp_path):
-    fill(tmp_path / "codes")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "codes").iterdir()}
-    with pytest.raises(ValueError, match="expected a store with grid 4, found one with 3"):
-        CodeWriter.create(tmp_path / "codes", MANIFEST | {"grid": 4}, LABELS)
-    assert before == {path.name: path.read_bytes() for path in (tmp_path / "codes").iterdir()}
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_store_of_another_extraction_is_never_touched_without_overwrite(tmp_path):
+    path, other = tmp_path / "codes", MANIFEST | {"num_crops": 1}
+    fill(path)
+    before = contents(path)
+    with pytest.raises(ValueError, match="expected a store with num_crops 1, found one with 2; .* --overwrite"):
+        CodeWriter(path, other).create(LABELS)
+    assert before == contents(path)
+    CodeWriter(path, other).create(LABELS, overwrite=True)
+    assert CodeWriter(path, other).missing(7) == [range(7)] and np.load(path / "codes.npy").shape == (7, 1, 9)
+
+
+def test_overwrite_replaces_a_finished_store_and_continues_an_unfinished_one(tmp_path, store):
+    writer = CodeWriter(store.path, MANIFEST)
+    writer.create(LABELS, overwrite=True)
+    assert not writer.is_complete and writer.num_done == 0 and not np.load(writer.path / "codes.npy").any()
+    writer.write(range(3), np.ones((3, 2, 9), np.int64), {})
+    writer.create(LABELS, overwrite=True)
+    assert writer.num_done == 3
 
 
 def test_folder_of_other_files_is_never_touched(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match="found other files"):
-        CodeWriter.create(tmp_path, MANIFEST, LABELS)
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="found other files"):
+            CodeWriter(tmp_path, MANIFEST).create(LABELS, overwrite)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_full_disk_is_a_clear_error_and_the_same_command_works_when_there_is_room(tmp_path, monkeypatch):
+    def no_room(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", no_room)
+    writer = CodeWriter(tmp_path / "codes", MANIFEST)
+    with pytest.raises(ValueError, match=r"codes.npy: expected room for 0.0 MiB, No space left on device"):
+        writer.create(LABELS)
+    monkeypatch.undo()
+    fill(tmp_path / "codes")[0].finish(0)
+    assert open_codes(tmp_path / "codes").rows.size == 7
+
+
+@pytest.mark.parametrize("name, words", [("codes.npy", "expected rows 0 to 6 as they were written"),
+                                         ("labels.npy", "expected the labels as they were written")])
+def test_one_changed_byte_breaks_a_checksum(store, name, words):
+    verify_checksums(store)
+    content = bytearray((Path(store.path) / name).read_bytes())
+    content[-9] ^= 1
+    (Path(store.path) / name).write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        verify_checksums(open_codes(store.path))
+
+
+@pytest.mark.parametrize("name", ["codes.npy", "labels.npy"])
+def test_file_that_was_cut_off_is_a_clear_error(store, name):
+    content = (Path(store.path) / name).read_bytes()
+    for length in (0, 50, len(content) - 1):
+        (Path(store.path) / name).unlink()                       # the map of the fixture keeps the old one
+        (Path(store.path) / name).write_bytes(content[:length])
+        with pytest.raises(ValueError, match=f"{name}: expected an array, .*the store is damaged"):
+            open_codes(store.path)
 
 
 def test_failed_images_are_listed_and_left_out_and_labels_do_not_shift(tmp_path):
     writer, _ = fill(tmp_path / "codes", failures={4: ("b/x.jpg", "truncated"), 0: ("a/y.jpg", "empty")})
-    writer.finish()
+    writer.finish(2)
     store = open_codes(tmp_path / "codes")
     assert store.manifest["failed"] == [{"row": 0, "path": "a/y.jpg", "reason": "empty"},
                                         {"row": 4, "path": "b/x.jpg", "reason": "truncated"}]
     assert store.rows.tolist() == [1, 2, 3, 5, 6] and store.labels[5] == 2
+
+
+def test_too_many_failures_leave_a_store_unfinished_and_are_tried_again(tmp_path):
+    writer, codes = fill(tmp_path / "codes", failures={4: ("b/x.jpg", "truncated"), 0: ("a/y.jpg", "empty")})
+    assert [failure["row"] for failure in writer.finish(1)] == [0, 4]
+    assert len(json.loads((tmp_path / "codes" / "manifest.json").read_text())["failed"]) == 2
+    with pytest.raises(ValueError, match="unfinished"):
+        open_codes(tmp_path / "codes")
+    writer.create(LABELS)
+    assert writer.missing(1) == [range(0, 1), range(4, 5)]
+    for row in (0, 4):
+        writer.write(range(row, row + 1), codes[row:row + 1], {})
+    assert writer.finish(1) == [] and np.array_equal(open_codes(tmp_path / "codes").codes, codes)
+
+
+def test_several_stores_of_the_same_images_add_their_crops_and_leave_out_what_failed_in_either(tmp_path):
+    codes = [fill(tmp_path / "one", failures={4: ("b/x.jpg", "truncated")})[1]]
+    writer = CodeWriter(tmp_path / "two", MANIFEST | {"num_crops": 3})
+    writer.create(LABELS)
+    codes.append(np.random.default_rng(1).integers(24, size=(7, 3, 9)))
+    writer.write(range(7), codes[1], {0: ("a/y.jpg", "empty")})
+    for name, manifest in (("one", MANIFEST), ("two", writer.manifest)):
+        CodeWriter(tmp_path / name, manifest).finish(1)
+    both = open_codes(tmp_path / "one", tmp_path / "two")
+    assert both.rows.tolist() == [1, 2, 3, 5, 6] and both.codes.shape == (7, 5, 9)
+    rows, crops = np.repeat(both.rows, 5), np.tile(np.arange(5), 5)
+    assert np.array_equal(both.codes[rows, crops], np.concatenate(codes, axis=1)[rows, crops])
+
+
+@pytest.mark.parametrize("change, labels, words", [
+    ({"num_images": 6}, LABELS[:6], "expected a store with num_images 7"),
+    ({"grid": 9}, LABELS, "expected a store with grid 3"), ({}, LABELS[::-1], "expected the labels of")])
+def test_stores_of_other_images_are_not_combined(tmp_path, store, change, labels, words):
+    writer = CodeWriter(tmp_path / "other", MANIFEST | change)
+    writer.create(labels)
+    writer.write(range(len(labels)), np.zeros((len(labels), 2, 9), np.int64), {})
+    writer.finish(0)
+    with pytest.raises(ValueError, match=words):
+        open_codes(store.path, tmp_path / "other")
+
+
+def write_older(folder, codes, labels):
+    for kind, arrays in (("codes", codes), ("labels", labels)):
+        (folder / f"imagenet48_{kind}").mkdir(parents=True)
+        for row, array in enumerate(arrays):
+            np.save(folder / f"imagenet48_{kind}" / f"{row}.npy", array[None])
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+def test_older_layout_is_read_without_the_images_that_filled_its_last_round(tmp_path, padding):
+    codes = np.random.default_rng(0).integers(24, size=(11, 2, 9))
+    labels = np.arange(11) % 3
+    rows = [*range(11), *range(padding)]
+    write_older(tmp_path / "old", codes[rows], labels[rows])
+    store = open_codes(tmp_path / "old")
+    assert store.grid == 3 and np.array_equal(store.labels, labels) and store.rows.tolist() == list(range(11))
+    chosen, crops = np.array([10, 0, 10]), np.array([1, 0, 0])
+    assert np.array_equal(store.codes[chosen, crops], codes[chosen, crops])
+    tokens, _ = TokenBatches(store, np.arange(24), 4, 0, 3, 0.0).batch(0, range(4))
+    assert tokens.shape == (4, 9)
+
+
+def test_older_layout_with_gaps_or_without_labels_is_refused(tmp_path):
+    write_older(tmp_path, np.zeros((4, 2, 9), np.int64), np.arange(4))
+    (tmp_path / "imagenet48_codes" / "2.npy").unlink()
+    with pytest.raises(ValueError, match="without gaps, found 3 files up to 3.npy"):
+        open_codes(tmp_path)
+    (tmp_path / "imagenet48_labels").rename(tmp_path / "labels")
+    with pytest.raises(ValueError, match="expected the labels of imagenet48_codes"):
+        open_codes(tmp_path)
 
 
 def test_epoch_visits_every_image_once_with_its_own_label_and_one_of_its_crops(store):

@@ -11,11 +11,12 @@ from torchvision.datasets import ImageFolder
 
 from tokenizer.tokenizer_image.images import (
     center_crop,
-    flip_pair,
+    crop_names,
+    cut_crops,
+    enlarged_side,
     open_images,
     random_crop,
     read_picture,
-    ten_crop,
     to_float,
     to_uint8,
 )
@@ -41,6 +42,10 @@ def test_center_crop_enlarges_as_adm(fixture, photo):
     assert np.array_equal(center_crop(photo, 422), fixture("data_center_crop_422")["center_crop_422"])
 
 
+def ten_crop(picture, size, crop_range):
+    return cut_crops(center_crop(picture, enlarged_side(size, crop_range))[None], size, crop_names(True, True))[0]
+
+
 @pytest.mark.parametrize("crop_range", [1.1, 1.05])
 def test_ten_crops_are_the_published_ones(fixture, photo, crop_range):
     expected = fixture("data_ten_crop")[f"ten_crop_64_{crop_range}"]
@@ -55,7 +60,8 @@ def test_ten_crops_are_torchvisions_at_any_size(photo, size, crop_range):
 
 
 def test_flip_pair_is_the_published_one(fixture, photo):
-    assert torch.equal(to_float(flip_pair(photo, 64)), fixture("data_flip_and_resize")["flip_pair_64"])
+    pair, = cut_crops(center_crop(photo, 64)[None], 64, crop_names(ten_crop=False, mirrored=True))
+    assert torch.equal(to_float(pair), fixture("data_flip_and_resize")["flip_pair_64"])
 
 
 def test_uint8_rule_with_and_without_resize_is_the_published_one(fixture):
@@ -107,7 +113,6 @@ def folder(tmp_path_factory, photo):
     for name in ("b/2.png", "b/10.PNG", "b/deep/1.webp", "a/x.JPEG", "C/y.jpg"):
         save(root / name, small)
     (root / "a" / "notes.txt").write_text("no image")
-    (root / "a" / "x.png").mkdir()
     (root / ".cache").mkdir()
     (root / "readme.txt").write_text("no class")
     return root
@@ -122,6 +127,15 @@ def test_folder_lists_the_rows_that_torchvision_lists(folder):
                 if label == ours.class_names.index(class_name)]
     assert [(ours.path_of(row), ours.labels[row]) for row in range(len(ours))] == expected
     assert ours.labels.dtype == np.int64 and ours.read(4).shape == (20, 30, 3)
+
+
+def test_folder_that_is_called_like_an_image_is_a_row_that_fails(tmp_path):
+    save(tmp_path / "a" / "1.png", np.zeros((3, 4, 3), np.uint8))
+    save(tmp_path / "a" / "x.png" / "inside.jpg", np.zeros((3, 4, 3), np.uint8))
+    ours = open_images("imagenet", tmp_path)
+    assert [ours.name_of(row) for row in range(len(ours))] == ["a/1.png", "a/x.png", "a/x.png/inside.jpg"]
+    with pytest.raises(ValueError, match="a/x.png: expected an image"):
+        ours.read(1)
 
 
 @pytest.mark.parametrize(("make", "found"), [

@@ -1,36 +1,23 @@
 """The entry scripts one after the other, with real processes, on a tokenizer of random weights."""
 
-import importlib
 import json
-import os
 import shutil
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from processes import run_here, start
 
 from autoregressive.assemble import load_vq
 from autoregressive.data.codes import open_codes
 from autoregressive.runtime.checkpoint import read_checkpoint, save_checkpoint
-from autoregressive.runtime.entry import run
 from tokenizer.tokenizer_image.images import center_crop, open_images, to_float
 from tokenizer.tokenizer_image.vq_model import VQModel
 
 VQ = "--vq-model VQ-4-small --codebook-size 64".split()
 GPT = "--gpt-model GPT-tiny --num-classes 10 --image-size 16 --downsample-size 4 --cluster-size 8".split()
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 REORDERED, MAPPING = "vq-reorder-kmeans+nearest-cluster_size=8.pt", "mapping-kmeans+nearest-cluster_size=8.pt"
-
-
-def start(script, *flags, processes=0):
-    """Runs an entry script, by python or by torchrun, and returns the finished process."""
-    launcher = [sys.executable]
-    if processes:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.run([*launcher, ROOT / script, *map(str, flags)], env=ENVIRONMENT, capture_output=True, text=True)
 
 
 def extract(folder, name, *more, processes=0):
@@ -234,17 +221,8 @@ def test_wrong_input_is_one_line_and_exit_code_2_and_leaves_nothing(
     (tmp_path / "foreign.pt.json").write_text(json.dumps(hashes))
     before = sorted(tmp_path.iterdir())
     monkeypatch.setattr(sys.modules[__name__], "start", run_here)
-    monkeypatch.setattr(sys, "argv", ["script"])
+    monkeypatch.setattr(sys, "argv", [])
     code = command(pipeline, tmp_path / "new", *flags.format(tmp_path).split())
     error = capsys.readouterr().err
     assert code == 2 and words in error and len(error.strip().splitlines()) == 1, error
     assert sorted(tmp_path.iterdir()) == before
-
-
-def run_here(script, *flags, processes):
-    """Runs an entry script in this process, which spares seconds of imports; returns its exit code."""
-    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-    sys.argv[1:] = map(str, flags)
-    with pytest.raises(SystemExit) as stop:
-        run(module.main, module.build_parser())
-    return stop.value.code

@@ -1,29 +1,28 @@
-"""Codes of a data set on disk, and the mapping that turns them into tokens.
+"""Codes of data sets on disk: what a store is, how it is read and checked; the mapping that turns codes into tokens.
 
-A store is one folder:
+A store is one folder, written by code_writer.py:
 
-    manifest.json   what the codes are: dataset, classes, crops, grid, V, hashes, failed images, and whether it is whole
+    manifest.json   what the codes are: dataset, classes, crops in their order, V, hashes, failed images, checksums
     codes.npy       (N, crops, T) uint16 (int32 above V = 65,536), the codes of every crop of every image
     labels.npy      (N,) int64
-    status.npy      (N,) uint8 while the store is being written: 0 to do, 1 written, 2 failed
-
-Rows are written with os.pwrite at their own place, first the codes, then the status: a kill loses at most the rows that
-had no status yet, and any number of processes writes one store without a merge.
+    status.npy      (N,) uint8, failures/: only while the store is being written
 
 Letters: N images, T tokens, V codes, K clusters, S codes per cluster.
 """
 
-import json
-import os
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from autoregressive.data.older_codes import find_older_codes, read_older_codes
 from autoregressive.runtime.checkpoint import read_checkpoint
-from autoregressive.runtime.files import atomic_write, mapping_sha256, read_json, write_json
+from autoregressive.runtime.files import mapping_sha256, read_json
 
-TO_DO, WRITTEN, FAILED = 0, 1, 2
+CHECKSUM_ROWS = 65536                               # rows of the codes that one checksum covers
+SAME_IN_COMBINED = ("num_images", "num_tokens", "dataset", "class_names", "images_sha256", "image_size", "grid",
+                    "codebook_size", "codebook_sha256", "tokenizer_sha256")
 
 
 def code_dtype(codebook_size):
@@ -31,132 +30,57 @@ def code_dtype(codebook_size):
     return np.dtype(np.uint16 if codebook_size <= 65536 else np.int32)
 
 
-def add_code_args(parser):
-    """Declares where the codes lie: shared by extraction and training."""
-    parser.add_argument("--code-path", required=True, help="folder of the codes")
+def add_code_args(parser, several=False):
+    """Declares where the codes lie: shared by extraction, its check, and training, which combines `several` stores."""
+    if several:
+        parser.add_argument("--code-path", required=True, nargs="+", action="extend",
+                            help="folder of the codes; several, of the same images, add their crops to each other")
+    else:
+        parser.add_argument("--code-path", required=True, help="folder of the codes")
 
 
-def _preallocate(path, shape, dtype):
-    """Makes a .npy file of zeros whose space on the disk is reserved; an existing one is kept."""
-    if path.exists():
-        return
-    temporary = path.with_name(f".{path.name}.tmp")
-    np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape)
-    if hasattr(os, "posix_fallocate"):                              # not on every system
-        with open(temporary, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
-    os.replace(temporary, path)
+def compare_manifests(expected, found):
+    """Returns the first difference as text, `key value, found one with value`; None if there is none.
+
+    Args:
+        expected: dict.
+        found: dict; keys that `expected` lacks do not count.
+    """
+    for key, value in expected.items():
+        if found.get(key) != value:
+            return f"{key} {_shorten(value)}, found one with {_shorten(found.get(key))}"
+    return None
 
 
-def _write_rows(path, first_row, rows):
-    """Writes rows of a .npy file at their place; on a full disk this raises OSError, a map would kill the process."""
-    offset = np.load(path, mmap_mode="r").offset + first_row * rows[0].nbytes
-    data = memoryview(np.ascontiguousarray(rows)).cast("B")
-    with open(path, "r+b") as file:
-        while len(data):
-            written = os.pwrite(file.fileno(), data, offset)
-            data, offset = data[written:], offset + written
+def _shorten(value):
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-class CodeWriter:
-    """Writes rows of one store; every process of an extraction opens its own."""
-
-    def __init__(self, path, manifest):
-        """
-        Args:
-            path: folder that `create` laid out.
-            manifest: what was given to `create`.
-        """
-        self.path, self.manifest = Path(path), manifest
-
-    @staticmethod
-    def create(path, manifest, labels):
-        """Lays out an unfinished store, or finds the one that the same extraction began (one process calls this).
-
-        Args:
-            path: folder of the store.
-            manifest: dict with at least num_images, num_crops, num_tokens, codebook_size.
-            labels: (N,) int64.
-
-        Raises:
-            ValueError: another store, or something else, lies there.
-        """
-        path = Path(path)
-        if (path / "manifest.json").is_file():
-            found = read_json(path / "manifest.json")
-            for key in manifest:
-                if found.get(key) != manifest[key]:
-                    raise ValueError(f"{path}: expected a store with {key} {manifest[key]!r}, found one with "
-                                     f"{found.get(key)!r}; choose another --code-path or remove the folder")
-            if found["complete"]:
-                return
-        elif path.is_dir() and any(path.iterdir()):
-            raise ValueError(f"{path}: expected a new or empty folder, or a store; found other files")
-        else:
-            write_json(path / "manifest.json", manifest | {"complete": False})
-        shape = (manifest["num_images"], manifest["num_crops"], manifest["num_tokens"])
-        _preallocate(path / "codes.npy", shape, code_dtype(manifest["codebook_size"]))
-        with atomic_write(path / "labels.npy") as file:
-            np.save(file, labels.astype(np.int64))
-        _preallocate(path / "status.npy", shape[:1], np.dtype(np.uint8))
-
-    @property
-    def is_complete(self):
-        return read_json(self.path / "manifest.json")["complete"]
-
-    def is_written(self, rows):
-        """Says whether every row of a range was written, or recorded as failed, before."""
-        return bool((np.load(self.path / "status.npy", mmap_mode="r")[rows.start:rows.stop] != TO_DO).all())
-
-    def write(self, rows, codes, failures):
-        """Writes consecutive rows: codes first, then failures, then the status that makes them count.
-
-        Args:
-            rows: range of rows.
-            codes: (len(rows), crops, T) integers; None if all failed.
-            failures: dict of row -> (path, reason); the codes of these rows are never read.
-        """
-        if codes is not None:
-            _write_rows(self.path / "codes.npy", rows.start, codes.astype(code_dtype(self.manifest["codebook_size"])))
-        if failures:
-            lines = [json.dumps({"row": row, "path": str(path), "reason": reason}) + "\n"
-                     for row, (path, reason) in failures.items()]
-            with open(self.path / "failures.jsonl", "a") as file:
-                file.writelines(lines)
-        status = [FAILED if row in failures else WRITTEN for row in rows]
-        _write_rows(self.path / "status.npy", rows.start, np.array(status, dtype=np.uint8))
-
-    def finish(self):
-        """Marks the store as whole, with its failures in the manifest (one process calls this, after all have written).
-
-        Raises:
-            RuntimeError: rows are missing.
-        """
-        status = np.load(self.path / "status.npy")
-        if missing := int((status == TO_DO).sum()):
-            raise RuntimeError(f"{self.path}: {missing} rows were not written; run the same command again")
-        log = self.path / "failures.jsonl"
-        lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-        failed = {line["row"]: line for line in lines}              # a row that was tried twice is listed once
-        manifest = self.manifest | {"complete": True, "failed": [failed[row] for row in sorted(failed)]}
-        write_json(self.path / "manifest.json", manifest)
-        (self.path / "status.npy").unlink()
-        log.unlink(missing_ok=True)
+def checksum_of_rows(array, first, bar=None):
+    """Returns the SHA-256 of the bytes of CHECKSUM_ROWS rows of an array from row `first` on."""
+    digest, end = hashlib.sha256(), min(first + CHECKSUM_ROWS, len(array))
+    for start in range(first, end, 1024):                           # in pieces, so that a bar can follow
+        rows = array[start:min(start + 1024, end)]
+        digest.update(np.ascontiguousarray(rows))
+        if bar is not None:
+            bar.update(len(rows))
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
 class CodeStore:
-    """A finished store, memory-mapped.
+    """One or several finished stores, memory-mapped.
 
     Attributes:
-        path: its folder.
-        manifest: dict, see the module.
-        codes: (N, crops, T) integers, mapped from disk.
+        path: the folder; those of several joined by " + ".
+        manifest: dict, see the module; what an older layout does not tell is None.
+        codes: (N, crops, T) integers on disk; codes[rows, crops] reads them.
         labels: (N,) int64.
         rows: indices of the images that did not fail, ascending.
     """
 
-    path: Path
+    path: str
     manifest: dict
     codes: np.ndarray
     labels: np.ndarray
@@ -167,20 +91,66 @@ class CodeStore:
         return self.manifest["grid"]
 
 
-def open_codes(path):
-    """Opens a finished store for reading.
+def open_codes(*paths):
+    """Opens finished stores, or folders of the older layout, for reading.
 
     Args:
-        path: its folder.
+        paths: their folders; several must hold the same images, whose crops are put together.
 
     Returns:
         CodeStore
 
     Raises:
-        ValueError: there is none, it is unfinished, empty, or its files do not fit its manifest.
+        ValueError: there is none, one is unfinished, empty or damaged, or they do not fit each other.
     """
-    path = Path(path)
+    stores = [_open_one(Path(path)) for path in paths]
+    first = stores[0]
+    for other in stores[1:]:
+        expected = {key: first.manifest[key] for key in SAME_IN_COMBINED}
+        if difference := compare_manifests(expected, other.manifest):
+            raise ValueError(f"{other.path}: expected a store with {difference}; --code-path combines crops of the "
+                             f"same images only, as in {first.path}")
+        if not np.array_equal(first.labels, other.labels):
+            raise ValueError(f"{other.path}: expected the labels of {first.path}, found others; --code-path combines "
+                             "crops of the same images only")
+    if len(stores) == 1:
+        return first
+    manifest = first.manifest | {"num_crops": sum(store.codes.shape[1] for store in stores),
+                                 "crops": [store.manifest["crops"] for store in stores]}
+    rows = first.rows
+    for store in stores[1:]:
+        rows = np.intersect1d(rows, store.rows, assume_unique=True)
+    codes = CombinedCodes([store.codes for store in stores])
+    return CodeStore(" + ".join(store.path for store in stores), manifest, codes, first.labels, rows)
+
+
+class CombinedCodes:
+    """Codes of several stores of the same images, one after the other along the crops."""
+
+    def __init__(self, parts):
+        self._parts = parts
+        self._ends = np.cumsum([part.shape[1] for part in parts])
+        self.shape = (parts[0].shape[0], int(self._ends[-1]), parts[0].shape[2])
+
+    def __getitem__(self, key):
+        """Returns the codes (n, T) int32 of pairs (rows (n,), crops (n,))."""
+        rows, crops = key
+        codes = np.empty((len(rows), self.shape[2]), np.int32)
+        owners = np.searchsorted(self._ends, crops, side="right")
+        for number, (part, end) in enumerate(zip(self._parts, self._ends, strict=True)):
+            mine = owners == number
+            codes[mine] = part[rows[mine], crops[mine] - (end - part.shape[1])]
+        return codes
+
+
+def _open_one(path):
     if not (path / "manifest.json").is_file():
+        if older := find_older_codes(path):
+            codes, labels = read_older_codes(*older)
+            manifest = dict.fromkeys(SAME_IN_COMBINED) | {
+                "num_images": len(labels), "num_crops": codes.shape[1], "num_tokens": codes.shape[2],
+                "grid": round(codes.shape[2] ** 0.5), "crops": None, "failed": []}
+            return CodeStore(str(path), manifest, codes, labels, np.arange(len(labels)))
         raise ValueError(f"{path}: expected a code store with a manifest.json, found "
                          f"{'none in this folder' if path.is_dir() else 'no such folder'}; "
                          "make one with autoregressive/train/extract_codes_c2i.py")
@@ -188,17 +158,45 @@ def open_codes(path):
     if not manifest.get("complete"):
         raise ValueError(f"{path}: expected a finished code store, found an unfinished one; "
                          "run the same extraction command again, it continues")
-    codes = np.load(path / "codes.npy", mmap_mode="r", allow_pickle=False)
-    labels = np.load(path / "labels.npy", allow_pickle=False)
+    codes, labels = _map(path / "codes.npy"), _map(path / "labels.npy")
     shape = (manifest["num_images"], manifest["num_crops"], manifest["num_tokens"])
     if codes.shape != shape or labels.shape != shape[:1]:
         raise ValueError(f"{path}: expected codes {shape} and as many labels, found {codes.shape} and {labels.shape}; "
-                         "the store is damaged, extract it again")
+                         "the store is damaged, extract it again with --overwrite")
     good = np.ones(len(labels), dtype=bool)
     good[[failure["row"] for failure in manifest["failed"]]] = False
     if not good.any():
         raise ValueError(f"{path}: expected at least one image, found none that could be read")
-    return CodeStore(path, manifest, codes, labels, np.flatnonzero(good))
+    return CodeStore(str(path), manifest, codes, labels, np.flatnonzero(good))
+
+
+def _map(path):
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{path}: expected an array, {error}; the store is damaged, extract it again with "
+                         "--overwrite") from error
+
+
+def verify_checksums(store, bar=None):
+    """Reads a whole store and compares it with the checksums of its manifest.
+
+    Args:
+        store: CodeStore of one folder.
+        bar: progress bar of the rows.
+
+    Raises:
+        ValueError: rows are not what was written; the message names them.
+    """
+    for index, expected in enumerate(store.manifest["codes_sha256"]):
+        first = index * CHECKSUM_ROWS
+        if checksum_of_rows(store.codes, first, bar) != expected:
+            raise ValueError(f"{store.path}/codes.npy: expected rows {first} to "
+                             f"{min(first + CHECKSUM_ROWS, len(store.codes)) - 1} as they were written, found others; "
+                             "the store is damaged, extract it again with --overwrite")
+    if checksum_of_rows(store.labels, 0) != store.manifest["labels_sha256"]:
+        raise ValueError(f"{store.path}/labels.npy: expected the labels as they were written, found others; the store "
+                         "is damaged, extract it again with --overwrite")
 
 
 @dataclass(frozen=True)

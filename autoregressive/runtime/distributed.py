@@ -96,6 +96,12 @@ def launched_world_size():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def cores_per_process():
+    """Returns how many cores a process may keep busy when those of its machine are shared evenly, at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 @contextlib.contextmanager
 def open_session(device="auto", debug=False):
     """Joins the process group of the launcher, if there is one, and leaves it at the end.

@@ -16,18 +16,18 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])      # the repository root instead of this folder
 
-import numpy as np
-import torch
-
 from autoregressive.assemble import load_vq
-from autoregressive.data.codes import CodeWriter, add_code_args
+from autoregressive.data.code_writer import CodeWriter
+from autoregressive.data.codes import add_code_args, open_codes, verify_checksums
 from autoregressive.runtime.distributed import seed_everything
 from autoregressive.runtime.entry import Parser, checks, run
 from autoregressive.runtime.log import open_logger, progress
-from tokenizer.tokenizer_image.images import add_image_args, flip_pair, open_images, ten_crop, to_float
+from tokenizer.tokenizer_image.crops import load_rows
+from tokenizer.tokenizer_image.encoding import ENCODE_PRECISIONS, CropEncoder, agreement, default_batch_size
+from tokenizer.tokenizer_image.images import add_image_args, crop_names, enlarged_side, images_sha256, open_images
 from tokenizer.tokenizer_image.vq_model import add_vq_args
 
-BATCH_IMAGES = 32                                   # rows of the store that are encoded and written together
+LARGEST_CROP_RANGE = 4
 
 
 def build_parser():
@@ -39,50 +39,52 @@ def build_parser():
     parser.add_argument("--ten-crop", action="store_true", help="ten crops of the enlarged picture instead of two")
     parser.add_argument("--crop-range", type=float, default=1.1, help="how much --ten-crop enlarges the picture")
     parser.add_argument("--no-flip", action="store_true", help="leave out the mirrored crops (digits, text)")
-    parser.add_argument("--num-workers", type=int, default=24, help="workers that decode and crop images")
-    parser.refuse_for_now("--num-workers")
+    parser.add_argument("--precision", default="fp32", choices=tuple(ENCODE_PRECISIONS),
+                        help="of the encoder; the nearest code is always searched in float32")
+    parser.add_argument("--batch-size", type=int, default=0, help="crops encoded together; 0: found from the memory")
+    parser.add_argument("--num-workers", type=int, default=24,
+                        help="processes that decode and crop images, at most as many as there are cores")
+    parser.add_argument("--no-compile", action="store_true", help="do not compile (a GPU compiles by default)")
+    parser.add_argument("--max-failures", type=float, default=0.001,
+                        help="share of images that may be broken; more end with exit code 1 and a list")
+    parser.add_argument("--overwrite", action="store_true",
+                        help="replace a finished store, or one of another extraction, at --code-path")
     return parser
 
 
-def crop(image, args):
-    """Returns the crops (crops, P, P, 3) uint8 of an image (H, W, 3) uint8."""
-    size = args.image_size
-    crops = ten_crop(image, size, args.crop_range) if args.ten_crop else flip_pair(image, size)
-    return crops[:len(crops) // 2] if args.no_flip else crops    # the mirrored ones come second
+def check_flags(args, vq):
+    """Raises ValueError for flags out of range."""
+    if args.image_size < vq.downsampling or args.image_size % vq.downsampling:
+        raise ValueError(f"--image-size: expected a multiple of {vq.downsampling} for {args.vq_model}, "
+                         f"got {args.image_size}")
+    if args.ten_crop and not 1 <= args.crop_range <= LARGEST_CROP_RANGE:
+        raise ValueError(f"--crop-range: expected 1 to {LARGEST_CROP_RANGE}, got {args.crop_range}")
+    if args.batch_size < 0 or args.num_workers < 0:
+        raise ValueError(f"expected --batch-size and --num-workers of at least 0, got {args.batch_size} and "
+                         f"{args.num_workers}")
+    if not 0 <= args.max_failures <= 1:
+        raise ValueError(f"--max-failures: expected a share, 0 to 1, got {args.max_failures}")
 
 
 def describe_store(args, images, vq, hashes):
     """Returns the manifest of the store that this command makes."""
-    grid = args.image_size // vq.downsampling
-    kind = f"ten-crop {args.crop_range:g}" if args.ten_crop else "centre"
-    return {"dataset": args.dataset, "num_images": len(images), "class_names": images.class_names, "crops": kind,
-            "mirrored": not args.no_flip, "num_crops": (5 if args.ten_crop else 1) * (1 if args.no_flip else 2),
-            "image_size": args.image_size, "grid": grid, "num_tokens": grid * grid, "vq_model": args.vq_model,
-            "codebook_size": args.codebook_size, "codebook_embed_dim": args.codebook_embed_dim,
-            "codebook_sha256": hashes["codebook_sha256"], "tokenizer_sha256": hashes["weights_sha256"]}
+    grid, crops = args.image_size // vq.downsampling, crop_names(args.ten_crop, not args.no_flip)
+    return {"dataset": args.dataset, "num_images": len(images), "class_names": images.class_names,
+            "images_sha256": images_sha256(images),
+            "num_crops": len(crops), "crops": crops, "crop_range": args.crop_range if args.ten_crop else 1.0,
+            "image_size": args.image_size, "grid": grid, "num_tokens": grid * grid, "precision": args.precision,
+            "vq_model": args.vq_model, "codebook_size": args.codebook_size,
+            "codebook_embed_dim": args.codebook_embed_dim, "codebook_sha256": hashes["codebook_sha256"],
+            "tokenizer_sha256": hashes["weights_sha256"]}
 
 
-@torch.inference_mode()
-def encode_rows(rows, images, vq, args, device):
-    """Encodes images of consecutive rows, all their crops together.
-
-    Returns:
-        codes (n, crops, T) int64 numpy array, and the failures as a dict of row -> (path, reason).
-    """
-    failures, crops = {}, []
-    for row in rows:
-        try:
-            crops.append(crop(images.read(row), args))
-        except (OSError, ValueError) as error:      # a broken file costs its own row only
-            failures[row] = (images.path_of(row), str(error) or type(error).__name__)
-            crops.append(None)
-    if len(failures) == len(rows):
-        return None, failures
-    blank = np.zeros_like(next(picture for picture in crops if picture is not None))
-    pixels = np.stack([blank if picture is None else picture for picture in crops])         # (n, crops, P, P, 3)
-    pictures = to_float(pixels.reshape(-1, *pixels.shape[2:])).to(device)                   # (n * crops, 3, P, P)
-    codes = vq.quantize.codes(vq.encode(pictures))                                          # (n * crops, T)
-    return codes.reshape(*pixels.shape[:2], -1).cpu().numpy(), failures
+def verify(path, manifest, session, logger):
+    """Compares a finished store with its checksums, on rank 0."""
+    with checks(session):
+        if session.is_main:
+            with progress(session, manifest["num_images"], "verify", "image") as bar:
+                verify_checksums(open_codes(path), bar)
+    logger.info("%s is finished: %d images, checksums verified", path, manifest["num_images"])
 
 
 def main(args, session):
@@ -91,32 +93,51 @@ def main(args, session):
     with checks(session):
         images = open_images(args.dataset, args.data_path)
         vq, hashes = load_vq(args.vq_ckpt, args.vq_model, args.codebook_size, args.codebook_embed_dim)
-        if args.image_size < vq.downsampling or args.image_size % vq.downsampling:
-            raise ValueError(f"--image-size: expected a multiple of {vq.downsampling} for {args.vq_model}, "
-                             f"got {args.image_size}")
-        if args.ten_crop and not 1 <= args.crop_range <= 4:
-            raise ValueError(f"--crop-range: expected 1 to 4, got {args.crop_range}")
+        check_flags(args, vq)
         manifest = describe_store(args, images, vq, hashes)
+        writer = CodeWriter(args.code_path, manifest)
         if session.is_main:
-            CodeWriter.create(args.code_path, manifest, images.labels)
-    writer = CodeWriter(args.code_path, manifest)
+            writer.create(images.labels, args.overwrite)
     if writer.is_complete:
-        logger.info("%s is finished: %d images", args.code_path, len(images))
+        verify(args.code_path, manifest, session, logger)
         return
-    vq.to(session.device)
-    starts = range(0, len(images), BATCH_IMAGES)    # batches are cut by absolute row: the same for any number of ranks
-    share = session.share_of(len(starts))
-    with progress(session, len(images), "extract", "image") as bar:
-        for first in starts[share.start:share.stop]:
-            rows = range(first, min(first + BATCH_IMAGES, len(images)))
-            if not writer.is_written(rows):
-                writer.write(rows, *encode_rows(rows, images, vq, args, session.device))
-            bar.update(len(rows) * session.world_size)
-    session.barrier()
+    size, names = args.image_size, manifest["crops"]
+    batch_size = args.batch_size or default_batch_size(args.vq_model, size, args.precision, session.device)
+    compiled = session.device.type == "cuda" and not args.no_compile
+    encoder = CropEncoder(vq, session.device, args.precision, batch_size, compiled)
+    batches = writer.missing(max(1, batch_size // len(names)))  # cut by absolute row, whatever the number of processes
+    session.barrier()                                           # all have seen the same rows missing
+    share = session.share_of(len(batches))
+    loader = load_rows(images, enlarged_side(size, manifest["crop_range"]), batches[share.start:share.stop],
+                       args.num_workers)
+    with progress(session, len(images), "extract", "image", initial=writer.num_done) as bar:
+        for number, batch in enumerate(loader):
+            if number == 0 and args.precision != "fp32" and session.is_main:
+                rate = agreement(vq, encoder, batch.pictures, size, names, session.device)
+                logger.info("%s and fp32 agree on %.2f %% of the first batch's codes", args.precision, 100 * rate)
+            writer.write(batch.rows, encoder.codes(batch.pictures, size, names).cpu().numpy(), batch.failures)
+            bar.update(writer.num_done - bar.n)                 # of all processes
     if session.is_main:
-        writer.finish()
-    logger.info("%d images, %d crops of %d tokens each; codes in %s", manifest["num_images"], manifest["num_crops"],
-                manifest["num_tokens"], args.code_path)
+        finish(writer, args, session, logger)
+
+
+def finish(writer, args, session, logger):
+    """Waits for all rows, completes the store, and ends with exit code 1 if too many images are broken."""
+    count = writer.manifest["num_images"]
+    writer.wait_for_others()
+    with progress(session, count, "checksums", "image") as bar:
+        failed = writer.finish(args.max_failures * count, bar)
+    for failure in failed[:10]:
+        logger.warning("broken: %s", failure["reason"])
+    listed = f"{len(failed)} of {count} images are broken; {writer.path / 'manifest.json'} lists them"
+    if len(failed) > args.max_failures * count:
+        logger.error("%s. More than --max-failures %g: repair or remove them and run the same command again, which "
+                     "tries only these, or raise --max-failures", listed, args.max_failures)
+        raise SystemExit(1)
+    if failed:
+        logger.warning("%s, and training leaves them out", listed)
+    logger.info("%d images, %d crops of %d tokens each; codes in %s", count, writer.manifest["num_crops"],
+                writer.manifest["num_tokens"], writer.path)
 
 
 if __name__ == "__main__":

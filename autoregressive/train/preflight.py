@@ -17,20 +17,23 @@ def check_store(args, store, mapping):
         ValueError: something differs; the message names the flag or the file to change.
     """
     manifest, grid = store.manifest, args.image_size // args.downsample_size
+    num_classes = manifest["class_names"] and len(manifest["class_names"])
     for flag, given, found in (("--vocab-size", args.vocab_size, manifest["codebook_size"]),
                                ("--codebook-size", args.codebook_size, manifest["codebook_size"]),
-                               ("--num-classes", args.num_classes, len(manifest["class_names"])),
+                               ("--num-classes", args.num_classes, num_classes),
                                ("--image-size", args.image_size, manifest["image_size"]),
                                ("--image-size / --downsample-size (the grid)", grid, manifest["grid"])):
-        if given != found:
+        if found is not None and given != found:                # None: an older layout does not tell
             raise ValueError(f"{flag}: expected {found} as in {store.path}, got {given}")
     recorded = mapping.hashes
     if recorded.get("cluster_size", args.cluster_size) != args.cluster_size:
         raise ValueError(f"--cluster-size: expected {recorded['cluster_size']} as in {mapping.path}, "
                          f"got {args.cluster_size}")
     original = recorded.get("original_codebook_sha256")
-    if original is None:
-        LOGGER.warning("%s: no hashes beside it; whether it belongs to %s cannot be checked", mapping.path, store.path)
+    if original is None or manifest["codebook_sha256"] is None:
+        unknown = mapping.path if original is None else store.path
+        LOGGER.warning("%s: carries no hashes, so it cannot be checked that %s and %s belong together", unknown,
+                       mapping.path, store.path)
     elif original != manifest["codebook_sha256"]:
         raise ValueError(f"{mapping.path}: expected the mapping of codebook {manifest['codebook_sha256'][:12]}, which "
                          f"{store.path} was extracted with, got that of {original[:12]}; run balance_k_means.py on the "
@@ -40,8 +43,8 @@ def check_store(args, store, mapping):
 def announce(args, store, num_parameters, num_updates):
     """Logs what is about to be trained, and the loss a healthy run begins and ends with."""
     LOGGER.info("%s, %.1fM parameters; %s: %d images, %d crops of %d tokens, %d classes", args.gpt_model,
-                num_parameters / 1e6, store.manifest["dataset"], len(store.rows), store.codes.shape[1],
-                store.codes.shape[2], len(store.manifest["class_names"]))
+                num_parameters / 1e6, store.path, len(store.rows), store.codes.shape[1], store.codes.shape[2],
+                args.num_classes)
     if failed := len(store.labels) - len(store.rows):
         LOGGER.warning("%d images of %s could not be read and are left out", failed, store.path)
     LOGGER.info("%d updates of %d images, lambda %g; token loss begins at ln V = %.2f, cluster loss at ln K = %.2f",

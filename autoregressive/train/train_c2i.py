@@ -54,7 +54,7 @@ FREE_TO_CHANGE = ("epochs", "max_updates", "num_workers", "log_every", "ckpt_eve
 def build_parser():
     """Returns the parser of this script's command line."""
     parser = Parser("Train a GPT on codes with the token loss and the cluster loss.")
-    add_code_args(parser)
+    add_code_args(parser, several=True)
     add_gpt_args(parser)
     add_vq_args(parser)
     add_optim_args(parser)
@@ -112,9 +112,10 @@ def load_reordered_vq(args, mapping):
 
 
 @torch.inference_mode()
-def save_first_rows(path, vq, batches, class_names):
+def save_first_rows(path, vq, batches):
     """Saves what the first rows of the training data look like when their tokens are decoded."""
     tokens, labels = batches.batch(0, range(min(NUM_SHOWN, batches.batch_size)))
+    class_names = batches.store.manifest["class_names"] or [f"class {label}" for label in range(batches.num_classes)]
     captions = [*class_names, "no label"]
     pictures = to_uint8(vq.decode_codes(tokens, batches.store.grid))
     save_grid(path, pictures, columns=4, captions=[captions[label] for label in labels])
@@ -154,7 +155,7 @@ def main(args, session):
     logger = open_logger(session)
     with checks(session):
         check_flags(args, session)
-        store = open_codes(args.code_path)
+        store = open_codes(*args.code_path)
         mapping = read_mapping(args.mapping_path or default_mapping_path(args.cluster_size), args.vocab_size)
         check_store(args, store, mapping)
         batches = TokenBatches(store, mapping.tokens, args.global_batch_size, args.global_seed, args.num_classes,
@@ -183,7 +184,7 @@ def main(args, session):
     seed_everything(args.global_seed, 1 + session.rank)          # dropout differs between processes
     first = resume(folder, trainer, objective, session)
     if session.is_main and vq:
-        save_first_rows(folder.path / "data.png", vq, batches, store.manifest["class_names"])
+        save_first_rows(folder.path / "data.png", vq, batches)
     announce(args, store, sum(p.numel() for p in model.parameters()), num_updates)
     train(trainer, objective, batches, range(first, num_updates), args, store, mapping, folder, session)
 

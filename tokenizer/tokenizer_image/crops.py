@@ -1,8 +1,14 @@
-"""Crops for training and judging a tokenizer: which row comes when, and how it is cut, follows from the seed alone."""
+"""Pictures of a data set, read and cut by workers: random crops for training a tokenizer, centre crops for the rest.
 
+Which row comes when, and how it is cut, follows from the seed alone.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from autoregressive.runtime.distributed import keyed_random
+from autoregressive.runtime.distributed import cores_per_process, keyed_random
 from tokenizer.tokenizer_image.images import center_crop, random_crop
 
 
@@ -62,3 +68,53 @@ def plan_updates(num_images, batch_size, seed, updates, part):
 def load_crops(crops, batches, num_workers):
     """Returns a loader of (B, P, P, 3) uint8 tensors: the crops of each list of keys in `batches`."""
     return DataLoader(crops, batch_sampler=batches, num_workers=num_workers)
+
+
+@dataclass(frozen=True)
+class RowBatch:
+    """Centre crops of consecutive rows of a data set.
+
+    Attributes:
+        rows: range of the rows.
+        pictures: (len(rows), P, P, 3) uint8 numpy; zeros where a file is broken.
+        failures: dict of row -> (path, reason) of the broken ones.
+    """
+
+    rows: range
+    pictures: np.ndarray
+    failures: dict
+
+
+class RowBatches(Dataset):
+    """ADM's centre crops of ranges of rows; a broken file costs its own row only."""
+
+    def __init__(self, images, image_size, row_ranges):
+        self.images, self.image_size, self.row_ranges = images, image_size, row_ranges
+
+    def __len__(self):
+        return len(self.row_ranges)
+
+    def __getitem__(self, index):
+        rows = self.row_ranges[index]
+        pictures = np.zeros((len(rows), self.image_size, self.image_size, 3), np.uint8)
+        failures = {}
+        for place, row in enumerate(rows):
+            try:
+                pictures[place] = center_crop(self.images.read(row), self.image_size)
+            except (OSError, ValueError) as error:
+                failures[row] = (self.images.name_of(row), str(error) or type(error).__name__)
+        return RowBatch(rows, pictures, failures)
+
+
+def load_rows(images, image_size, row_ranges, num_workers):
+    """Returns a loader of one RowBatch for every range, in order.
+
+    Args:
+        images: what open_images returned.
+        image_size: side of the centre crops in pixels.
+        row_ranges: list of ranges of rows.
+        num_workers: processes that read and cut, as given by the user; no more are started than there are cores.
+    """
+    # batch_size None: a worker makes a whole RowBatch, which travels through a pipe and needs no /dev/shm.
+    return DataLoader(RowBatches(images, image_size, row_ranges), batch_size=None,
+                      num_workers=min(num_workers, len(row_ranges), cores_per_process()))

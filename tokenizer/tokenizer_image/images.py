@@ -4,6 +4,7 @@ Pictures are (H, W, 3) uint8 RGB numpy arrays; images are (N, 3, P, P) float32 t
 of ADM (OpenAI's guided-diffusion), which the published codes and references were made with.
 """
 
+import hashlib
 import math
 import os
 import struct
@@ -17,6 +18,8 @@ from PIL import Image
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 DATASETS = ("imagenet", "digits")
+POSITIONS = ("top-left", "top-right", "bottom-left", "bottom-right", "centre")         # of crops in a centre crop
+MIRRORED = ", mirrored"         # what the name of such a crop ends with
 DIGITS_SPLITS = ("train", "heldout")
 DIGITS_HELD_OUT = 6             # one of so many digits of each class is held out
 DIGITS_SEED = 0                 # of the split that tokenizer, GPT and classifier share
@@ -25,14 +28,19 @@ BROKEN_IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error,
                        Image.DecompressionBombError)
 
 
-def add_image_args(parser):
-    """Declares the flags that say which images: --dataset, --data-path, --image-size."""
+def add_source_args(parser):
+    """Declares the flags that say where images come from: --dataset, --data-path."""
     group = parser.add_argument_group("images")
     group.add_argument("--dataset", default="imagenet", choices=DATASETS,
                        help="imagenet is any folder of class folders, digits the one inside scikit-learn")
     group.add_argument("--data-path", required=True,
                        help=f"the folder; for digits the split, {' or '.join(DIGITS_SPLITS)}")
-    group.add_argument("--image-size", type=int, default=256, help="side in pixels")
+    return group
+
+
+def add_image_args(parser):
+    """Declares the flags that say which images, and how large: those of add_source_args and --image-size."""
+    add_source_args(parser).add_argument("--image-size", type=int, default=256, help="side in pixels")
 
 
 def open_images(dataset, data_path):
@@ -44,7 +52,7 @@ def open_images(dataset, data_path):
 
     Returns:
         ImageFolder or Digits, which offer: name, class_names (list), labels (N,) int64 numpy, len(),
-        path_of(row) and read(row) -> (H, W, 3) uint8.
+        path_of(row), name_of(row) (the path inside the folder) and read(row) -> (H, W, 3) uint8.
 
     Raises:
         ValueError: there are no images to be had there.
@@ -54,6 +62,14 @@ def open_images(dataset, data_path):
     if dataset == "imagenet":
         return ImageFolder(data_path)
     raise ValueError(f"--dataset: expected {' or '.join(DATASETS)}, got {dataset}")
+
+
+def images_sha256(images):
+    """Returns the SHA-256 over the names and labels of all rows, in order, of what open_images returned."""
+    digest = hashlib.sha256()
+    for row, label in enumerate(images.labels.tolist()):
+        digest.update(os.fsencode(f"{images.name_of(row)} {label}\n"))
+    return digest.hexdigest()
 
 
 class ImageFolder:
@@ -72,21 +88,25 @@ class ImageFolder:
             raise ValueError(f"{root}: expected one folder a class, found {len(entries)} files and no folder; move the "
                              "images into folders named after their classes")
         self._root = root
-        self._paths, labels = [], []
+        names, labels = [], []
         for label, class_name in enumerate(self.class_names):
             paths = _image_paths(root / class_name)
             if not paths:
                 raise ValueError(f"{root / class_name}: expected images ({', '.join(IMAGE_SUFFIXES)}) of a class, "
                                  "found none; remove the folder or fill it")
-            self._paths += [os.path.relpath(path, root) for path in paths]
+            names += [os.fsencode(os.path.relpath(path, root)) for path in paths]
             labels += [label] * len(paths)
         self.labels = np.array(labels, dtype=np.int64)
+        self._names = np.array(names)               # one block: worker processes share it, a million strings they copy
 
     def __len__(self):
-        return len(self._paths)
+        return len(self._names)
 
     def path_of(self, row):
-        return str(self._root / self._paths[row])
+        return str(self._root / self.name_of(row))
+
+    def name_of(self, row):
+        return os.fsdecode(self._names[row])
 
     def read(self, row):
         """Returns the picture (H, W, 3) uint8 of a row. Raises ValueError if the file is broken."""
@@ -94,8 +114,9 @@ class ImageFolder:
 
 
 def _image_paths(folder):
-    return [os.path.join(where, name) for where, _, names in sorted(os.walk(folder, followlinks=True))
-            for name in sorted(names) if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")]
+    # A folder that is called like an image is listed too: reading it fails, and the failure is recorded.
+    return [os.path.join(where, name) for where, folders, names in sorted(os.walk(folder, followlinks=True))
+            for name in sorted(folders + names) if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")]
 
 
 class Digits:
@@ -120,7 +141,10 @@ class Digits:
         return len(self._rows)
 
     def path_of(self, row):
-        return f"digits/{self._split}/{self._rows[row]}"
+        return f"digits/{self._split}/{self.name_of(row)}"
+
+    def name_of(self, row):
+        return str(self._rows[row])
 
     def read(self, row):
         """Returns the picture (8, 8, 3) uint8 of a row."""
@@ -177,30 +201,43 @@ def center_crop(picture, size):
     return resized[top:top + size, left:left + size]
 
 
-def flip_pair(picture, size):
-    """Returns the centre crop and its mirror image, (2, size, size, 3) uint8."""
-    crop = center_crop(picture, size)
-    return np.stack([crop, crop[:, ::-1]])
+def enlarged_side(size, crop_range):
+    """Returns the side of the centre crop that crops of `size` pixels are cut from, truncated: 256 * 1.1 -> 281."""
+    return int(size * crop_range)
 
 
-def ten_crop(picture, size, crop_range):
-    """Cuts torchvision's ten crops out of an enlarged centre crop.
+def crop_names(ten_crop, mirrored):
+    """Returns the names of the crops of a picture, in the published order.
 
     Args:
-        picture: (H, W, 3) uint8.
-        size: side of a crop in pixels.
-        crop_range: side of the centre crop in units of `size`, at least 1.
+        ten_crop: whether torchvision's five positions are cut, or the centre alone.
+        mirrored: whether those of the mirrored picture follow.
+    """
+    names = list(POSITIONS) if ten_crop else ["centre"]
+    return names + [f"{name}{MIRRORED}" for name in names] if mirrored else names
+
+
+def cut_crops(wholes, size, names):
+    """Cuts the named crops out of centre crops that are at least as large, as torchvision's TenCrop does.
+
+    Args:
+        wholes: (B, W, W, 3) uint8, torch or numpy.
+        size: side of a crop in pixels, at most W.
+        names: some of crop_names.
 
     Returns:
-        (10, size, size, 3) uint8: top-left, top-right, bottom-left, bottom-right, centre; then these five positions of
-        the mirrored picture.
+        (B, len(names), size, size, 3) uint8 tensor on the device of `wholes`.
     """
-    whole = center_crop(picture, int(size * crop_range))
-    far = len(whole) - size
-    middle = round(far / 2)
-    corners = ((0, 0), (0, far), (far, 0), (far, far), (middle, middle))
-    return np.stack([side[top:top + size, left:left + size]
-                     for side in (whole, whole[:, ::-1]) for top, left in corners])
+    wholes = torch.as_tensor(wholes)
+    sides = {False: wholes, True: wholes.flip(2)}
+    far = wholes.shape[1] - size
+    offsets = {"top-left": (0, 0), "top-right": (0, far), "bottom-left": (far, 0), "bottom-right": (far, far),
+               "centre": (round(far / 2), round(far / 2))}
+    crops = []
+    for name in names:
+        top, left = offsets[name.removesuffix(MIRRORED)]
+        crops.append(sides[name.endswith(MIRRORED)][:, top:top + size, left:left + size])
+    return torch.stack(crops, dim=1)
 
 
 def random_crop(picture, size, random, smallest_share=0.8):

@@ -1,0 +1,213 @@
+"""Extraction from folders of real files: kills, broken files, precision, and the look at its result."""
+
+import json
+import random
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from processes import run_here, start, start_and_kill
+
+from autoregressive.assemble import load_vq
+from autoregressive.data.codes import open_codes
+from autoregressive.runtime.checkpoint import save_checkpoint
+from tokenizer.tokenizer_image.encoding import CropEncoder, agreement, default_batch_size
+from tokenizer.tokenizer_image.images import center_crop, crop_names, cut_crops, open_images, to_float
+from tokenizer.tokenizer_image.vq_model import VQModel
+
+EXTRACT, CHECK = "autoregressive/train/extract_codes_c2i.py", "autoregressive/train/check_codes.py"
+TEN = crop_names(ten_crop=True, mirrored=True)
+BROKEN = ("apple/broken.jpg", "apple/empty.jpg", "pear/folder.png", "pear/nowhere.jpg", "pear/text.jpg")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder of 41 photos of noise and shapes in three classes, five of them broken, and a tokenizer."""
+    folder = tmp_path_factory.mktemp("extraction")
+    noise = np.random.default_rng(0)
+    for number in range(36):
+        small = noise.integers(256, size=(5, 6, 3), dtype=np.uint8)
+        path = folder / "images" / ("apple", "pear", "fig")[number % 3] / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(small).resize((40 + number, 50), Image.Resampling.BICUBIC).save(path, quality=95)
+    Image.new("RGB", (1, 1)).save(folder / "images/fig/single.png")
+    whole = (folder / "images/apple/0.jpg").read_bytes()
+    for name, content in zip(BROKEN[:2], (whole[:len(whole) // 2], b""), strict=True):
+        (folder / "images" / name).write_bytes(content)
+    (folder / "images/pear/text.jpg").write_text("not a picture")
+    (folder / "images/pear/folder.png").mkdir()
+    (folder / "images/pear/nowhere.jpg").symlink_to("/no/such/file")
+    torch.manual_seed(0)
+    save_checkpoint(folder / "vq.pt", {"model": VQModel("VQ-4-small", 64, 8).state_dict()})
+    done = extract(folder, "codes")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def flags(folder, name, *more):
+    return ("--data-path", folder / "images", "--code-path", folder / name, "--vq-ckpt", folder / "vq.pt", "--vq-model",
+            "VQ-4-small", "--codebook-size", 64, "--image-size", 32, "--ten-crop", "--batch-size", 10,
+            "--num-workers", 1, "--max-failures", 0.2, *more)
+
+
+def extract(folder, name, *more, processes=0):
+    return start(EXTRACT, *flags(folder, name, *more), processes=processes)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_store_does_not_depend_on_the_number_of_processes(folder, processes):
+    done = extract(folder, f"codes{processes}", processes=processes)
+    assert done.returncode == 0, done.stderr
+    assert contents(folder / f"codes{processes}") == contents(folder / "codes")
+
+
+@pytest.mark.parametrize("kills, processes", [(2, 2), pytest.param(5, 0, marks=pytest.mark.long),
+                                              pytest.param(5, 3, marks=pytest.mark.long)])
+def test_killed_and_resumed_extraction_makes_the_same_store(folder, kills, processes):
+    path, choose = folder / f"killed{kills}{processes}", random.Random(kills)
+    goals = sorted(choose.sample(range(1, 40), kills))
+
+    def done_rows():
+        return np.count_nonzero(np.load(path / "status.npy")) if (path / "status.npy").exists() else -1
+
+    for goal in goals:
+        status = start_and_kill(EXTRACT, *flags(folder, path.name), processes=processes,
+                                when=lambda goal=goal: done_rows() >= goal)
+        assert status == -9 and goal <= done_rows() < 42
+    assert extract(folder, path.name, processes=processes).returncode == 0
+    assert contents(path) == contents(folder / "codes")
+
+
+def test_failures_are_listed_and_labels_do_not_shift(folder):
+    store, images = open_codes(folder / "codes"), open_images("imagenet", folder / "images")
+    failed = store.manifest["failed"]
+    assert sorted(failure["path"] for failure in failed) == sorted(BROKEN)
+    for failure in failed:
+        assert images.name_of(failure["row"]) == failure["path"] and failure["path"] in failure["reason"]
+        assert not store.codes[failure["row"]].any() and failure["row"] not in store.rows
+    assert store.manifest["class_names"] == ["apple", "fig", "pear"] and len(store.rows) == len(images) - 5 == 37
+    assert all(images.name_of(row).split("/")[0] == ["apple", "fig", "pear"][store.labels[row]] for row in store.rows)
+
+
+def test_codes_equal_encoding_each_image_alone_where_the_nearest_code_is_clear(folder):
+    store, images = open_codes(folder / "codes"), open_images("imagenet", folder / "images")
+    vq, _ = load_vq(folder / "vq.pt", "VQ-4-small", 64, 8)
+    codebook = F.normalize(vq.quantize.embedding.weight, dim=1)
+    num_clear = 0
+    for row in store.rows.tolist():
+        crops, = cut_crops(center_crop(images.read(row), 35)[None], 32, TEN)
+        latents = torch.cat([vq.encode(image[None]) for image in to_float(crops)])          # each image alone
+        distances = torch.cdist(F.normalize(latents.permute(0, 2, 3, 1).flatten(1, 2), dim=-1), codebook).square()
+        nearest, codes = distances.topk(2, largest=False)                                   # (10, T, 2)
+        clear = (nearest[..., 1] - nearest[..., 0] > 1e-5).numpy()
+        assert np.array_equal(codes[..., 0].numpy()[clear], store.codes[row][clear])
+        num_clear += clear.sum()
+    assert num_clear > 0.99 * 37 * 10 * 64
+
+
+@pytest.mark.parametrize("precision, least", [("bf16", 0.9), ("fp16", 0.98)])
+def test_half_precision_agrees_with_float32_on_most_codes(folder, precision, least):
+    vq, _ = load_vq(folder / "vq.pt", "VQ-4-small", 64, 8)
+    picture = center_crop(open_images("imagenet", folder / "images").read(1), 35)[None]
+    cpu = torch.device("cpu")
+    rate = agreement(vq, CropEncoder(vq, cpu, precision, 5), picture, 32, TEN, cpu)
+    assert least < rate < 1
+
+
+def test_codes_do_not_depend_on_how_crops_are_put_together(folder):
+    vq, _ = load_vq(folder / "vq.pt", "VQ-4-small", 64, 8)
+    pictures = np.random.default_rng(0).integers(256, size=(3, 35, 35, 3), dtype=np.uint8)
+    alone, together = (CropEncoder(vq, torch.device("cpu"), "fp32", size).codes(pictures, 32, TEN) for size in (1, 7))
+    assert alone.shape == (3, 10, 64) and (alone == together).float().mean() > 0.999
+
+
+def test_default_batch_size_follows_the_size_of_a_crop():
+    sizes = [default_batch_size("VQ-16", size, "fp32", torch.device("cpu")) for size in (512, 256, 128, 16)]
+    assert sizes == [1, 2, 8, 512]
+
+
+def test_too_many_failures_end_with_exit_code_1_and_repaired_files_are_tried_again(folder):
+    strict = ("--max-failures", 0.1)
+    done = extract(folder, "strict", *strict)
+    assert done.returncode == 1 and "5 of 42 images are broken" in done.stdout and "Traceback" not in done.stderr
+    assert len(json.loads((folder / "strict/manifest.json").read_text())["failed"]) == 5
+    broken = folder / "images" / BROKEN[0]
+    before = broken.read_bytes()
+    shutil.copy(folder / "images/apple/0.jpg", broken)
+    try:
+        done = extract(folder, "strict", "--max-failures", 0.1)
+        assert done.returncode == 0, done.stderr
+        assert len(open_codes(folder / "strict").manifest["failed"]) == 4
+    finally:
+        broken.write_bytes(before)
+
+
+def test_finished_store_is_verified_and_replaced_only_by_overwrite(folder):
+    shutil.copytree(folder / "codes", folder / "kept")
+    done = extract(folder, "kept")
+    assert done.returncode == 0 and "checksums verified" in done.stdout
+    with open(folder / "kept/codes.npy", "r+b") as file:
+        file.seek(5000)
+        file.write(b"\1")
+    done = extract(folder, "kept")
+    assert done.returncode == 2 and "extract it again with --overwrite" in done.stderr
+    assert extract(folder, "kept", "--overwrite").returncode == 0
+    assert contents(folder / "kept") == contents(folder / "codes")
+
+
+def check(folder, name, images="images"):
+    return start(CHECK, "--code-path", folder / name, "--data-path", folder / images, "--vq-ckpt", folder / "vq.pt",
+                 "--output", folder / f"{name}.png")
+
+
+def test_check_passes_a_right_store_and_draws_it(folder):
+    done = check(folder, "codes")
+    assert done.returncode == 0 and "all checks passed" in done.stdout, done.stdout + done.stderr
+    assert done.stdout.count("ok ") == 8 and "37 images, 5 broken" in done.stdout
+    assert Image.open(folder / "codes.png").size == (4 * (128 + 4) + 4, 8 * (64 + 15 + 4) + 4)
+
+
+def test_check_fails_a_store_whose_codes_belong_to_other_rows(folder):
+    shutil.copytree(folder / "codes", folder / "shifted")
+    codes = np.load(folder / "codes/codes.npy")
+    np.save(folder / "shifted/codes.npy", np.roll(codes, 1, axis=0))
+    done = check(folder, "shifted")
+    assert done.returncode == 1, done.stderr
+    assert "WRONG  checksums" in done.stdout and "random rows are those of their images" in done.stdout
+    assert done.stdout.count("WRONG") == 2
+
+
+def test_check_fails_images_in_another_order(folder):
+    shutil.copytree(folder / "images", folder / "renamed", symlinks=True)
+    (folder / "renamed/apple").rename(folder / "renamed/zebra")
+    done = check(folder, "codes", "renamed")
+    assert done.returncode == 1
+    for what in ("class names", "names of the images", "labels of the images", "random rows"):
+        assert any("WRONG" in line and what in line for line in done.stdout.splitlines()), done.stdout
+
+
+@pytest.mark.parametrize("more, words", [
+    (("--image-size", 36), "expected a store with image_size 36, found one with 32"),
+    (("--image-size", 30), "--image-size: expected a multiple of 4"),
+    (("--crop-range", 0.9), "--crop-range: expected 1 to 4"),
+    (("--batch-size", -1), "at least 0, got -1"),
+    (("--max-failures", 2), "--max-failures: expected a share"),
+    (("--data-path", "{0}/without/classes"), "expected one folder a class, found 1 files and no folder"),
+    (("--data-path", "{0}/hollow"), "hollow/b: expected images"),
+])
+def test_wrong_input_is_one_line_and_exit_code_2(folder, tmp_path, capsys, more, words):
+    for name in ("without/classes/1.jpg", "hollow/a/1.jpg", "hollow/b/readme.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    before = contents(folder / "codes")
+    assert run_here(EXTRACT, *flags(folder, "codes", *(str(flag).format(tmp_path) for flag in more))) == 2
+    error = capsys.readouterr().err
+    assert words in error and len(error.strip().splitlines()) == 1, error
+    assert contents(folder / "codes") == before
