@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from autoregressive.models.cluster_loss import reference_losses, token_and_cluster_loss
+from autoregressive.models.cluster_loss import (
+    fused_head_loss,
+    plain_head_loss,
+    reference_losses,
+    token_and_cluster_loss,
+)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
@@ -52,3 +57,61 @@ def test_huge_logits_stay_finite():
 def test_size_that_does_not_divide_the_codebook_is_refused():
     with pytest.raises(ValueError, match="expected a divisor of the 24 codes, got 5"):
         token_and_cluster_loss(torch.zeros(2, 24), torch.zeros(2).long(), 5)
+
+
+def losses_and_gradients(head_loss, *options, dtype=torch.float32, precision=None, weight=0.7):
+    torch.manual_seed(0)
+    features = torch.randn(13, 16, dtype=dtype, requires_grad=True)
+    head = torch.randn(24, 16, dtype=dtype, requires_grad=True)
+    targets = torch.randint(24, (13,))
+    with torch.autocast("cpu", precision, enabled=precision is not None):
+        loss, statistics = head_loss(features, head, targets, 4, weight, *options)
+    (3 * loss).backward()
+    return loss.detach(), statistics, features.grad, head.grad
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 5, 13, 100])
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_fused_loss_equals_the_plain_one_in_value_statistics_and_gradients(rows_at_once, weight):
+    expected = losses_and_gradients(plain_head_loss, weight=weight)
+    found = losses_and_gradients(fused_head_loss, rows_at_once, weight=weight)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert (found[0] - expected[0]).abs() <= 1e-6 * expected[0]
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_fused_loss_follows_autocast(precision):
+    expected = losses_and_gradients(plain_head_loss, precision=precision)
+    found = losses_and_gradients(fused_head_loss, 5, precision=precision)
+    exact = losses_and_gradients(plain_head_loss)
+    torch.testing.assert_close(found[:2], expected[:2], rtol=1e-5, atol=1e-6)
+    for place in (2, 3):                                         # as near to float32 as autograd's is, within a factor
+        error, allowed = ((result[place] - exact[place]).norm() for result in (found, expected))
+        assert 0 < error < 2 * allowed and found[place].dtype == torch.float32
+
+
+def test_fused_loss_of_many_rows_keeps_small_gradients_in_fp16():
+    torch.manual_seed(0)
+    features, head = torch.randn(4096, 16, requires_grad=True), torch.randn(24, 16)
+    targets = torch.randint(24, (4096,))
+    gradients = []
+    for precision in (torch.float16, None):
+        with torch.autocast("cpu", precision, enabled=precision is not None):
+            loss, _ = fused_head_loss(features, head, targets, 4, 1.0, 512)
+        gradients += torch.autograd.grad(loss * 2**12, features)                    # scaled, as a GradScaler does
+    assert (gradients[0] - gradients[1]).norm() < 0.01 * gradients[1].norm()
+
+
+def test_accuracy_counts_rows_whose_largest_logit_lies_in_the_cluster():
+    features = torch.eye(4)[[0, 1, 2]]
+    head = torch.tensor([[5.0, 0, 0, 0], [0, 5, 0, 0], [0, 0, 5, 0], [0, 0, 0, 5]])  # row i prefers code i
+    for options in ((plain_head_loss,), (fused_head_loss, 2)):
+        statistics = options[0](features, head, torch.tensor([1, 3, 3]), 2, 1.0, *options[1:])[1]
+        assert statistics[2] == pytest.approx(2 / 3)
+
+
+def test_fused_loss_without_gradients_gives_the_same_values():
+    features, head, targets = torch.randn(7, 16), torch.randn(24, 16), torch.randint(24, (7,))
+    with torch.no_grad():
+        torch.testing.assert_close(fused_head_loss(features, head, targets, 4, 1.0, 3),
+                                   plain_head_loss(features, head, targets, 4, 1.0))

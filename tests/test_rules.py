@@ -46,8 +46,6 @@ SCRIPTS = {
     "tokenizer/tokenizer_image/vq_train.py": {},
 }
 UNBUILT = {                                         # flags whose work is not written yet; empty when all is
-    "autoregressive/train/train_c2i.py": ["--ema", "--gpt-ckpt", "--gradient-accumulation-steps", "--num-workers",
-                                          "--validation_step"],
     "autoregressive/sample/sample_c2i_ddp.py": ["--compile", "--from-fsdp"],
     "evaluations/c2i/evaluator.py": ["--backend", "--inception-path"],
 }

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from autoregressive.runtime.files import atomic_write, require_file
+from autoregressive.runtime.log import LOGGER
 
 STATE_KEYS = ("model", "module", "state_dict")       # our own and DDP, DeepSpeed, others; a bare dict comes from FSDP
 WRAPPER_PREFIXES = ("_orig_mod.", "module.")         # torch.compile, DistributedDataParallel
@@ -117,6 +118,30 @@ def list_checkpoints(folder):
     """Returns the complete checkpoints of a folder, oldest step first (their names are numbers of steps)."""
     found = [path for path in Path(folder).glob(f"*{CHECKPOINT_SUFFIX}") if path.stem.isdigit()]
     return sorted(found, key=lambda path: int(path.stem))
+
+
+def newest_whole_checkpoint(folder):
+    """Reads the newest checkpoint of a folder whose every byte is as it was written; says which ones it passes over.
+
+    Returns:
+        (path, what was saved); (None, None) if there is none.
+    """
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            payload = read_checkpoint(path)
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():    # compares every part with its checksum
+                    raise ValueError(f"{path}: expected a whole checkpoint, found a damaged part {damaged}")
+            return path, payload
+        except (ValueError, zipfile.BadZipFile) as error:
+            LOGGER.warning("%s; continuing from the checkpoint before it", error)
+    return None, None
+
+
+def delete_old_checkpoints(folder, keep):
+    """Deletes all but the newest `keep` checkpoints of a folder; 0 keeps all."""
+    for path in list_checkpoints(folder)[:-keep] if keep else []:
+        path.unlink()
 
 
 def find_checkpoint(path):

@@ -48,6 +48,10 @@ class Session:
             dist.all_reduce(tensor)
         return tensor
 
+    def largest(self, number):
+        """Returns the largest `number` (an int) of all processes; asks nothing of the GPU."""
+        return max(self.gather(number))
+
     def gather(self, item):
         """Returns the list of every process's `item` (any picklable object), in order of rank."""
         if self.world_size == 1:
@@ -136,12 +140,72 @@ def open_session(device="auto", debug=False):
             dist.destroy_process_group()
 
 
-def wrap_for_training(module, session):
-    """Returns the module whose backward averages gradients over all processes; with one process, the module itself."""
+PARALLEL = ("ddp", "fsdp")
+
+
+def wrap_for_training(module, session, parallel="ddp", blocks=(), dtype=None):
+    """Prepares a module whose backward averages gradients over all processes.
+
+    Args:
+        module: its forward returns the loss.
+        session: Session.
+        parallel: "ddp" keeps all weights on every process; "fsdp" (FSDP2) shards weights, gradients and optimizer.
+        blocks: with fsdp, the submodules whose weights are gathered one after the other.
+        dtype: with fsdp, the dtype that weights are gathered in; None is their own.
+
+    Returns:
+        the module to call; with one process and ddp, the module itself.
+    """
+    if parallel == "fsdp":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        settings = {"mesh": init_device_mesh(session.device.type, (session.world_size,)),
+                    "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)}
+        for block in blocks:
+            fully_shard(block, **settings)
+        return fully_shard(module, **settings)
     if session.world_size == 1:
         return module
     devices = [session.device] if session.device.type == "cuda" else None
     return torch.nn.parallel.DistributedDataParallel(module, device_ids=devices)
+
+
+def sync_gradients(module, enabled):
+    """Returns a context for a backward that averages gradients over processes only if `enabled`: not before the last
+    micro-batch of an update."""
+    if hasattr(module, "set_requires_gradient_sync"):               # FSDP2
+        module.set_requires_gradient_sync(enabled)
+    elif hasattr(module, "no_sync") and not enabled:                # DDP
+        return module.no_sync()
+    return contextlib.nullcontext()
+
+
+def whole_tensor(tensor):
+    """Returns a tensor itself, or what its shards on all processes make up (all call this)."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def gather_state(model, optimizer):
+    """Returns the state dicts of a model and its optimizer, whole and on the CPU on rank 0, whatever the sharding.
+
+    All processes call this. The optimizer's state is keyed by names of parameters, so that it fits any number of
+    processes and either way of running in parallel.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_model_state_dict(model, options=options), get_optimizer_state_dict(model, optimizer, options=options)
+
+
+def scatter_state(model, model_state, optimizer=None, optimizer_state=None):
+    """Loads what gather_state returned, read on every process, into a model and its optimizer (all call this)."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
+
+    options = StateDictOptions(full_state_dict=True, strict=True)
+    set_model_state_dict(model, model_state, options=options)
+    if optimizer is not None:
+        set_optimizer_state_dict(model, optimizer, optimizer_state, options=options)
 
 
 def keyed_random(seed, epoch, stream):

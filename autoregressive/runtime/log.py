@@ -91,6 +91,16 @@ class MetricsFile:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
 
+def cut_log(path, resume_step):
+    """Cuts a log.txt back to the lines before the first `update N` with N above a step."""
+    if Path(path).is_file():
+        lines = Path(path).read_text().splitlines(keepends=True)
+        beyond = (place for place, line in enumerate(lines)
+                  if (found := re.search(r"\] update (\d+)", line)) and int(found.group(1)) > resume_step)
+        with atomic_write(path) as file:
+            file.write("".join(lines[:next(beyond, len(lines))]).encode())
+
+
 def read_metrics(path):
     """Returns the rows of a metrics.jsonl; a last line cut off by a kill is left out."""
     rows = []

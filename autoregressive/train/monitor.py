@@ -1,0 +1,64 @@
+"""How fast a training runs, and how much of its machine it uses."""
+
+import resource
+import sys
+import time
+
+import torch
+
+# Dense bfloat16 (V100: float16), from the makers' data sheets.
+PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "V100": 125}
+
+
+def flops_per_token(config, num_parameters):
+    """Returns the floating-point operations of forward and backward of a GPT for one token.
+
+    Six for every weight that is multiplied (the token embedding is only looked up), and those of causal attention:
+    6 * layers * width * T, half of the full matrix.
+
+    Args:
+        config: GPTConfig.
+        num_parameters: of the model.
+    """
+    looked_up = (config.vocab_size + config.num_classes + 1) * config.width
+    return 6 * (num_parameters - looked_up) + 6 * config.num_layers * config.width * config.num_tokens
+
+
+def peak_memory_mib(device):
+    """Returns the most memory this process has used: of the GPU, or resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used / 2**20 if sys.platform == "darwin" else used / 2**10                # macOS counts bytes
+
+
+class Speedometer:
+    """Rates since the last reading."""
+
+    def __init__(self, config, num_parameters, device, world_size):
+        """
+        Args:
+            config: GPTConfig.
+            num_parameters: of the model.
+            device: of this process.
+            world_size: processes, of equal devices.
+        """
+        self._tokens, self._device = config.num_tokens, device
+        self._flops = flops_per_token(config, num_parameters)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        peaks = [peak for gpu, peak in PEAK_TFLOPS.items() if gpu in name]
+        self._peak = peaks[0] * 1e12 * world_size if peaks else None
+        self._images, self._started = 0, time.perf_counter()
+
+    def add(self, num_images):
+        self._images += num_images
+
+    def read(self):
+        """Returns images_per_second, tokens_per_second, memory_mib and, on a GPU that is known, mfu; starts anew."""
+        now = time.perf_counter()
+        images_per_second = self._images / (now - self._started)
+        self._images, self._started = 0, now
+        tokens_per_second = images_per_second * self._tokens
+        rates = {"images_per_second": images_per_second, "tokens_per_second": tokens_per_second,
+                 "memory_mib": peak_memory_mib(self._device)}
+        return rates | ({"mfu": tokens_per_second * self._flops / self._peak} if self._peak else {})
