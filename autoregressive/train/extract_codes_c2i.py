@@ -19,6 +19,7 @@ if __name__ == "__main__":
 from autoregressive.assemble import load_vq
 from autoregressive.data.code_writer import CodeWriter
 from autoregressive.data.codes import add_code_args, open_codes, verify_checksums
+from autoregressive.runtime.compiling import can_compile
 from autoregressive.runtime.distributed import seed_everything
 from autoregressive.runtime.entry import Parser, checks, run
 from autoregressive.runtime.log import open_logger, progress
@@ -103,8 +104,8 @@ def main(args, session):
         return
     size, names = args.image_size, manifest["crops"]
     batch_size = args.batch_size or default_batch_size(args.vq_model, size, args.precision, session.device)
-    compiled = session.device.type == "cuda" and not args.no_compile
-    encoder = CropEncoder(vq, session.device, args.precision, batch_size, compiled)
+    encoder = CropEncoder(vq, session.device, args.precision, batch_size,
+                          compiled=can_compile(session.device, not args.no_compile))
     batches = writer.missing(max(1, batch_size // len(names)))  # cut by absolute row, whatever the number of processes
     session.barrier()                                           # all have seen the same rows missing
     share = session.share_of(len(batches))
