@@ -129,7 +129,7 @@ def test_codes_do_not_depend_on_how_crops_are_put_together(folder):
 
 
 def test_default_batch_size_follows_the_size_of_a_crop():
-    sizes = [default_batch_size("VQ-16", size, "fp32", torch.device("cpu")) for size in (512, 256, 128, 16)]
+    sizes = [default_batch_size("VQ-16", size, torch.float32, torch.device("cpu")) for size in (512, 256, 128, 16)]
     assert sizes == [1, 2, 8, 512]
 
 

@@ -1,11 +1,15 @@
 """Filters against the fixture, draws against exact probabilities, guidance and independence of the batch."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
 from autoregressive.models.generate import (
+    CompiledSteps,
     Sampler,
+    balanced_labels,
     draw,
     filter_logits,
     generate,
@@ -14,6 +18,7 @@ from autoregressive.models.generate import (
     random_numbers,
 )
 from autoregressive.models.gpt import GPT, GPTConfig
+from autoregressive.models.packed import can_pack, pack_linears
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +111,87 @@ def test_random_labels_cover_all_classes_evenly():
 def test_settings_without_a_meaning_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         Sampler(**settings).check(vocab_size=20)
+
+
+def test_balanced_labels_hold_every_class_evenly_in_any_stretch():
+    for first in (0, 5000, 12345):
+        counts = np.bincount(balanced_labels(range(first, first + 5000), 1000), minlength=1000)
+        assert counts.min() == counts.max() == 5
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_first_two_tokens_follow_the_exact_probabilities(model, scale):
+    sampler, count = Sampler(scale, temperature=0.9, top_p=0.95), 20000
+    _, uniforms = random_numbers(3, range(count), 4, 9)
+    labels = torch.full((count,), 2)
+
+    def probability_after(tokens):
+        rows = [model(tokens, torch.full((len(tokens),), label))[:, -1] for label in (2, 4)]
+        return probabilities(guide(torch.cat(rows), scale) if scale > 1 else rows[0], sampler).double()
+
+    with torch.no_grad():
+        first = probability_after(torch.empty(1, 0, dtype=torch.int64))[0]                  # (V,)
+        both = first[:, None] * probability_after(torch.arange(20)[:, None])                # (V, V)
+    drawn = torch.cat([generate(model, labels[:4000], torch.from_numpy(part), sampler)
+                       for part in np.split(uniforms, 5)])
+    counts = torch.zeros(20, 20, dtype=torch.float64)
+    counts.index_put_((drawn[:, 0], drawn[:, 1]), torch.ones(count, dtype=torch.float64), accumulate=True)
+    expected = both / both.sum() * count
+    assert counts[expected == 0].sum() == 0
+    common = expected >= 5
+    found, expected = (torch.cat([table[common], table[~common].sum()[None]]) for table in (counts, expected))
+    statistic = ((found - expected) ** 2 / expected.clamp(min=1e-9)).sum()
+    degrees = len(expected) - 1
+    assert statistic < degrees + 4 * (2 * degrees) ** 0.5               # chi-square: four standard deviations
+
+
+def test_position_on_the_device_gives_the_logits_of_a_position_given_as_a_number(model):
+    caches, labels = [model.new_cache(3) for _ in range(2)], torch.tensor([0, 1, 4])
+    with torch.no_grad():
+        for cache in caches:
+            model.prefill(labels, cache)
+        for position in range(1, 9):
+            tokens = torch.randint(20, (3,))
+            expected = model.decode_step(tokens, position, caches[0])
+            found = model.decode_step(tokens, torch.tensor([position]), caches[1], length=9 if position > 3 else 4)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.long
+def test_compiled_steps_give_the_logits_of_eager_ones(model):
+    steps, cache, labels = CompiledSteps(model, mode="default"), model.new_cache(3), torch.tensor([0, 1, 4])
+    with torch.inference_mode():
+        compiled_cache = steps.new_cache(3)
+        model.prefill(labels, cache)
+        model.prefill(labels, compiled_cache)
+        for position in range(1, 9):
+            tokens = torch.randint(20, (3,))
+            expected, found = model.decode_step(tokens, position, cache), steps(tokens, position, compiled_cache)
+            assert (found - expected).abs().max() < 1e-5 * expected.abs().max().clamp(min=1)
+    labels, uniforms = (torch.from_numpy(array) for array in random_numbers(0, range(3), 4, 9))
+    eager, compiled = (generate(model, labels, uniforms, Sampler(2.0, 3), how) for how in (None, steps))
+    agreement = (eager == compiled).float().mean()
+    print(f"compiled and eager agree on {100 * agreement:.1f} % of the tokens")
+    assert agreement > 0.99
+
+
+@pytest.fixture(scope="module")
+def packed(model):
+    assert can_pack(torch.device("cpu"), torch.float32)
+    return pack_linears(copy.deepcopy(model))
+
+
+def test_packed_layers_give_the_same_logits(model, packed):
+    tokens, labels = torch.randint(20, (3, 8)), torch.tensor([0, 1, 4])
+    with torch.no_grad():
+        torch.testing.assert_close(packed(tokens, labels), model(tokens, labels), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 10])
+def test_a_sample_does_not_depend_on_the_batch_it_is_drawn_in(packed, batch_size):
+    labels, uniforms = (torch.from_numpy(array) for array in random_numbers(1, range(20), 4, 9))
+    sampler = Sampler(2.0, 4, temperature=0.9, top_k=15)
+    expected = generate(packed, labels, uniforms, sampler)
+    found = torch.cat([generate(packed, labels[first:first + batch_size], uniforms[first:first + batch_size], sampler)
+                       for first in range(0, 20, batch_size)])
+    assert torch.equal(found, expected)

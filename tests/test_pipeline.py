@@ -178,7 +178,7 @@ def test_sampling_continues_from_the_shards_of_a_killed_run(pipeline, tmp_path):
     npz.unlink()
     shards = tmp_path / f"{npz.stem}.shards"
     shards.mkdir()
-    (shards / "settings.json").write_text(json.dumps(settings))
+    (shards / "settings.json").write_text(json.dumps(settings | {"per_proc_batch_size": 8}))
     marked = np.full_like(images[8:16], 7)                       # not what would be drawn: taken from disk, or not?
     np.savez(shards / "00000008.npz", arr_0=marked, labels=labels[8:16])
     assert sample(pipeline, tmp_path).returncode == 0

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 SMALLEST_TEMPERATURE = 1e-5
+BUCKET = 64                     # positions; a compiled step reads the cache up to the next multiple
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,11 @@ def add_sampler_args(parser):
 def sampler_from(args):
     """Returns the Sampler that the flags of add_sampler_args describe."""
     return Sampler(args.cfg_scale, args.cfg_interval, args.temperature, args.top_k, args.top_p, args.greedy)
+
+
+def balanced_labels(indices, num_classes):
+    """Returns labels (B,) int64 that run through all classes again and again, so that any stretch holds them evenly."""
+    return np.asarray(indices, dtype=np.int64) % num_classes
 
 
 def random_numbers(seed, indices, num_classes, num_tokens):
@@ -139,8 +145,34 @@ def choose(logits, uniforms, sampler):
     return logits.argmax(-1) if sampler.greedy else draw(probabilities(logits, sampler), uniforms)
 
 
+class CompiledSteps:
+    """Decode steps of a GPT through torch.compile, recorded as CUDA graphs on a GPU.
+
+    A step is compiled once for every bucket of the cache's length, reads no more than its bucket, and finds its
+    position in a tensor; one cache serves all batches of its size.
+    """
+
+    def __init__(self, model, mode="reduce-overhead"):
+        """`mode` is torch.compile's."""
+        self._model, self._caches = model, {}
+        self._positions = torch.arange(model.config.num_tokens, device=model.norm.weight.device)
+        self._step = torch.compile(model.decode_step, mode=mode, dynamic=False)
+        torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
+
+    def new_cache(self, batch_size):
+        if batch_size not in self._caches:
+            cache = self._caches[batch_size] = self._model.new_cache(batch_size)
+            for tensor in (cache.keys, cache.values):               # else a graph would copy what it writes into
+                torch._dynamo.mark_static_address(tensor)
+        return self._caches[batch_size]
+
+    def __call__(self, tokens, position, cache):
+        length = min(-(-(position + 1) // BUCKET) * BUCKET, self._model.config.num_tokens)
+        return self._step(tokens, self._positions[position:position + 1], cache, length).clone()
+
+
 @torch.inference_mode()
-def generate(model, labels, uniforms, sampler):
+def generate(model, labels, uniforms, sampler, steps=None):
     """Draws the tokens of pictures, position by position, with a key-value cache.
 
     Args:
@@ -148,6 +180,7 @@ def generate(model, labels, uniforms, sampler):
         labels: (B,) int64 on the model's device.
         uniforms: (B, T) float64 on the model's device, one for each token.
         sampler: Sampler.
+        steps: CompiledSteps of the model; None runs its steps as they are.
 
     Returns:
         (B, T) int64 tokens.
@@ -155,7 +188,7 @@ def generate(model, labels, uniforms, sampler):
     batch_size, num_tokens = uniforms.shape
     guided = sampler.guides(0)
     condition = torch.cat([labels, torch.full_like(labels, model.config.num_classes)]) if guided else labels
-    cache = model.new_cache(len(condition))
+    cache = (steps or model).new_cache(len(condition))
     logits = model.prefill(condition, cache)
     tokens = torch.empty(batch_size, num_tokens, dtype=torch.int64, device=labels.device)
     for position in range(num_tokens):
@@ -163,7 +196,7 @@ def generate(model, labels, uniforms, sampler):
             if guided and not sampler.guides(position):
                 guided, cache = False, cache.rows(batch_size)                       # later tokens use cond alone
             previous = tokens[:, position - 1]
-            logits = model.decode_step(previous.repeat(2) if guided else previous, position, cache)
+            logits = (steps or model.decode_step)(previous.repeat(2) if guided else previous, position, cache)
         tokens[:, position] = choose(guide(logits, sampler.cfg_scale) if guided else logits,
                                      uniforms[:, position], sampler)
     return tokens

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from autoregressive.models.cache import KVCache, Place
 from autoregressive.models.rope import apply_rotary, rotary_table
 
 
@@ -132,22 +133,25 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.kv_heads != self.num_heads)
         return self.wo(y.transpose(1, 2).flatten(2))                                # (B, T, D)
 
-    def decode(self, x, table, position, keys, values):
+    def decode(self, x, table, place, keys, values):
         """Attends from one new token to the filled part of the cache, after writing its key and value there.
 
         Args:
-            x: (B, 1, D); table: (1, head_dim / 2, 2); position: place of the token in the sequence.
-            keys, values: (B, G, L, head_dim), written in place at `position`.
+            x: (B, 1, D); table: (1, head_dim / 2, 2); place: Place of the token in the sequence.
+            keys, values: (B, G, L, head_dim), written in place.
 
         Returns:
             (B, 1, D).
         """
         q, k, v = self.project(x, table)
-        keys[:, :, position], values[:, :, position] = k[:, :, 0], v[:, :, 0]
+        keys.index_copy_(2, place.index, k)
+        values.index_copy_(2, place.index, v)
         q = q.reshape(len(x), self.kv_heads, -1, self.head_dim)                     # (B, G, H/G, head_dim)
-        filled_keys, filled_values = keys[:, :, :position + 1], values[:, :, :position + 1]
-        scores = q @ filled_keys.transpose(-2, -1) * self.head_dim ** -0.5          # (B, G, H/G, position + 1)
-        y = scores.float().softmax(-1).type_as(q) @ filled_values                   # (B, G, H/G, head_dim)
+        read_keys, read_values = keys[:, :, :place.length], values[:, :, :place.length]
+        scores = q @ read_keys.transpose(-2, -1) * self.head_dim ** -0.5            # (B, G, H/G, length)
+        if place.hidden is not None:
+            scores = scores.masked_fill(place.hidden, -torch.inf)
+        y = scores.float().softmax(-1).type_as(q) @ read_values                     # (B, G, H/G, head_dim)
         return self.wo(y.reshape(len(x), 1, -1))
 
 
@@ -188,8 +192,8 @@ class Block(nn.Module):
         x = x + self.regularise(self.attention(self.attention_norm(x), table))
         return x + self.regularise(self.feed_forward(self.ffn_norm(x)))
 
-    def decode(self, x, table, position, keys, values):
-        x = x + self.attention.decode(self.attention_norm(x), table, position, keys, values)
+    def decode(self, x, table, place, keys, values):
+        x = x + self.attention.decode(self.attention_norm(x), table, place, keys, values)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -202,21 +206,6 @@ class LabelEmbedding(nn.Module):
 
     def forward(self, labels):
         return self.embedding_table(labels)[:, None]
-
-
-class KVCache:
-    """Keys and values of all layers, allocated once for a batch and written in place by GPT.decode_step."""
-
-    def __init__(self, config, batch_size, dtype, device):
-        shape = (config.num_layers, batch_size, config.kv_heads, config.num_tokens, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)                  # (layers, B, G, L, head_dim)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-
-    def rows(self, count):
-        """Returns a cache that shares the first `count` rows with this one."""
-        part = object.__new__(KVCache)
-        part.keys, part.values = self.keys[:, :count], self.values[:, :count]
-        return part
 
 
 class GPT(nn.Module):
@@ -274,29 +263,31 @@ class GPT(nn.Module):
 
     def new_cache(self, batch_size):
         """Returns an empty KVCache for `batch_size` sequences, in the precision and place of the weights."""
-        return KVCache(self.config, batch_size, self.output.weight.dtype, self.output.weight.device)
+        return KVCache(self.config, batch_size, self.norm.weight.dtype, self.norm.weight.device)
 
     def prefill(self, labels, cache):
         """Starts sequences from their labels (B,); returns the float32 logits (B, V) of token 0."""
         return self._decode(self.cls_embedding(labels), 0, cache)
 
-    def decode_step(self, tokens, position, cache):
+    def decode_step(self, tokens, position, cache, length=None):
         """Feeds one token each and returns the logits of the next.
 
         Args:
             tokens: (B,) int64, the tokens with index position - 1.
-            position: place in the sequence, 1 .. T - 1; all before it are in the cache.
+            position: place in the sequence, 1 .. T - 1; all before it are in the cache. An int, or an int64 tensor (1,)
+                on the device, with `length`, the part of the cache to read: more than `position`, at most L.
             cache: KVCache, written in place.
 
         Returns:
             (B, V) float32: logits of token `position`.
         """
-        return self._decode(self.tok_embeddings(tokens)[:, None], position, cache)
+        return self._decode(self.tok_embeddings(tokens)[:, None], position, cache, length)
 
-    def _decode(self, x, position, cache):                                          # x (B, 1, D)
-        table = self.rotary[position:position + 1]
+    def _decode(self, x, position, cache, length=None):                             # x (B, 1, D)
+        place = Place(position, x.device, length)
+        table = self.rotary[place.index]
         for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
-            x = layer.decode(x, table, position, keys, values)
+            x = layer.decode(x, table, place, keys, values)
         return self.output(self.norm(x))[:, 0].float()
 
 

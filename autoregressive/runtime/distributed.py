@@ -186,6 +186,15 @@ def whole_tensor(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def shard_like(tensor, other):
+    """Returns what this process holds of a whole tensor, if it is divided like `other`, which may be undivided."""
+    if not hasattr(other, "device_mesh"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)
+
+
 def gather_state(model, optimizer):
     """Returns the state dicts of a model and its optimizer, whole and on the CPU on rank 0, whatever the sharding.
 

@@ -137,13 +137,13 @@ def progress(session, total, description, unit, initial=0):
                 mininterval=0.2 if watched else 30, dynamic_ncols=watched)
 
 
-def draw_curves(path, curves, ylabel="loss"):
+def draw_curves(path, curves, ylabel="loss", xlabel="updates"):
     """Draws named curves into one PNG.
 
     Args:
         path: the PNG.
         curves: dict of panel title -> dict of legend -> list of (step, value).
-        ylabel: label of the vertical axes.
+        ylabel, xlabel: labels of the axes.
     """
     import matplotlib  # here: it takes half a second, and only rank 0 draws
 
@@ -154,7 +154,7 @@ def draw_curves(path, curves, ylabel="loss"):
     for axis, (title, lines) in zip(axes[0], curves.items(), strict=True):
         for legend, points in lines.items():
             axis.plot(*zip(*points, strict=True), label=legend) if points else None
-        axis.set(title=title, xlabel="updates", ylabel=ylabel)
+        axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
         axis.grid(alpha=0.3)
         axis.legend()
     with atomic_write(path) as file:

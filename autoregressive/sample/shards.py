@@ -6,11 +6,15 @@ Letters: P pixels.
 
 import json
 import shutil
+import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
 
 from autoregressive.runtime.files import atomic_write, npz_writer, read_json, write_json
+
+POLL_SECONDS = 1                                    # between two looks at what the other processes have drawn
 
 
 def open_shards(folder, settings):
@@ -38,8 +42,12 @@ def is_finished(path, settings):
     """
     if not Path(path).exists():
         return False
-    with np.load(path, allow_pickle=False) as samples:
-        _require_equal(path, settings, json.loads(str(samples["settings"])) if "settings" in samples else {})
+    try:
+        with np.load(path, allow_pickle=False) as samples:
+            found = json.loads(str(samples["settings"])) if "settings" in samples else {}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: expected samples, found a damaged file ({error}); remove it") from error
+    _require_equal(path, settings, found)
     return True
 
 
@@ -59,6 +67,12 @@ def write_shard(path, **arrays):
     """Writes the arrays of one batch (the same length each), atomically."""
     with atomic_write(path) as file:
         np.savez(file, **arrays)
+
+
+def wait_for_shards(folder, firsts):
+    """Waits until the batches that begin with `firsts` are there, whoever draws them: no collective can time out."""
+    while not all(shard_path(folder, first).exists() for first in firsts):
+        time.sleep(POLL_SECONDS)
 
 
 def merge_shards(folder, batch_size, num_samples, path, settings):

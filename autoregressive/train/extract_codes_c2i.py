@@ -103,7 +103,8 @@ def main(args, session):
         verify(args.code_path, manifest, session, logger)
         return
     size, names = args.image_size, manifest["crops"]
-    batch_size = args.batch_size or default_batch_size(args.vq_model, size, args.precision, session.device)
+    batch_size = args.batch_size or default_batch_size(args.vq_model, size, ENCODE_PRECISIONS[args.precision],
+                                                       session.device)
     encoder = CropEncoder(vq, session.device, args.precision, batch_size,
                           compiled=can_compile(session.device, not args.no_compile))
     batches = writer.missing(max(1, batch_size // len(names)))  # cut by absolute row, whatever the number of processes

@@ -8,7 +8,7 @@ from autoregressive.runtime.checkpoint import (
     newest_whole_checkpoint,
     save_checkpoint,
 )
-from autoregressive.runtime.distributed import gather_state, scatter_state, whole_tensor
+from autoregressive.runtime.distributed import gather_state, scatter_state, shard_like, whole_tensor
 from autoregressive.runtime.log import LOGGER
 
 
@@ -63,7 +63,7 @@ def load_state(path, payload, trainer, session):
     processes = payload["processes"]
     if trainer.ema:
         for name, weight in trainer.ema.weights.items():
-            weight.copy_(_like(payload["ema"][name], weight))
+            weight.copy_(shard_like(payload["ema"][name], weight))
     if len(processes) == session.world_size:
         own = processes[session.rank]
         trainer.sums, trainer.count = own["sums"].to(session.device), own["count"]
@@ -99,11 +99,3 @@ def weights_to_start_from(path, payload, mapping=None):
             moved[torch.from_numpy(mapping)] = state[name]
             state[name] = moved
     return state
-
-
-def _like(tensor, shard):
-    if not hasattr(shard, "device_mesh"):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(tensor.to(shard.device), shard.device_mesh, shard.placements)

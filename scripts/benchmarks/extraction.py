@@ -80,7 +80,7 @@ def compare_encoding(args, device, folder):
     compiled = device.type == "cuda"
     torch.manual_seed(0)
     vq = VQModel("VQ-16").eval().requires_grad_(False)
-    batch_size = default_batch_size("VQ-16", args.image_size, args.precision, device)
+    batch_size = default_batch_size("VQ-16", args.image_size, ENCODE_PRECISIONS[args.precision], device)
     ours = CropEncoder(vq, device, args.precision, batch_size, compiled)
     published = PublishedLoop(vq, device, compiled)
     ways = {"published": lambda: published.extract(wholes, args.image_size, folder),

@@ -16,16 +16,16 @@ GPU_SHARE = 2**-5               # of the memory; about eight feature maps of thi
 LARGEST_BATCH = 512             # crops; more than this no longer helps
 
 
-def default_batch_size(vq_model, image_size, precision, device):
-    """Returns how many crops to encode together: from the memory of the GPU, or what suits the caches of a CPU.
+def default_batch_size(vq_model, image_size, dtype, device):
+    """Returns how many crops to encode, or pictures to decode, together: from the memory of a GPU, the caches of a CPU.
 
     Args:
         vq_model: size in VQ_MODELS.
         image_size: side of a crop in pixels.
-        precision: one of ENCODE_PRECISIONS.
+        dtype: of the activations.
         device: torch device.
     """
-    crop_bytes = VQ_MODELS[vq_model].channels * image_size**2 * ENCODE_PRECISIONS[precision].itemsize
+    crop_bytes = VQ_MODELS[vq_model].channels * image_size**2 * dtype.itemsize
     budget = CPU_BUDGET
     if device.type == "cuda":
         budget = torch.cuda.get_device_properties(device).total_memory * GPU_SHARE

@@ -88,7 +88,7 @@ class VQModel(nn.Module):
 
     def decode(self, z_q):
         """Returns the images (B, 3, P, P), about in [-1, 1], of quantised latents (B, E, h, w)."""
-        return self.decoder(self.post_quant_conv(z_q))
+        return self.decoder(self.post_quant_conv(z_q.type_as(self.post_quant_conv.weight)))
 
     def decode_codes(self, codes, grid):
         """Returns the images (B, 3, P, P), about in [-1, 1], of codes (B, T) int64 in raster order, T = grid * grid."""

@@ -1,0 +1,84 @@
+"""A look at a model: a few pictures of chosen classes as one PNG, in seconds on a GPU, in a minute on a CPU.
+
+    python autoregressive/sample/sample_c2i.py --gpt-model GPT-B --image-size 384 --cfg-scale 4 \
+        --gpt-ckpt results/000-GPT-B-lambda=1-cluster_size=128/checkpoints --class-ids 207,360
+
+On a CPU, after scripts/quickstart.sh:
+
+    python autoregressive/sample/sample_c2i.py --gpt-model GPT-tiny --num-classes 10 --image-size 16 \
+        --image-size-eval 16 --downsample-size 4 --codebook-size 512 --cluster-size 16 --vq-model VQ-4-small \
+        --vq-ckpt "results/quickstart/vq-reorder-kmeans+nearest-cluster_size=16.pt" --precision none \
+        --gpt-ckpt results/quickstart/gpt-lambda1/000-GPT-tiny-lambda=1-cluster_size=16 --class-ids 3,7
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[2])      # the repository root instead of this folder
+
+import numpy as np
+
+from autoregressive.assemble import add_painter_args, load_painter
+from autoregressive.models.generate import random_numbers
+from autoregressive.runtime.entry import Parser, checks, require_one_process, run
+from autoregressive.runtime.files import require_writable_folder
+from autoregressive.runtime.log import open_logger
+from autoregressive.runtime.pictures import save_grid
+
+
+def build_parser():
+    """Returns the parser of this script's command line."""
+    parser = Parser("Draw a few pictures of chosen classes.")
+    add_painter_args(parser)
+    parser.add_argument("--class-ids", default="207,360,387,974,88,979,417,279",
+                        help="classes, by index or by the name that travels in the checkpoint, with commas between")
+    parser.add_argument("--num-per-class", type=int, default=4, help="pictures of each class, a row of the grid")
+    parser.add_argument("--output", default="samples/classes.png", help="the PNG")
+    return parser
+
+
+def read_classes(text, num_classes, class_names):
+    """Returns the class indices of a comma-separated list of indices and names.
+
+    Args:
+        text: such as "207,tench".
+        num_classes: indices are below it.
+        class_names: list of all names, or None if they are not known.
+
+    Raises:
+        ValueError: an index out of range, a name that is not known.
+    """
+    classes = []
+    for item in (part.strip() for part in text.split(",")):
+        if class_names and item in class_names:                  # a name first: digits are called "0" to "9"
+            classes.append(class_names.index(item))
+        elif item.isdigit() and int(item) < num_classes:
+            classes.append(int(item))
+        else:
+            known = f", or one of {', '.join(class_names[:5])}, ..." if class_names else \
+                "; the checkpoint carries no names"
+            raise ValueError(f"--class-ids: expected indices in 0 .. {num_classes - 1}{known}, got {item!r}")
+    return classes
+
+
+def main(args, session):
+    logger = open_logger(session)
+    with checks(session):
+        require_one_process(session)
+        if args.num_per_class < 1:
+            raise ValueError(f"--num-per-class: expected at least 1, got {args.num_per_class}")
+        painter, _, record, _ = load_painter(args, session.device)
+        names = record.get("class_names")
+        classes = read_classes(args.class_ids, args.num_classes, names)
+        require_writable_folder(Path(args.output).parent)
+    labels = np.repeat(np.array(classes, dtype=np.int64), args.num_per_class)
+    _, uniforms = random_numbers(args.global_seed, range(len(labels)), args.num_classes, painter.gpt.config.num_tokens)
+    pictures = painter.pictures(painter.tokens(labels, uniforms)).cpu().numpy()
+    save_grid(args.output, pictures, columns=args.num_per_class,
+              captions=[names[label] if names else f"class {label}" for label in labels])
+    logger.info("%d pictures in %s", len(pictures), args.output)
+
+
+if __name__ == "__main__":
+    run(main, build_parser())

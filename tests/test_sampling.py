@@ -1,0 +1,180 @@
+"""Sampling: the same pictures however they are divided, killed and resumed, and pictures of chosen classes."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from processes import ENVIRONMENT, command, run_here, start, start_and_kill
+
+from autoregressive.models.gpt import GPT, gpt_config
+from autoregressive.runtime.checkpoint import save_checkpoint
+from tokenizer.tokenizer_image.vq_model import VQModel
+
+SAMPLE, LOOK = "autoregressive/sample/sample_c2i_ddp.py", "autoregressive/sample/sample_c2i.py"
+RECORD = {"gpt_model": "GPT-tiny", "grid": 4, "cluster_size": 8, "class_names": ["apple", "fig", "pear"],
+          "label_dropout": 0.1}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A GPT and a VQ model of random weights, whose pictures differ from each other."""
+    folder = tmp_path_factory.mktemp("sampling")
+    torch.manual_seed(0)
+    model, average = (GPT(gpt_config("GPT-tiny", grid=4, vocab_size=64, num_classes=3)) for _ in range(2))
+    for weights in (model, average):
+        torch.nn.init.normal_(weights.output.weight, std=0.3)
+    save_checkpoint(folder / "0000007.pt", {"model": model.state_dict(), "ema": average.state_dict(),
+                                            "settings": RECORD})
+    save_checkpoint(folder / "bare.pt", model.state_dict())
+    save_checkpoint(folder / "average.pt", {"model": average.state_dict(), "settings": RECORD})
+    save_checkpoint(folder / "unguided.pt", {"model": model.state_dict(), "settings": RECORD | {"label_dropout": 0}})
+    save_checkpoint(folder / "vq.pt", {"model": VQModel("VQ-4-small", 64, 8).state_dict()})
+    return folder
+
+
+def flags(folder, *more, name="0000007.pt"):
+    return ("--gpt-ckpt", folder / name, "--vq-ckpt", folder / "vq.pt", "--gpt-model", "GPT-tiny", "--num-classes", 3,
+            "--image-size", 16, "--downsample-size", 4, "--cluster-size", 8, "--vq-model", "VQ-4-small",
+            "--codebook-size", 64, "--image-size-eval", 16, "--precision", "none", *more)
+
+
+def ddp_flags(folder, out, *more, **which):
+    return flags(folder, "--sample-dir", out, "--num-fid-samples", 40, *more, **which)
+
+
+def sample(folder, out, *more, **which):
+    assert run_here(SAMPLE, *ddp_flags(folder, out, *more, **which)) == 0
+    return arrays_of(out)
+
+
+def arrays_of(out):
+    path, = out.glob("*.npz")
+    with np.load(path) as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+@pytest.fixture(scope="module")
+def expected(folder, tmp_path_factory):
+    return sample(folder, tmp_path_factory.mktemp("expected"), "--save-codes", "--per-proc-batch-size", 32)
+
+
+def assert_equal(found, expected):
+    for name in ("arr_0", "labels", "tokens"):
+        assert np.array_equal(found[name], expected[name]), name
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 40])
+def test_samples_do_not_depend_on_the_batch_size(folder, tmp_path, expected, batch_size):
+    assert_equal(sample(folder, tmp_path, "--save-codes", "--per-proc-batch-size", batch_size), expected)
+
+
+def test_killed_and_resumed_sampling_by_two_processes_gives_the_same(folder, tmp_path, expected):
+    settings = ddp_flags(folder, tmp_path, "--save-codes", "--per-proc-batch-size", 1)
+    for goal in (5, 20):
+        status = start_and_kill(SAMPLE, *settings, processes=2,
+                                when=lambda goal=goal: len(list(tmp_path.glob("*.shards/0*.npz"))) >= goal)
+        assert status == -9
+    done = start(SAMPLE, *settings, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert_equal(arrays_of(tmp_path), expected)
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".npz", ".png"]
+
+
+def test_npz_carries_tokens_labels_and_what_they_depend_on(expected):
+    assert expected["tokens"].shape == (40, 16) and expected["tokens"].dtype == np.uint16
+    assert expected["arr_0"].shape == (40, 16, 16, 3) and len(np.unique(expected["arr_0"], axis=0)) == 40
+    settings = json.loads(str(expected["settings"]))
+    assert settings["class_names"] == RECORD["class_names"] and len(settings["gpt_sha256"]) == 64
+
+
+@pytest.mark.parametrize("labels, wanted", [("balanced", np.arange(40) % 3), ("2,0,2", np.array([2, 0, 2] * 14)[:40])])
+def test_labels_can_be_balanced_or_listed(folder, tmp_path, expected, labels, wanted):
+    found = sample(folder, tmp_path, "--labels", labels, "--save-codes")
+    assert np.array_equal(found["labels"], wanted)
+    same = wanted == expected["labels"]
+    assert np.array_equal(found["tokens"][same], expected["tokens"][same])          # (seed, index, label) decide
+
+
+def test_averaged_and_bare_weights_are_used_when_asked_for(folder, tmp_path, expected):
+    average = sample(folder, tmp_path / "ema", "--weights", "ema", "--save-codes")
+    assert_equal(average, sample(folder, tmp_path / "file", "--save-codes", name="average.pt"))
+    assert not np.array_equal(average["tokens"], expected["tokens"])
+    assert_equal(sample(folder, tmp_path / "bare", "--from-fsdp", "--save-codes", name="bare.pt"), expected)
+
+
+def test_antialiased_resize_is_another_file_with_other_pictures(folder, tmp_path):
+    small = ("--image-size-eval", 8)
+    published = sample(folder, tmp_path / "a", *small)
+    other = sample(folder, tmp_path / "b", *small, "--resize", "antialias")
+    assert published["arr_0"].shape == (40, 8, 8, 3) and not np.array_equal(published["arr_0"], other["arr_0"])
+    assert "-resize-antialias" in next((tmp_path / "b").glob("*.npz")).name
+
+
+def test_classes_are_drawn_by_index_and_by_name(folder, tmp_path):
+    for name, classes in (("a", "2,0"), ("b", "pear,apple")):
+        assert run_here(LOOK, *flags(folder, "--class-ids", classes, "--output", tmp_path / f"{name}.png")) == 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert Image.open(tmp_path / "a.png").size == (4 * 68 + 4, 2 * (64 + 15 + 4) + 4)
+
+
+def test_preset_sets_the_flags_that_are_not_given(folder, capsys):
+    code = run_here(SAMPLE, "--preset", "IAR-L-384", "--cfg-scale", 3, "--gpt-ckpt", folder / "0000007.pt")
+    text = capsys.readouterr()
+    assert code == 2 and "asked for GPT-L" in text.err
+    assert "the paper reports FID 3.18" in text.out and "--cfg-scale 1.75 (guidance of the paper)" in text.out.replace(
+        ", --top-k 0, --top-p 1.0, --temperature 1.0", "")
+
+
+def test_peak_memory_does_not_depend_on_the_number_of_samples(folder, tmp_path):
+    peaks = []
+    for count in (500, 4000):
+        done = subprocess.run([sys.executable, "-c", PEAK, *map(str, command(SAMPLE, *ddp_flags(
+            folder, tmp_path / str(count), "--num-fid-samples", count, "--per-proc-batch-size", 250,
+            "--image-size-eval", 64))[1:])], env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)}, capture_output=True,
+            text=True)
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(re.findall(r"PEAK (\d+)", done.stdout)[0]))
+    assert arrays_of(tmp_path / "4000")["arr_0"].shape == (4000, 64, 64, 3)         # 49 MB
+    assert peaks[1] - peaks[0] < 20 * 1024
+
+
+PEAK = """
+import resource, runpy, sys
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.parametrize("script, more, words", [
+    (SAMPLE, ("--labels", "3"), "--labels: expected indices in 0 .. 2, got 3"),
+    (SAMPLE, ("--labels", "sorted"), "--labels: expected random, balanced"),
+    (SAMPLE, ("--top-k", 65), "--top-k: expected 0 (off) to 64"),
+    (SAMPLE, ("--temperature", 0), "use --greedy"),
+    (SAMPLE, ("--gpt-ckpt", "{0}/unguided.pt"), "trained without label dropout"),
+    (SAMPLE, ("--gpt-ckpt", "{0}/bare.pt", "--weights", "ema"), "expected an average of the weights"),
+    (SAMPLE, ("--from-fsdp",), "expected a bare state dict for --from-fsdp"),
+    (LOOK, ("--class-ids", "0,grape"), "or one of apple, fig, pear, ..., got 'grape'"),
+    (LOOK, ("--class-ids", "3"), "--class-ids: expected indices in 0 .. 2"),
+    (LOOK, ("--num-per-class", 0), "--num-per-class: expected at least 1"),
+])
+def test_wrong_input_is_one_line_and_exit_code_2(folder, tmp_path, monkeypatch, capsys, script, more, words):
+    monkeypatch.chdir(tmp_path)
+    assert run_here(script, *flags(folder, *(str(flag).format(folder) for flag in more))) == 2
+    error = capsys.readouterr().err
+    assert words in error and len(error.strip().splitlines()) == 1, error
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_samples_at_the_name_of_a_run_are_a_clear_error(folder, tmp_path, capsys):
+    sample(folder, tmp_path)
+    path, = tmp_path.glob("*.npz")
+    path.write_bytes(path.read_bytes()[:1000])
+    assert run_here(SAMPLE, *ddp_flags(folder, tmp_path)) == 2
+    assert "expected samples, found a damaged file" in capsys.readouterr().err
