@@ -78,9 +78,13 @@ def test_a_command_prints_the_lines_of_adm_and_leaves_them_beside_the_samples(fi
                                                              "samples.txt"]
 
 
-def test_without_a_classifier_it_says_that_inception_is_missing(files, capsys):
-    assert "--classifier" in refusal(capsys, evaluator, "ref.npz", "samples.npz")
-    assert not (files / "samples.txt").exists()
+def test_offline_it_says_where_to_put_inception(files, capsys, monkeypatch):
+    monkeypatch.setattr("evaluations.c2i.inception.INCEPTION_URL", "http://127.0.0.1:9/graph.pb")
+    line = refusal(capsys, evaluator, "ref.npz", "samples.npz")
+    assert "could not be downloaded" in line and "put it at pretrained_models/classify_image_graph_def.pb" in line
+    assert not (files / "samples.txt").exists() and not list(files.glob("pretrained_models/*"))
+    assert "no.pb: expected the frozen Inception graph" in refusal(capsys, evaluator, "ref.npz", "samples.npz",
+                                                                   "--inception-path", "no.pb")
 
 
 def test_fewer_metrics_and_another_output(files, capsys):

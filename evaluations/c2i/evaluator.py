@@ -26,7 +26,13 @@ from autoregressive.runtime.entry import Parser, checks, require_one_process, ru
 from autoregressive.runtime.files import atomic_write, file_sha256, require_writable_folder, write_json
 from autoregressive.runtime.log import progress
 from evaluations.c2i.classifier import load_classifier
-from evaluations.c2i.inception import extract_features, require_image_size
+from evaluations.c2i.inception import (
+    BACKENDS,
+    DEFAULT_INCEPTION,
+    extract_features,
+    open_inception,
+    require_image_size,
+)
 from evaluations.c2i.metrics import (
     NEIGHBOURS,
     feature_statistics,
@@ -63,10 +69,10 @@ def build_parser():
     parser.add_argument("--batch-size", type=int, default=64, help="pictures that the network takes at once")
     parser.add_argument("--output", help="JSON record; the printed lines go beside it with .txt; "
                                          "default: the sample file with .json")
-    parser.add_argument("--backend", default="tensorflow", choices=("tensorflow", "torch"), help="what runs Inception")
-    parser.add_argument("--inception-path", default="pretrained_models/classify_image_graph_def.pb",
-                        help="the frozen Inception graph")
-    parser.refuse_for_now("--backend", "--inception-path")
+    parser.add_argument("--backend", default="tensorflow", choices=BACKENDS,
+                        help="what runs Inception; torch runs it on a GPU, too")
+    parser.add_argument("--inception-path", default=DEFAULT_INCEPTION,
+                        help="the frozen Inception graph; the default is downloaded once")
     return parser
 
 
@@ -95,12 +101,12 @@ def open_files(args):
     return reference, samples, output
 
 
-def open_network(args, device):
+def open_network(args, session):
     """Returns the feature network of the flags."""
-    if not args.classifier:
-        raise ValueError("the Inception network is not available in this version; score with --classifier PATH, a "
-                         "file of evaluations/c2i/train_classifier.py")
-    return load_classifier(args.classifier, device)
+    if args.classifier:
+        return load_classifier(args.classifier, session.device)
+    return open_inception(args.inception_path, args.backend, session.device,
+                          lambda size: progress(session, size, "download Inception", "B"))
 
 
 def read_statistics(reference, network, metrics):
@@ -126,6 +132,8 @@ def read_statistics(reference, network, metrics):
 def read_labels(samples, network):
     """Returns the labels that the samples were made for, if they carry some that the network can judge, else None."""
     labels, classes = samples.labels(), network.settings["class_names"]
+    if classes is None:                             # Inception's classes are not those of the labels
+        return None
     if labels is not None and not 0 <= labels.min() <= labels.max() < len(classes):
         raise ValueError(f"{samples.path}: expected labels in 0 .. {len(classes) - 1}, the classes of {network.name}, "
                          f"found {labels.min()} .. {labels.max()}")
@@ -137,7 +145,7 @@ def main(args, session):
     with checks(session):
         require_one_process(session)
         reference, samples, output = open_files(args)
-        network = open_network(args, session.device)
+        network = open_network(args, session)
         for images in (reference, samples):
             require_image_size(network, images)
         stored = read_statistics(reference, network, args.metrics)

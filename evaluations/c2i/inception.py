@@ -1,9 +1,57 @@
-"""The one interface behind which the networks lie that turn pictures into features."""
+"""The one interface behind which the networks lie that turn pictures into features; Inception's file and its nodes."""
 
+import importlib.util
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+
+from autoregressive.runtime.download import download
+from autoregressive.runtime.files import file_sha256
+
+# The frozen graph of the ADM evaluator, of 2015-12-05.
+INCEPTION_URL = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/classify_image_graph_def.pb"
+INCEPTION_SHA256 = "009d6814d1bc560d4e7b236e170e9b2d5ca6f4b57bd8037f6db05776204415c6"
+INCEPTION_BYTES = 95673916
+DEFAULT_INCEPTION = "pretrained_models/classify_image_graph_def.pb"
+# Its nodes that are fed and read; the second input of LOGITS is the weight (2048, 1008) behind the probabilities.
+INPUT, POOL, SPATIAL, LOGITS = "ExpandDims", "pool_3", "mixed_6/conv", "softmax/logits/MatMul"
+SPATIAL_CHANNELS = 7            # of the spatial features, the first ones
+BACKENDS = ("tensorflow", "torch")
+
+
+def open_inception(path, backend, device, show):
+    """Opens the Inception network of the ADM evaluator.
+
+    Args:
+        path: the frozen graph; if it is the default and missing, it is downloaded there once.
+        backend: "tensorflow" or "torch".
+        device: torch device, for the torch backend.
+        show: makes a progress bar of a number of bytes for the download.
+
+    Returns:
+        FeatureNetwork
+
+    Raises:
+        ValueError: the file is missing or not the graph, it cannot be downloaded, or TensorFlow is not installed.
+    """
+    if backend == "tensorflow" and importlib.util.find_spec("tensorflow") is None:
+        raise ValueError("--backend tensorflow: expected the package tensorflow, found none; install it, or use "
+                         "--backend torch, which needs none")
+    if not Path(path).is_file():
+        if str(path) != DEFAULT_INCEPTION:
+            raise ValueError(f"{path}: expected the frozen Inception graph, found no file; leave --inception-path "
+                             "out to download it")
+        download(INCEPTION_URL, path, INCEPTION_SHA256, INCEPTION_BYTES, show)
+    sha256 = file_sha256(path)
+    if backend == "torch":
+        from evaluations.c2i.inception_torch import TorchInception
+
+        return TorchInception(path, sha256, device)
+    from evaluations.c2i.inception_tensorflow import TensorFlowInception  # here: it takes seconds to import
+
+    return TensorFlowInception(path, sha256)
 
 
 class FeatureNetwork(Protocol):

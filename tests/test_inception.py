@@ -1,0 +1,192 @@
+"""Inception by TensorFlow and by PyTorch, on a stand-in of random weights with names and shapes of the real graph."""
+
+import http.server
+import json
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+from inception_stand_in import build_inception, tf
+from processes import run_here
+
+from autoregressive.runtime.distributed import Session
+from autoregressive.runtime.download import download
+from autoregressive.runtime.files import file_sha256
+from autoregressive.runtime.log import progress
+from evaluations.c2i.graph_def import read_graph
+from evaluations.c2i.inception import open_inception
+from evaluations.c2i.inception_torch import OPERATIONS
+
+EVALUATOR = "evaluations/c2i/evaluator.py"
+
+
+@pytest.fixture(scope="module")
+def graph_path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("inception") / "graph.pb"
+    path.write_bytes(build_inception().SerializeToString())
+    return path
+
+
+@pytest.fixture(scope="module")
+def networks(graph_path):
+    return {backend: open_inception(graph_path, backend, torch.device("cpu"), None)
+            for backend in ("tensorflow", "torch")}
+
+
+def pictures(count, size, seed=0):
+    small = np.random.default_rng(seed).integers(256, size=(count, 8, 8, 3))
+    return np.ascontiguousarray(small.repeat(-(-size // 8), axis=1).repeat(-(-size // 8), axis=2)
+                                [:, :size, :size].astype(np.uint8))
+
+
+@pytest.mark.parametrize("size", [64, 256, 299, 320])
+def test_both_backends_agree_on_every_output(networks, size):
+    images = pictures(2, size)
+    expected, found = (networks[backend].features(images) for backend in ("tensorflow", "torch"))
+    assert [array.shape for array in found] == [(2, 2048), (2, 17 * 17 * 7), (2, 1008)]
+    for reference, other in zip(expected, found, strict=True):
+        assert reference.dtype == other.dtype == np.float32
+        assert np.abs(reference - other).max() < 1e-3 * np.abs(reference).max()
+        assert np.linalg.norm(reference - other) < 1e-3 * np.linalg.norm(reference)
+    assert np.allclose(found[2].sum(axis=1), 1, atol=1e-5) and np.abs(found[0][0] - found[0][1]).max() > 0.01
+
+
+@pytest.mark.parametrize("value", [0, 255])
+def test_both_backends_agree_on_one_even_picture(networks, value):
+    images = np.full((1, 32, 32, 3), value, np.uint8)
+    for expected, found in zip(*(networks[backend].features(images) for backend in ("tensorflow", "torch")),
+                               strict=True):
+        assert np.isfinite(found).all() and np.abs(expected - found).max() <= 1e-3 * np.abs(expected).max()
+
+
+def test_probabilities_leave_out_the_bias(networks, graph_path):
+    nodes = read_graph(graph_path)
+    weight, bias = (nodes[f"softmax/{name}"].attributes["value"] for name in ("weights", "biases"))
+    pool, _, probabilities = networks["torch"].features(pictures(1, 64))
+    without, with_bias = (np.exp(logits - logits.max()) for logits in (pool @ weight, pool @ weight + bias))
+    assert np.allclose(probabilities, without / without.sum(), atol=1e-6)
+    assert not np.allclose(probabilities, with_bias / with_bias.sum(), atol=1e-3)
+
+
+def test_reader_finds_what_tensorflow_wrote(graph_path):
+    definition = build_inception()
+    nodes = read_graph(graph_path)
+    assert list(nodes) == [node.name for node in definition.node]
+    for node in definition.node:
+        found = nodes[node.name]
+        assert found.op == node.op and found.inputs == [name for name in node.input if not name.startswith("^")]
+        if node.op == "Const":
+            assert np.array_equal(found.attributes["value"], tf.make_ndarray(node.attr["value"].tensor))
+        if node.op in ("Conv2D", "MaxPool", "AvgPool"):
+            assert found.attributes["strides"] == list(node.attr["strides"].list.i)
+            assert found.attributes["padding"] == node.attr["padding"].s
+
+
+@pytest.mark.parametrize("tensor", [tf.make_tensor_proto(7.5, shape=(3, 2)), tf.make_tensor_proto([1, -2, 3]),
+                                    tf.make_tensor_proto(np.arange(6, dtype=np.int64).reshape(2, 3))])
+def test_reader_understands_all_ways_to_write_a_constant(tmp_path, tensor):
+    definition = tf.compat.v1.GraphDef()
+    node = definition.node.add(name="c", op="Const")
+    node.attr["value"].tensor.CopyFrom(tensor)
+    (tmp_path / "c.pb").write_bytes(definition.SerializeToString())
+    found = read_graph(tmp_path / "c.pb")["c"].attributes["value"]
+    assert np.array_equal(found, tf.make_ndarray(tensor)) and found.dtype == tf.make_ndarray(tensor).dtype
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [7, 8])
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+def test_operations_are_tensorflows_at_every_border(stride, size, padding):
+    x = np.random.default_rng(0).standard_normal((2, size, size + 2, 3)).astype(np.float32)
+    weight = np.random.default_rng(1).standard_normal((3, 2, 3, 4)).astype(np.float32)
+    attributes = {"strides": [1, stride, stride, 1], "ksize": [1, 3, 3, 1], "padding": padding.encode()}
+    ours, ours_weight = torch.from_numpy(x).permute(0, 3, 1, 2), torch.from_numpy(weight)
+    for expected, found in (
+            (tf.nn.conv2d(x, weight, stride, padding), OPERATIONS["Conv2D"](attributes, ours, ours_weight)),
+            (tf.nn.max_pool2d(x, 3, stride, padding), OPERATIONS["MaxPool"](attributes, ours)),
+            (tf.nn.avg_pool2d(x, 3, stride, padding), OPERATIONS["AvgPool"](attributes, ours))):
+        assert np.allclose(expected, found.permute(0, 2, 3, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_batch_norm_uses_gamma_only_where_the_graph_says_so(scaled):
+    random = np.random.default_rng(0)
+    x, (mean, variance, beta, gamma) = random.standard_normal((2, 5, 4, 3)), random.random((4, 3)) + 0.1
+    expected = (x - mean) / np.sqrt(variance + 0.01) * (gamma if scaled else 1) + beta
+    found = OPERATIONS["BatchNormWithGlobalNormalization"](
+        {"variance_epsilon": 0.01, "scale_after_normalization": scaled}, torch.from_numpy(x).permute(0, 3, 1, 2),
+        *map(torch.from_numpy, (mean, variance, beta, gamma)))
+    assert np.allclose(expected, found.permute(0, 2, 3, 1))
+
+
+def test_evaluator_prints_the_same_numbers_with_both_backends(graph_path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    np.savez("ref.npz", arr_0=pictures(12, 32, 1))
+    np.savez("samples.npz", arr_0=pictures(10, 32, 2), labels=np.arange(10))
+    numbers = []
+    for backend in ("tensorflow", "torch"):
+        code = run_here(EVALUATOR, "ref.npz", "samples.npz", "--backend", backend, "--inception-path", graph_path,
+                        "--batch-size", 5)
+        lines = capsys.readouterr().out.splitlines()
+        assert code == 0 and [line.split(":")[0] for line in lines] == ["Inception Score", "FID", "sFID", "Precision",
+                                                                         "Recall"]
+        record = json.loads((tmp_path / "samples.json").read_text())
+        assert record["feature_network"] == {"name": f"Inception 2015-12-05 ({backend})",
+                                             "sha256": file_sha256(graph_path)}
+        numbers.append([float(line.split(": ")[1]) for line in lines])
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("backend", ["tensorflow", "torch"])
+@pytest.mark.parametrize("content", [b"not a graph", b"", None])
+def test_other_files_are_a_clear_error(graph_path, tmp_path, backend, content):
+    path = tmp_path / "other.pb"
+    path.write_bytes(graph_path.read_bytes()[:100000] if content is None else content)
+    with pytest.raises(ValueError, match="other.pb: expected"):
+        open_inception(path, backend, torch.device("cpu"), None)
+
+
+def test_torch_backend_needs_no_tensorflow(graph_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    network = open_inception(graph_path, "torch", torch.device("cpu"), None)
+    assert network.features(pictures(1, 32))[0].shape == (1, 2048)
+    with pytest.raises(ValueError, match="or use --backend torch"):
+        open_inception(graph_path, "tensorflow", torch.device("cpu"), None)
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A web server of one folder; gives (its address, the folder)."""
+    (tmp_path / "web").mkdir()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *arguments):
+            super().__init__(*arguments, directory=tmp_path / "web")
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as found:
+        threading.Thread(target=found.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{found.server_port}", tmp_path / "web"
+        found.shutdown()
+
+
+def show(size):
+    return progress(Session(0, 1, torch.device("cpu")), size, "download", "B")
+
+
+def test_download_is_checked_and_whole_or_not_there(server, tmp_path):
+    address, web = server
+    (web / "file.bin").write_bytes(bytes(range(256)) * 9000)
+    good = file_sha256(web / "file.bin")
+    download(f"{address}/file.bin", tmp_path / "new" / "file.bin", good, 2304000, show)
+    assert file_sha256(tmp_path / "new" / "file.bin") == good
+    for name, sha256, words in (("file.bin", "0" * 64, "expected 2304000 bytes of SHA-256 000000000000, downloaded"),
+                                ("none.bin", good, "could not be downloaded .*put it at")):
+        with pytest.raises(ValueError, match=words):
+            download(f"{address}/{name}", tmp_path / "bad" / name, sha256, 2304000, show)
+        assert not list((tmp_path / "bad").glob("*"))
