@@ -6,7 +6,7 @@ from autoregressive.train.step import PRECISIONS
 # What may change between two starts of one run.
 FREE_TO_CHANGE = ("epochs", "max_updates", "num_workers", "log_every", "ckpt_every", "ckpt_updates", "ckpt_minutes",
                   "keep_checkpoints", "validation_step", "device", "debug", "results_dir", "new_run", "parallel",
-                  "gradient_accumulation_steps", "checkpoint_activations", "loss_mib", "no_compile", "gpt_ckpt")
+                  "gradient_accumulation_steps", "checkpoint_activations", "loss_mib", "no_compile")
 
 
 def add_train_args(parser):
