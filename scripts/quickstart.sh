@@ -59,7 +59,8 @@ beside $out/classifier.log step $out/classifier.pt python evaluations/c2i/train_
     --data-path train --val-path heldout --image-size 16 --output $out/classifier.pt
 step $out/vq.pt python tokenizer/tokenizer_image/vq_train.py --dataset digits --data-path train --val-path heldout \
     --no-flip --smallest-crop 1 --image-size 16 $vq --max-updates 350 --global-batch-size 32 --lr 1.5e-3 \
-    --lr-schedule linear --warmup 30 --mixed-precision none --num-workers 0 --results-dir $out/vq --output $out/vq.pt
+    --lr-schedule linear --warmup 30 --mixed-precision none --num-workers 0 --perceptual-weight 0 --disc-weight 0 \
+    --results-dir $out/vq --output $out/vq.pt
 joined
 echo "== 2/7 extract codes, two processes"
 $two autoregressive/train/extract_codes_c2i.py --dataset digits --data-path train --no-flip --image-size 16 $vq \

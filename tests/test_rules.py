@@ -44,7 +44,12 @@ SCRIPTS = {
     "evaluations/c2i/evaluator.py": {},
     "evaluations/c2i/make_reference.py": {},
     "evaluations/c2i/train_classifier.py": {},
-    "tokenizer/tokenizer_image/vq_train.py": {},
+    "tokenizer/tokenizer_image/vq_train.py": {"--image-size": 256, "--global-batch-size": 128, "--lr": 1e-4,
+                                              "--beta1": 0.9, "--beta2": 0.95, "--max-grad-norm": 1, "--epochs": 40,
+                                              "--mixed-precision": "bf16", "--disc-start": 20000, "--disc-weight": 0.5,
+                                              "--perceptual-weight": 1.0, "--disc-loss": "hinge",
+                                              "--weight-decay": 0.0},
+    "tokenizer/validation/val.py": {},
 }
 UNBUILT = {                                         # flags whose work is not written yet; empty when all is
 }

@@ -10,17 +10,21 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from processes import run_here, start_and_kill, without_time
+from processes import start as start_process
 
 from autoregressive.assemble import load_vq
 from autoregressive.runtime.checkpoint import read_checkpoint
 from autoregressive.runtime.entry import run
+from tokenizer.tokenizer_image import vq_step
 from tokenizer.tokenizer_image.crops import TrainingCrops, load_crops, plan_updates
 from tokenizer.tokenizer_image.images import center_crop, open_images
 from tokenizer.validation.metrics import codebook_usage
 
 SCRIPT = ROOT / "tokenizer" / "tokenizer_image" / "vq_train.py"
 SMALL = ["--dataset", "digits", "--data-path", "heldout", "--image-size", "8", "--vq-model", "VQ-4-small",
-         "--codebook-size", "48", "--mixed-precision", "none", "--num-workers", "0", "--global-batch-size", "14"]
+         "--codebook-size", "48", "--mixed-precision", "none", "--num-workers", "0", "--global-batch-size", "14",
+         "--perceptual-weight", "0", "--disc-weight", "0"]
 
 
 def start(monkeypatch, results, *flags):
@@ -120,6 +124,69 @@ def test_one_process_trains_as_two_and_a_finished_run_is_left_alone(trained, tmp
     assert len(list(tmp_path.iterdir())) == 1
 
 
+GAN = ("--image-size", "24", "--disc-weight", "0.5", "--disc-start", "3", "--disc-adaptive-weight", "--ema",
+       "--gradient-accumulation-steps", "2", "--global-batch-size", "12", "--revive-every", "4", "--log-every", "1",
+       "--ckpt-updates", "2", "--max-updates", "9", "--val-path", "heldout", "--eval-every", "5")
+
+
+def rows_of(results):
+    path, = results.glob("*/metrics.jsonl")
+    return [without_time(json.loads(line)) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(0, marks=pytest.mark.long)])
+def test_killed_and_resumed_training_with_a_discriminator_ends_bit_for_bit_like_a_straight_one(tmp_path, processes):
+    script, common = "tokenizer/tokenizer_image/vq_train.py", [*SMALL, *GAN]
+    straight = start_process(script, *common, "--results-dir", tmp_path / "straight", processes=processes)
+    assert straight.returncode == 0, straight.stderr
+    killed = (*common, "--results-dir", tmp_path / "killed")
+    for goal in (3, 7):
+        def reached(goal=goal):
+            found = list((tmp_path / "killed").glob("*/metrics.jsonl"))
+            return bool(found) and len(found[0].read_text().splitlines()) >= goal
+
+        assert start_and_kill(script, *killed, processes=processes, when=reached) == -9
+    resumed = start_process(script, *killed, processes=processes)
+    assert resumed.returncode == 0, resumed.stderr
+    assert rows_of(tmp_path / "straight") == rows_of(tmp_path / "killed")
+    ends = [read_checkpoint(next((tmp_path / name).glob("*/checkpoints/0000009.pt")))
+            for name in ("straight", "killed")]
+    for kind in ("model", "discriminator", "ema"):
+        assert all(torch.equal(ends[0][kind][name], ends[1][kind][name]) for name in ends[0][kind]), kind
+    assert ends[0]["steps"] == 9 and rows_of(tmp_path / "killed")[-1]["discriminator"] > 0
+
+
+def test_two_processes_train_both_networks_as_one(tmp_path):
+    common = [*SMALL, *GAN, "--gradient-accumulation-steps", "1"]
+    for processes in (0, 2):
+        done = start_process("tokenizer/tokenizer_image/vq_train.py", *common, "--results-dir",
+                             tmp_path / f"{processes}", processes=processes)
+        assert done.returncode == 0, done.stderr
+    for one, two in zip(*(rows_of(tmp_path / name) for name in "02"), strict=True):
+        for name in ("reconstruction", "codebook", "generator", "discriminator", "grad_norm", "heldout_psnr"):
+            if name in one:
+                assert one[name] == pytest.approx(two[name], rel=1e-4, abs=1e-7), (one["step"], name)
+
+
+def test_fine_tuning_starts_from_the_given_tokenizer_and_refuses_others(trained, tmp_path, monkeypatch, capsys):
+    start(monkeypatch, tmp_path, "--max-updates", "1", "--vq-ckpt", str(trained / "vq.pt"), "--log-every", "1")
+    assert read_losses(tmp_path / "000-VQ-4-small")[0] < 0.8 * read_losses(trained / "000-VQ-4-small")[0]
+    with pytest.raises(SystemExit) as stop:
+        start(monkeypatch, tmp_path, "--vq-ckpt", str(trained / "vq.pt"), "--codebook-size", "64")
+    assert stop.value.code == 2 and "quantize.embedding.weight expected (64, 8), got (48, 8)" in capsys.readouterr().err
+
+
+def test_validation_reconstructs_a_set_into_an_npz_for_rfid(trained, tmp_path):
+    code = run_here("tokenizer/validation/val.py", *SMALL[:6], *SMALL[6:10], "--vq-ckpt", trained / "vq.pt", "--output",
+                    tmp_path / "r.npz", "--num-workers", 0, "--batch-size", 50)
+    assert code == 0
+    with np.load(tmp_path / "r.npz") as arrays:
+        assert arrays["arr_0"].shape == (296, 8, 8, 3) and len(arrays["labels"]) == 296
+        assert json.loads(str(arrays["settings"]))["kind"] == "reconstructions"
+    numbers = json.loads((tmp_path / "r.json").read_text())
+    assert numbers["psnr"] == pytest.approx(json.loads((trained / "vq.json").read_text())["psnr"], abs=1e-6)
+
+
 def test_entropy_and_mixed_precision_train(tmp_path, monkeypatch):
     start(monkeypatch, tmp_path, "--max-updates", "2", "--entropy-ratio", "0.1", "--mixed-precision", "bf16")
     row, = [json.loads(line) for line in (tmp_path / "000-VQ-4-small" / "metrics.jsonl").read_text().splitlines()]
@@ -127,7 +194,7 @@ def test_entropy_and_mixed_precision_train(tmp_path, monkeypatch):
 
 
 def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr("torch.nn.functional.mse_loss", lambda a, b: (a - b).mean() * torch.nan)
+    monkeypatch.setitem(vq_step.RECONSTRUCTION_LOSSES, "l2", lambda a, b: (a - b).mean() * torch.nan)
     with pytest.raises(FloatingPointError, match="update 1"):
         start(monkeypatch, tmp_path, "--max-updates", "2")
 

@@ -8,6 +8,7 @@ from autoregressive.train.monitor import peak_memory_mib
 
 DRAW_SECONDS = 60               # between two pictures of the curves, which take half a second each
 CURVES = ("token_loss", "cluster_loss", "cluster_accuracy", "grad_norm")
+FINAL = ("token_loss", "cluster_loss")
 
 
 class Journal:
@@ -15,16 +16,19 @@ class Journal:
 
     Args:
         folder: RunFolder.
-        trainer: Trainer.
-        batches: TokenBatches of the training images.
+        trainer: Trainer, or another with bad_update, drain and, where images are held out, evaluate.
+        batches: TokenBatches of the training images, or others with batch_size and rows(update).
         held_out: TokenBatches of others, or None.
         speed: Speedometer.
         updates: range of the updates to come.
         log_every, eval_every: updates between two lines of the log; between two held-out losses.
         session: Session.
+        curves: what is drawn; `final`: what the end of the run records, of the last line that holds it.
     """
 
-    def __init__(self, folder, trainer, batches, held_out, speed, updates, log_every, eval_every, session):
+    def __init__(self, folder, trainer, batches, held_out, speed, updates, log_every, eval_every, session,
+                 curves=CURVES, final=FINAL):
+        self.curves, self.final = curves, final
         self.folder, self.trainer, self.batches, self.held_out = folder, trainer, batches, held_out
         self.speed, self.updates, self.session = speed, updates, session
         self.log_every, self.eval_every = log_every, eval_every
@@ -49,6 +53,10 @@ class Journal:
             self._write(done, self.trainer.evaluate(self.held_out, self.session))
             self.speed.read()                                    # the evaluation's time is not the training's
 
+    def note(self, done, **values):
+        """Writes numbers that come from elsewhere, after `done` updates."""
+        self._write(done, values)
+
     def _stop_if_bad(self):
         bad = self.trainer.bad_update(self.session)
         if bad >= 0:
@@ -62,21 +70,20 @@ class Journal:
                                                      for name, value in values.items()))
         if self.metrics:
             self.metrics.write(done, **values)
-            if "token_loss" in values:
-                self.bar.set_postfix(token=f"{values['token_loss']:.3f}", cluster=f"{values['cluster_loss']:.3f}")
+            self.bar.set_postfix({name: f"{values[name]:.3f}" for name in self.final if name in values}, refresh=False)
             if done == self.updates.stop or time.monotonic() - self._drawn > DRAW_SECONDS:
-                draw_metrics(self.folder.path / "curves.png", {self.folder.path.name: self.metrics.path}, CURVES)
+                draw_metrics(self.folder.path / "curves.png", {self.folder.path.name: self.metrics.path}, self.curves)
                 self._drawn = time.monotonic()
 
-    def close(self):
-        """Records that the run came to its end."""
+    def close(self, **more):
+        """Records that the run came to its end, with `more` numbers."""
         self.bar.close()
         if self.metrics:
-            last = [row for row in read_metrics(self.metrics.path) if "token_loss" in row][-1]
-            losses = {name: last[name] for name in ("token_loss", "cluster_loss")}
-            self.folder.mark_finished({"updates": self.updates.stop, **losses})
-            LOGGER.info("token loss %.3f, cluster loss %.3f; checkpoints in %s", *losses.values(),
-                        self.folder.checkpoints)
+            last = [row for row in read_metrics(self.metrics.path) if self.final[0] in row][-1]
+            numbers = {name: last[name] for name in self.final}
+            self.folder.mark_finished({"updates": self.updates.stop, **numbers, **more})
+            LOGGER.info("%s; checkpoints in %s", ", ".join(f"{name.replace('_', ' ')} {value:.3f}"
+                                                           for name, value in numbers.items()), self.folder.checkpoints)
 
 
 class SaveSchedule:

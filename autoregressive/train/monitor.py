@@ -35,30 +35,32 @@ def peak_memory_mib(device):
 class Speedometer:
     """Rates since the last reading."""
 
-    def __init__(self, config, num_parameters, device, world_size):
+    def __init__(self, device, world_size, tokens=0, flops=0):
         """
         Args:
-            config: GPTConfig.
-            num_parameters: of the model.
             device: of this process.
             world_size: processes, of equal devices.
+            tokens: of an image; 0 if they are not counted.
+            flops: floating-point operations of an update for one token.
         """
-        self._tokens, self._device = config.num_tokens, device
-        self._flops = flops_per_token(config, num_parameters)
+        self._tokens, self._device, self._flops = tokens, device, flops
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         peaks = [peak for gpu, peak in PEAK_TFLOPS.items() if gpu in name]
-        self._peak = peaks[0] * 1e12 * world_size if peaks else None
+        self._peak = peaks[0] * 1e12 * world_size if peaks and flops else None
         self._images, self._started = 0, time.perf_counter()
 
     def add(self, num_images):
         self._images += num_images
 
     def read(self):
-        """Returns images_per_second, tokens_per_second, memory_mib and, on a GPU that is known, mfu; starts anew."""
+        """Returns images_per_second, memory_mib, tokens_per_second and, on a GPU that is known, mfu; starts anew."""
         now = time.perf_counter()
         images_per_second = self._images / (now - self._started)
         self._images, self._started = 0, now
         tokens_per_second = images_per_second * self._tokens
-        rates = {"images_per_second": images_per_second, "tokens_per_second": tokens_per_second,
-                 "memory_mib": peak_memory_mib(self._device)}
-        return rates | ({"mfu": tokens_per_second * self._flops / self._peak} if self._peak else {})
+        rates = {"images_per_second": images_per_second, "memory_mib": peak_memory_mib(self._device)}
+        if self._tokens:
+            rates["tokens_per_second"] = tokens_per_second
+        if self._peak:
+            rates["mfu"] = tokens_per_second * self._flops / self._peak
+        return rates

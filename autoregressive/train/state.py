@@ -8,7 +8,6 @@ from autoregressive.runtime.checkpoint import (
     newest_whole_checkpoint,
     save_checkpoint,
 )
-from autoregressive.runtime.distributed import gather_state, scatter_state, shard_like, whole_tensor
 from autoregressive.runtime.log import LOGGER
 
 
@@ -17,7 +16,7 @@ def save_state(folder, trainer, num_updates, settings, keep, session):
 
     Args:
         folder: of the checkpoints.
-        trainer: Trainer.
+        trainer: Trainer, or another with whole_state, load_whole_state, sums, count and ema.
         num_updates: updates that were applied.
         settings: plain dict that travels with the weights.
         keep: number of checkpoints to keep; 0 keeps all.
@@ -27,15 +26,12 @@ def save_state(folder, trainer, num_updates, settings, keep, session):
         path of the checkpoint.
     """
     path = folder / f"{num_updates:07d}.pt"
-    model, optimizer = gather_state(trainer.objective.model, trainer.optimizer)
-    ema = trainer.ema and {name: whole_tensor(weight).cpu() for name, weight in trainer.ema.weights.items()}
+    state = trainer.whole_state()
     processes = session.gather({"cpu": torch.get_rng_state(), "sums": trainer.sums.cpu(), "count": trainer.count,
                                 "cuda": torch.cuda.get_rng_state() if session.device.type == "cuda" else None})
     if session.is_main:
-        payload = {"model": model, "optimizer": optimizer, "scaler": trainer.scaler.state_dict(), "steps": num_updates,
-                   "images_seen": num_updates * settings["global_batch_size"], "processes": processes,
-                   "settings": settings}
-        save_checkpoint(path, payload | ({"ema": ema} if ema else {}))
+        save_checkpoint(path, state | {"steps": num_updates, "processes": processes, "settings": settings,
+                                       "images_seen": num_updates * settings["global_batch_size"]})
         delete_old_checkpoints(folder, keep)
     return path
 
@@ -58,12 +54,8 @@ def load_state(path, payload, trainer, session):
     """
     if trainer.ema and "ema" not in payload:
         raise ValueError(f"{path}: expected an average of the weights for --ema, found none; start without --ema")
-    scatter_state(trainer.objective.model, payload["model"], trainer.optimizer, payload["optimizer"])
-    trainer.scaler.load_state_dict(payload["scaler"])
+    trainer.load_whole_state(payload)
     processes = payload["processes"]
-    if trainer.ema:
-        for name, weight in trainer.ema.weights.items():
-            weight.copy_(shard_like(payload["ema"][name], weight))
     if len(processes) == session.world_size:
         own = processes[session.rank]
         trainer.sums, trainer.count = own["sums"].to(session.device), own["count"]

@@ -6,7 +6,7 @@ Letters: B batch, T tokens, D width, V codes.
 import torch
 from torch import nn
 
-from autoregressive.runtime.distributed import sync_gradients, whole_tensor
+from autoregressive.runtime.distributed import gather_state, scatter_state, shard_like, sync_gradients, whole_tensor
 
 PRECISIONS = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 STATISTICS = ("token_loss", "cluster_loss", "cluster_accuracy", "grad_norm")
@@ -123,6 +123,22 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema:
             self.ema.update(self.objective.model, number + 1, skip)
+
+    def whole_state(self):
+        """Returns everything that training continues from, as plain containers, on rank 0 (all processes call this)."""
+        model, optimizer = gather_state(self.objective.model, self.optimizer)
+        state = {"model": model, "optimizer": optimizer, "scaler": self.scaler.state_dict()}
+        if self.ema:
+            state["ema"] = {name: whole_tensor(weight).cpu() for name, weight in self.ema.weights.items()}
+        return state
+
+    def load_whole_state(self, state):
+        """Loads what whole_state returned, read on every process."""
+        scatter_state(self.objective.model, state["model"], self.optimizer, state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema:
+            for name, weight in self.ema.weights.items():
+                weight.copy_(shard_like(state["ema"][name], weight))
 
     def bad_update(self, session):
         """Returns the first update that was not finite on any process; -1 if all were. Waits for the device."""

@@ -47,7 +47,7 @@ from autoregressive.runtime.log import (
 from autoregressive.runtime.pictures import save_grid
 from autoregressive.train.flags import FREE_TO_CHANGE, add_train_args, check_train_args
 from autoregressive.train.journal import Journal, SaveSchedule
-from autoregressive.train.monitor import Speedometer
+from autoregressive.train.monitor import Speedometer, flops_per_token
 from autoregressive.train.optim import add_optim_args, build_optimizer, learning_rate
 from autoregressive.train.preflight import announce, check_store
 from autoregressive.train.state import load_state, resume, save_state, weights_to_start_from
@@ -241,7 +241,8 @@ def train(parts, trainer, first):
     """Runs the updates from `first` on, with log, curves, pictures and checkpoints."""
     args, session, folder = parts.args, parts.session, parts.folder
     updates = range(first, parts.num_updates)
-    speed = Speedometer(parts.config, count_parameters(trainer), session.device, session.world_size)
+    speed = Speedometer(session.device, session.world_size, parts.config.num_tokens,
+                        flops_per_token(parts.config, count_parameters(trainer)))
     journal = Journal(folder, trainer, parts.batches, parts.held_out, speed, updates, args.log_every, args.eval_every,
                       session)
     schedule = SaveSchedule((args.ckpt_every * parts.batches.per_epoch, args.ckpt_updates), args.ckpt_minutes,

@@ -65,6 +65,20 @@ def plan_updates(num_images, batch_size, seed, updates, part):
         yield [(epoch, int(row)) for row in order[index * batch_size:][part.start:part.stop]]
 
 
+class UpdatePlan:
+    """Which rows are in the batch of which update, for a log that names them."""
+
+    def __init__(self, num_images, batch_size, seed):
+        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
+        self.per_epoch = num_images // batch_size
+
+    def rows(self, update):
+        """Returns the rows (batch_size,) int64 of an update."""
+        keys, = plan_updates(self.num_images, self.batch_size, self.seed, range(update, update + 1),
+                             range(self.batch_size))
+        return np.array([row for _, row in keys])
+
+
 def load_crops(crops, batches, num_workers):
     """Returns a loader of (B, P, P, 3) uint8 tensors: the crops of each list of keys in `batches`."""
     return DataLoader(crops, batch_sampler=batches, num_workers=num_workers)

@@ -1,0 +1,67 @@
+"""LPIPS: distance of two images in the features of VGG16, weighted by people's judgement (Zhang et al. 2018).
+
+Letters: B batch, P pixels.
+"""
+
+import torch
+from torch import nn
+from torchvision.models import vgg16
+
+from autoregressive.runtime.checkpoint import load_strictly, read_checkpoint
+
+SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
+STAGES = ((0, 4), (4, 9), (9, 16), (16, 23), (23, 30))          # of VGG16: up to relu1_2, 2_2, 3_3, 4_3, 5_3
+WIDTHS = (64, 128, 256, 512, 512)
+EPSILON = 1e-10
+DEFAULT_VGG, DEFAULT_LINEAR = "pretrained_models/vgg16-397923af.pth", "pretrained_models/vgg.pth"
+
+
+class LPIPS(nn.Module):
+    """The distance; its weights never change."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = vgg16(weights=None).features[:STAGES[-1][1]]
+        self.weights = nn.ParameterList(torch.ones(1, width, 1, 1) for width in WIDTHS)
+        for number, values in enumerate((SHIFT, SCALE)):
+            self.register_buffer(("shift", "scale")[number], torch.tensor(values).view(1, 3, 1, 1))
+        self.eval().requires_grad_(False)
+
+    def forward(self, images, others):
+        """Returns the distances (B,) of images and others, both (B, 3, P, P) in [-1, 1]."""
+        x, y = ((tensor - self.shift) / self.scale for tensor in (images, others))
+        total = 0
+        for (start, stop), weight in zip(STAGES, self.weights, strict=True):
+            x, y = self.features[start:stop](x), self.features[start:stop](y)
+            difference = (_unit(x) - _unit(y)).square()                             # (B, channels, h, w)
+            total = total + (difference * weight).sum(1).mean((1, 2))               # a 1x1 convolution, spatial mean
+        return total
+
+
+def _unit(features):
+    return features / (features.square().sum(1, keepdim=True).sqrt() + EPSILON)
+
+
+def load_lpips(vgg_path, linear_path):
+    """Loads LPIPS from torchvision's VGG16 weights and the published linear layers.
+
+    Args:
+        vgg_path: state dict with features.{i}.{weight,bias}; its classifier is left out.
+        linear_path: state dict with lin{0..4}.model.1.weight (1, channels, 1, 1).
+
+    Raises:
+        ValueError: a file is missing or holds other weights; the message says how to go on without.
+    """
+    hint = "see pretrained_models/README.md, or train without LPIPS: --perceptual-weight 0"
+    features = read_checkpoint(vgg_path, hint)
+    linear = read_checkpoint(linear_path, hint)
+    state = {name: value for name, value in features.items() if name.startswith("features.")}
+    for number in range(len(WIDTHS)):
+        name = f"lin{number}.model.1.weight"
+        if name not in linear:
+            raise ValueError(f"{linear_path}: expected {name}, found {', '.join(list(linear)[:4])}; {hint}")
+        state[f"weights.{number}"] = linear[name]
+    model = LPIPS()
+    state |= {name: getattr(model, name) for name in ("shift", "scale")}
+    load_strictly(model, state, vgg_path, hint)
+    return model
