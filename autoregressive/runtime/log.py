@@ -172,4 +172,4 @@ def draw_metrics(path, runs, names=("token_loss", "cluster_loss")):
     """
     logged = {legend: read_metrics(metrics) for legend, metrics in runs.items()}
     draw_curves(path, {name.replace("_", " "): {legend: [(row["step"], row[name]) for row in rows if name in row]
-                                                for legend, rows in logged.items()} for name in names})
+                                                for legend, rows in logged.items()} for name in names}, ylabel="")
