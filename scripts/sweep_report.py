@@ -27,21 +27,23 @@ def read_scores(folder):
     Raises:
         ValueError: there are none.
     """
+    constant = "Held-out accuracy of the classifier"
     records = [read_json(path) for path in sorted(folder.glob("cfg-*/*.json"))]
     if not records:
         raise ValueError(f"{folder}: expected cfg-*/*.json, records of the evaluator, found none; run "
                          "scripts/autoregressive/sweep_cfg.sh")
-    return sorted(((record["samples"]["settings"]["cfg_scale"], record["numbers"]) for record in records),
-                  key=lambda item: item[0])
+    return sorted(((record["samples"]["settings"]["cfg_scale"],
+                    {name: value for name, value in record["numbers"].items() if name != constant})
+                   for record in records), key=lambda item: item[0])
 
 
 def main(args, session):
     with checks(session):
         scores = read_scores(args.folder)
     names = list(scores[0][1])
-    print("guidance  " + "".join(f"{name:>18}" for name in names))
+    print("guidance" + "".join(f"   {name}" for name in names))
     for scale, values in scores:
-        print(f"{scale:<10g}" + "".join(f"{values[name]:>18.4f}" for name in names))
+        print(f"{scale:<8g}" + "".join(f"   {values[name]:>{len(name)}.4f}" for name in names))
     if "FID" in names:
         best = min(scores, key=lambda item: item[1]["FID"])
         print(f"lowest FID: {best[1]['FID']:.4f} at guidance {best[0]:g}")

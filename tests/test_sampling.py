@@ -172,6 +172,18 @@ def test_wrong_input_is_one_line_and_exit_code_2(folder, tmp_path, monkeypatch, 
     assert not list(tmp_path.iterdir())
 
 
+def test_sweep_ends_with_a_table_by_guidance_and_a_plot(tmp_path, capsys):
+    for scale, fid in ((2.0, 3.5), (1.0, 9.0), (3.0, 4.0)):
+        record = {"numbers": {"FID": fid, "Recall": 0.5}, "samples": {"settings": {"cfg_scale": scale}}}
+        (tmp_path / f"cfg-{scale}").mkdir()
+        (tmp_path / f"cfg-{scale}" / "samples.json").write_text(json.dumps(record))
+    assert run_here("scripts/sweep_report.py", tmp_path) == 0
+    assert "lowest FID: 3.5000 at guidance 2" in capsys.readouterr().out
+    assert json.loads((tmp_path / "sweep.json").read_text())[0] == {"cfg_scale": 1.0, "FID": 9.0, "Recall": 0.5}
+    assert (tmp_path / "sweep.png").stat().st_size > 5000
+    assert run_here("scripts/sweep_report.py", tmp_path / "empty") == 2
+
+
 def test_damaged_samples_at_the_name_of_a_run_are_a_clear_error(folder, tmp_path, capsys):
     sample(folder, tmp_path)
     path, = tmp_path.glob("*.npz")

@@ -51,7 +51,8 @@ from tokenizer.validation.metrics import codebook_usage, psnr
 FREE_TO_CHANGE = ("num_workers", "log_every", "ckpt_updates", "ckpt_minutes", "keep_checkpoints", "eval_every",
                   "gradient_accumulation_steps", "device", "debug", "results_dir", "new_run")
 NUM_SHOWN = 16                                      # pictures in the picture of reconstructions
-CURVES, FINAL = ("reconstruction", "codebook", "generator", "discriminator", "usage", "perplexity"), ("reconstruction", "usage")
+CURVES, GAN_CURVES = ("reconstruction", "codebook", "usage", "perplexity"), ("generator", "discriminator")
+FINAL = ("reconstruction", "usage")                 # what the end of a run records
 
 
 def build_parser():
@@ -259,7 +260,7 @@ def train(trainer, images, held_out, plan, updates, args, folder, session):
     keys = plan_updates(len(images), args.global_batch_size, args.global_seed, updates,
                         session.share_of(args.global_batch_size))
     journal = Journal(folder, trainer, plan, None, Speedometer(session.device, session.world_size), updates,
-                      args.log_every, 0, session, CURVES, FINAL)
+                      args.log_every, 0, session, CURVES + (GAN_CURVES if args.disc_weight else ()), FINAL)
     schedule = SaveSchedule((args.ckpt_updates,), args.ckpt_minutes, updates.stop, session)
     for update, pictures in zip(updates, load_crops(crops, keys, workers(args)), strict=True):
         lr = learning_rate(update, updates.stop, args.lr, args.warmup, args.lr_schedule)
