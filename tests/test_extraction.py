@@ -61,7 +61,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.long), 3])
 def test_store_does_not_depend_on_the_number_of_processes(folder, processes):
     done = extract(folder, f"codes{processes}", processes=processes)
     assert done.returncode == 0, done.stderr

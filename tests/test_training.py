@@ -139,7 +139,8 @@ def baseline(folder, tmp_path_factory):
 @pytest.mark.parametrize("processes, tolerance, more", [
     (0, 1e-6, ("--gradient-accumulation-steps", 4)), (0, 1e-6, ("--checkpoint-activations",)), (0, 1e-6, ()),
     (0, 1e-6, ("--loss-mib", 1, "--num-workers", 0)), (2, 1e-5, ()), (2, 1e-5, ("--parallel", "fsdp", "--ema")),
-    (2, 1e-5, ("--parallel", "fsdp", "--gradient-accumulation-steps", 2, "--checkpoint-activations"))])
+    pytest.param(2, 1e-5, ("--parallel", "fsdp", "--gradient-accumulation-steps", 2, "--checkpoint-activations"),
+                 marks=pytest.mark.long)])
 def test_every_way_to_compute_an_update_gives_the_same_losses_and_norms(folder, tmp_path, baseline, processes,
                                                                         tolerance, more):
     train(folder, tmp_path, *NO_DROPOUT, *more, processes=processes)
@@ -151,8 +152,9 @@ def test_every_way_to_compute_an_update_gives_the_same_losses_and_norms(folder, 
     assert found[-1]["token_loss"] < found[0]["token_loss"]
 
 
-@pytest.mark.parametrize("first, then", [((2, "ddp"), (0, "ddp")), ((2, "fsdp"), (0, "ddp")),
-                                         ((0, "ddp"), (2, "fsdp"))])
+@pytest.mark.parametrize("first, then", [
+    ((2, "fsdp"), (0, "ddp")), pytest.param((2, "ddp"), (0, "ddp"), marks=pytest.mark.long),
+    pytest.param((0, "ddp"), (2, "fsdp"), marks=pytest.mark.long)])
 def test_another_number_of_processes_continues_by_sample_position(folder, tmp_path, baseline, first, then):
     train(folder, tmp_path, *NO_DROPOUT, "--parallel", first[1], "--max-updates", 9, "--ema", processes=first[0])
     train(folder, tmp_path, *NO_DROPOUT, "--parallel", then[1], "--ema", processes=then[0])
