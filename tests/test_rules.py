@@ -51,8 +51,6 @@ SCRIPTS = {
                                               "--weight-decay": 0.0},
     "tokenizer/validation/val.py": {},
 }
-UNBUILT = {                                         # flags whose work is not written yet; empty when all is
-}
 
 
 def tracked(pattern="."):
@@ -146,20 +144,6 @@ def test_command_line_is_frozen(script):
 def test_every_entry_script_is_frozen():
     entries = [path for path in tracked("*.py") if is_entry(path) and not path.startswith(("tests/", "scripts/"))]
     assert sorted(entries) == sorted(SCRIPTS)
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_flags_without_effect_are_refused_and_listed_here(script, capsys):
-    parser = parser_of(script)
-    assert parser.unbuilt_flags == UNBUILT.get(script, [])
-    required = [word for action in parser._actions if action.required
-                for word in [*action.option_strings[:1], "x"]]
-    for flag in parser.unbuilt_flags:
-        action = next(action for action in parser._actions if flag in action.option_strings)
-        other = [] if action.nargs == 0 else [action.choices[-1] if action.choices else "7"]
-        with pytest.raises(SystemExit) as stop:
-            parser.parse_args([*required, flag, *other])
-        assert stop.value.code == 2 and "expected its default" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -33,29 +33,10 @@ class Parser(argparse.ArgumentParser):
         """`draws` says whether the script draws anything at random, and so has a --global-seed."""
         super().__init__(description=description, allow_abbrev=False,
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        self._unbuilt = []
         add_runtime_args(self, draws)
 
     def error(self, message):
         exit_with(message)
-
-    def refuse_for_now(self, *flags):
-        """Makes published flags whose work is not written yet accept nothing but their default."""
-        self._unbuilt += [action for action in self._actions if set(action.option_strings) & set(flags)]
-
-    @property
-    def unbuilt_flags(self):
-        """The names of the flags that accept nothing but their default."""
-        return sorted(action.option_strings[0] for action in self._unbuilt)
-
-    def parse_args(self, *args, **kwargs):
-        parsed = super().parse_args(*args, **kwargs)
-        for action in self._unbuilt:
-            value = getattr(parsed, action.dest)
-            if value != action.default:
-                self.error(f"{action.option_strings[0]}: expected its default {action.default}, got {value}; "
-                           "this flag has no effect yet and is refused rather than ignored")
-        return parsed
 
 
 def exit_with(message):
