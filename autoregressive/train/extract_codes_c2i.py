@@ -26,7 +26,7 @@ from autoregressive.runtime.log import open_logger, progress
 from tokenizer.tokenizer_image.crops import load_rows
 from tokenizer.tokenizer_image.encoding import ENCODE_PRECISIONS, CropEncoder, agreement, default_batch_size
 from tokenizer.tokenizer_image.images import add_image_args, crop_names, enlarged_side, images_sha256, open_images
-from tokenizer.tokenizer_image.vq_model import add_vq_args
+from tokenizer.tokenizer_image.vq_model import add_vq_args, check_image_size
 
 LARGEST_CROP_RANGE = 4
 
@@ -53,11 +53,9 @@ def build_parser():
     return parser
 
 
-def check_flags(args, vq):
+def check_flags(args):
     """Raises ValueError for flags out of range."""
-    if args.image_size < vq.downsampling or args.image_size % vq.downsampling:
-        raise ValueError(f"--image-size: expected a multiple of {vq.downsampling} for {args.vq_model}, "
-                         f"got {args.image_size}")
+    check_image_size(args.image_size, args.vq_model)
     if args.ten_crop and not 1 <= args.crop_range <= LARGEST_CROP_RANGE:
         raise ValueError(f"--crop-range: expected 1 to {LARGEST_CROP_RANGE}, got {args.crop_range}")
     if args.batch_size < 0 or args.num_workers < 0:
@@ -94,7 +92,7 @@ def main(args, session):
     with checks(session):
         images = open_images(args.dataset, args.data_path)
         vq, hashes = load_vq(args.vq_ckpt, args.vq_model, args.codebook_size, args.codebook_embed_dim)
-        check_flags(args, vq)
+        check_flags(args)
         manifest = describe_store(args, images, vq, hashes)
         writer = CodeWriter(args.code_path, manifest)
         if session.is_main:

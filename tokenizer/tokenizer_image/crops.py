@@ -80,8 +80,11 @@ class UpdatePlan:
 
 
 def load_crops(crops, batches, num_workers):
-    """Returns a loader of (B, P, P, 3) uint8 tensors: the crops of each list of keys in `batches`."""
-    return DataLoader(crops, batch_sampler=batches, num_workers=num_workers)
+    """Returns a loader of (B, P, P, 3) uint8 tensors: the crops of each list of keys in `batches`.
+
+    `num_workers` processes read and cut, as given by the user; no more are started than there are cores.
+    """
+    return DataLoader(crops, batch_sampler=batches, num_workers=min(num_workers, cores_per_process()))
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,13 @@ def downsampling(name):
     return VQ_MODELS[name].downsampling
 
 
+def check_image_size(image_size, name):
+    """Raises ValueError unless pictures of `image_size` pixels are whole tokens of model `name`."""
+    step = downsampling(name)
+    if image_size < step or image_size % step:
+        raise ValueError(f"--image-size: expected a multiple of {step} for {name}, got {image_size}")
+
+
 def add_vq_size_args(parser):
     """Declares the flags that say which tokenizer: --vq-model, --codebook-size, --codebook-embed-dim."""
     group = parser.add_argument_group("tokenizer")

@@ -22,7 +22,7 @@ import platform
 import torch
 
 from autoregressive.runtime.checkpoint import load_strictly, model_state, read_checkpoint, save_checkpoint
-from autoregressive.runtime.distributed import cores_per_process, seed_everything, wrap_for_training
+from autoregressive.runtime.distributed import seed_everything, wrap_for_training
 from autoregressive.runtime.entry import Parser, checks, run
 from autoregressive.runtime.files import require_writable_folder, write_json
 from autoregressive.runtime.log import LOGGER, cut_log, find_run_folder, open_logger, progress, start_run_folder
@@ -170,7 +170,7 @@ def evaluate(model, images, args, session):
     counts = torch.zeros(args.codebook_size, dtype=torch.float64, device=session.device)
     total = torch.zeros((), dtype=torch.float64, device=session.device)
     with progress(session, len(rows), "evaluate tokenizer", "image") as bar:
-        for pictures in load_crops(CenterCrops(images, args.image_size), batches, workers(args)):
+        for pictures in load_crops(CenterCrops(images, args.image_size), batches, args.num_workers):
             pictures = pictures.to(session.device)
             reconstructions, _, codes = model(to_float(pictures))
             total += psnr(pictures, to_uint8(reconstructions)).sum()
@@ -178,10 +178,6 @@ def evaluate(model, images, args, session):
             bar.update(len(pictures))
     return {"psnr": (session.sum(total) / len(images)).item(), "num_images": len(images),
             "codebook_size": args.codebook_size, **codebook_usage(session.sum(counts))}
-
-
-def workers(args):
-    return min(args.num_workers, cores_per_process())
 
 
 @torch.inference_mode()
@@ -262,7 +258,7 @@ def train(trainer, images, held_out, plan, updates, args, folder, session):
     journal = Journal(folder, trainer, plan, None, Speedometer(session.device, session.world_size), updates,
                       args.log_every, 0, session, CURVES + (GAN_CURVES if args.disc_weight else ()), FINAL)
     schedule = SaveSchedule((args.ckpt_updates,), args.ckpt_minutes, updates.stop, session)
-    for update, pictures in zip(updates, load_crops(crops, keys, workers(args)), strict=True):
+    for update, pictures in zip(updates, load_crops(crops, keys, args.num_workers), strict=True):
         lr = learning_rate(update, updates.stop, args.lr, args.warmup, args.lr_schedule)
         trainer.update(update, pictures, lr)
         done = update + 1

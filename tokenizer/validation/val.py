@@ -22,14 +22,13 @@ import numpy as np
 import torch
 
 from autoregressive.assemble import load_vq
-from autoregressive.runtime.distributed import cores_per_process
 from autoregressive.runtime.entry import Parser, checks, require_one_process, run
 from autoregressive.runtime.files import npz_writer, require_writable_folder, write_json
 from autoregressive.runtime.log import open_logger, progress
 from tokenizer.tokenizer_image.crops import CenterCrops, load_crops
 from tokenizer.tokenizer_image.images import add_image_args, open_images, to_float, to_uint8
 from tokenizer.tokenizer_image.lpips import DEFAULT_LINEAR, DEFAULT_VGG, load_lpips
-from tokenizer.tokenizer_image.vq_model import add_vq_args
+from tokenizer.tokenizer_image.vq_model import add_vq_args, check_image_size
 from tokenizer.validation.metrics import SSIM_WINDOW, codebook_usage, psnr, ssim
 
 
@@ -88,9 +87,7 @@ def main(args, session):
                              f"{args.batch_size} and {args.num_workers}")
         images = open_images(args.dataset, args.data_path)
         vq, hashes = load_vq(args.vq_ckpt, args.vq_model, args.codebook_size, args.codebook_embed_dim)
-        if args.image_size < vq.downsampling or args.image_size % vq.downsampling:
-            raise ValueError(f"--image-size: expected a multiple of {vq.downsampling} for {args.vq_model}, "
-                             f"got {args.image_size}")
+        check_image_size(args.image_size, args.vq_model)
         lpips = load_lpips(args.vgg_path, args.lpips_path) if Path(args.vgg_path).is_file() else None
         output = Path(args.output)
         if output.suffix != ".npz":
@@ -106,8 +103,7 @@ def main(args, session):
     with progress(session, len(images), "reconstruct", "image") as bar, npz_writer(output) as add:
 
         def reconstructions():
-            for pictures in load_crops(CenterCrops(images, args.image_size), batches,
-                                       min(args.num_workers, cores_per_process())):
+            for pictures in load_crops(CenterCrops(images, args.image_size), batches, args.num_workers):
                 yield judge.reconstruct(pictures)
                 bar.update(len(pictures))
 
