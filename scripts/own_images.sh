@@ -17,8 +17,8 @@ echo "== 1/5 train a tokenizer"
 # shellcheck disable=SC2086
 python tokenizer/tokenizer_image/vq_train.py --data-path "$train" --val-path "$val" --image-size 32 --smallest-crop 1 \
     $vq --perceptual-weight 0 --disc-weight 0 --mixed-precision none --global-batch-size 32 \
-    --max-updates "${TOKENIZER_UPDATES:-1350}" --lr 2e-3 --lr-schedule linear --warmup 50 --revive-every 50 \
-    --log-every 50 --eval-every 450 --ckpt-updates 450 --results-dir "$out/vq" --output "$out/vq.pt"
+    --max-steps "${TOKENIZER_STEPS:-1350}" --lr 2e-3 --lr-schedule linear --warmup 50 --revive-every 50 \
+    --log-every 50 --val-every 450 --ckpt-steps 450 --results-dir "$out/vq" --output "$out/vq.pt"
 echo "== 2/5 extract codes"
 # shellcheck disable=SC2086
 python autoregressive/train/extract_codes_c2i.py --data-path "$train" --image-size 32 $vq --vq-ckpt "$out/vq.pt" \
@@ -29,7 +29,7 @@ echo "== 4/5 train a GPT"
 # shellcheck disable=SC2086
 python autoregressive/train/train_c2i.py $gpt --vocab-size 1024 $vq --code-path "$out/codes" --mapping-path "$mapping" \
     --vq-ckpt "$reordered" --results-dir "$out/gpt" --mixed-precision none --global-batch-size 64 \
-    --max-updates "${GPT_UPDATES:-600}" --lr 2e-3 --warmup 100 --lr-schedule linear --log-every 50 --eval-every 500
+    --max-steps "${GPT_STEPS:-600}" --lr 2e-3 --warmup 100 --lr-schedule linear --log-every 50 --val-every 500
 echo "== 5/5 draw four pictures of each class"
 # shellcheck disable=SC2086
 python autoregressive/sample/sample_c2i.py $gpt $vq --vq-ckpt "$reordered" --gpt-ckpt "$(ls -d "$out"/gpt/* | tail -n 1)" \

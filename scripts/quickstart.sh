@@ -41,7 +41,7 @@ joined() {
 train_gpt() {       # train_gpt LAMBDA
     python autoregressive/train/train_c2i.py $gpt $vq --vocab-size 512 --lambda-cce "$1" \
         --code-path $out/codes --mapping-path "$mapping" --vq-ckpt "$reordered" --results-dir $out/gpt-lambda$1 \
-        --mixed-precision none --max-updates 1500 --global-batch-size 64 --lr 3e-3 --warmup 100 --lr-schedule linear
+        --mixed-precision none --max-steps 1500 --global-batch-size 64 --lr 3e-3 --warmup 100 --lr-schedule linear
 }
 
 sample() {          # sample LAMBDA
@@ -56,9 +56,9 @@ evaluate() {        # evaluate LAMBDA
 
 echo "== 1/7 train a tokenizer (shown) and a small classifier to score with (beside it)"
 beside $out/classifier.log step $out/classifier.pt python evaluations/c2i/train_classifier.py --dataset digits \
-    --data-path train --val-path heldout --image-size 16 --output $out/classifier.pt
-step $out/vq.pt python tokenizer/tokenizer_image/vq_train.py --dataset digits --data-path train --val-path heldout \
-    --no-flip --smallest-crop 1 --image-size 16 $vq --max-updates 350 --global-batch-size 32 --lr 1.5e-3 \
+    --data-path train --val-path val --image-size 16 --output $out/classifier.pt
+step $out/vq.pt python tokenizer/tokenizer_image/vq_train.py --dataset digits --data-path train --val-path val \
+    --no-flip --smallest-crop 1 --image-size 16 $vq --max-steps 350 --global-batch-size 32 --lr 1.5e-3 \
     --lr-schedule linear --warmup 30 --mixed-precision none --num-workers 0 --perceptual-weight 0 --disc-weight 0 \
     --results-dir $out/vq --output $out/vq.pt
 joined

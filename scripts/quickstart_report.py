@@ -14,27 +14,32 @@ import platform
 import numpy as np
 import torch
 
-from autoregressive.assemble import load_vq
 from autoregressive.runtime.checkpoint import read_checkpoint
-from autoregressive.runtime.entry import Parser, checks, run
+from autoregressive.runtime.distributed import Session
+from autoregressive.runtime.entry import Flags, Parser, checks, run
 from autoregressive.runtime.files import file_sha256, read_json, write_json
 from autoregressive.runtime.log import draw_metrics
 from autoregressive.runtime.pictures import save_grid
-from tokenizer.tokenizer_image.images import center_crop, open_images, to_float, to_uint8
+from tokenizer.tokenizer_image.images import center_crop, open_dataset, to_float, to_uint8
+from tokenizer.tokenizer_image.loading import load_vq
+from tokenizer.tokenizer_image.vq_model import VQConfig
 
 LAMBDAS = (1, 0)
 SHOWN_PER_CLASS = 4
+SIDE = 16                       # of a picture in pixels
 METRICS = ("Inception Score", "FID", "sFID", "Precision", "Recall", "Label agreement")
+HANDED_ON = ("vq.pt", "classifier.pt", "reference.npz", "codes/*.npy", "*cluster_size=16.pt",
+             "gpt-lambda?/*/checkpoints/*.pt", "samples-lambda?/*.npz")
 
 
-def build_parser():
+def build_parser() -> Parser:
     """Returns the parser of this script's command line."""
     parser = Parser("Gather the results of the quickstart.", draws=False)
     parser.add_argument("folder", type=Path, help="what scripts/quickstart.sh wrote")
     return parser
 
 
-def only(folder, pattern):
+def only(folder: Path, pattern: str) -> Path:
     """Returns the one path of `folder` that matches. Raises ValueError if there is none or more."""
     found = sorted(folder.glob(pattern))
     if len(found) != 1:
@@ -43,7 +48,7 @@ def only(folder, pattern):
     return found[0]
 
 
-def read_results(folder):
+def read_results(folder: Path) -> dict:
     """Returns all numbers of the quickstart as plain data."""
     runs = {}
     for weight in LAMBDAS:
@@ -58,34 +63,31 @@ def read_results(folder):
             "reordering": read_json(only(folder, "report-kmeans*.json")), "runs": runs}
 
 
-def hash_files(folder):
+def hash_files(folder: Path) -> dict[str, str]:
     """Returns the SHA-256 of every file that a step handed to the next one."""
-    paths = [folder / "vq.pt", folder / "classifier.pt", folder / "reference.npz", *folder.glob("codes/*.npy"),
-             *folder.glob("*cluster_size=16.pt"), *folder.glob("gpt-lambda?/*/checkpoints/*.pt"),
-             *folder.glob("samples-lambda?/*.npz")]
+    paths = [path for pattern in HANDED_ON for path in folder.glob(pattern)]
     return {str(path.relative_to(folder)): file_sha256(path) for path in sorted(paths)}
 
 
 @torch.inference_mode()
-def save_digits(path, folder):
-    """Saves a grid with a row for each digit: held-out real ones, their reconstructions, and generated ones."""
-    images = open_images("digits", "heldout")
-    rows = first_of_each_class(images.labels)
-    real = np.stack([center_crop(images.read(row), 16) for row in rows])
-    config = read_json(only(folder, "gpt-lambda1/000-*") / "config.json")
-    vq, _ = load_vq(folder / "vq.pt", config["vq_model"], config["codebook_size"], config["codebook_embed_dim"])
+def save_digits(folder: Path, config: dict) -> None:
+    """Saves a grid with a row for each digit: real ones of the split val, their reconstructions, and generated ones."""
+    dataset = open_dataset("digits", "val")
+    real = np.stack([center_crop(dataset.read(row), SIDE) for row in first_of_each_class(dataset.labels)])
+    vq_config = VQConfig(config["vq_model"], config["codebook_size"], config["codebook_embed_dim"])
+    vq, _ = load_vq(folder / "vq.pt", vq_config)
     codes = vq.quantize.codes(vq.encode(to_float(real)))
-    sources = {"real": real, "rebuilt": to_uint8(vq.decode_codes(codes, 16 // vq.downsampling))}
+    sources = {"real": real, "rebuilt": to_uint8(vq.decode_codes(codes, SIDE // vq.downsampling))}
     for weight in LAMBDAS:
         with np.load(only(folder, f"samples-lambda{weight}/*.npz"), allow_pickle=False) as samples:
             sources[f"lambda {weight}"] = samples["arr_0"][first_of_each_class(samples["labels"])]
-    by_digit = [pictures.reshape(10, SHOWN_PER_CLASS, *pictures.shape[1:]) for pictures in sources.values()]
+    by_digit = [pictures.reshape(10, SHOWN_PER_CLASS, SIDE, SIDE, 3) for pictures in sources.values()]
     grid = np.concatenate(by_digit, axis=1)                     # (10, sources * SHOWN_PER_CLASS, P, P, 3)
     captions = [f"{name}: {digit}" for digit in range(10) for name in sources for _ in range(SHOWN_PER_CLASS)]
-    save_grid(path, grid.reshape(-1, *grid.shape[2:]), columns=grid.shape[1], captions=captions)
+    save_grid(folder / "digits.png", grid.reshape(-1, SIDE, SIDE, 3), columns=grid.shape[1], captions=captions)
 
 
-def first_of_each_class(labels):
+def first_of_each_class(labels: np.ndarray) -> list[int]:
     """Returns the first SHOWN_PER_CLASS rows of every digit, digit by digit."""
     return [row for digit in range(10) for row in np.flatnonzero(labels == digit)[:SHOWN_PER_CLASS]]
 
@@ -93,11 +95,11 @@ def first_of_each_class(labels):
 def print_table(results):
     """Prints the numbers that a person wants to see first."""
     tokenizer, runs = results["tokenizer"], results["runs"]
-    print(f"\n{'held-out reconstruction':28}{tokenizer['psnr']:10.2f} dB, {tokenizer['codes_used']} of "
+    print(f"\n{'reconstruction (val)':28}{tokenizer['psnr']:10.2f} dB, {tokenizer['codes_used']} of "
           f"{results['codes']['codebook_size']} codes used")
     numbers = {name: run["evaluation"]["numbers"] for name, run in runs.items()}
-    accuracy = numbers["lambda 1"]["Held-out accuracy of the classifier"]
-    print(f"{'classifier, held-out digits':28}{100 * accuracy:10.2f} % right (all scores below are from it, not from "
+    accuracy = numbers["lambda 1"]["Validation accuracy of the classifier"]
+    print(f"{'classifier (val)':28}{100 * accuracy:10.2f} % right (all scores below are from it, not from "
           "Inception)\n")
     print(f"{'':28}" + "".join(f"{name:>14}" for name in runs))
     for loss in ("token_loss", "cluster_loss"):
@@ -106,12 +108,12 @@ def print_table(results):
         print(f"{metric:28}" + "".join(f"{values[metric]:14.4f}" for values in numbers.values()))
 
 
-def main(args, session):
+def main(args: Flags, session: Session) -> None:
     with checks(session):
         results = read_results(args.folder)
         metrics = {f"lambda {weight}": only(args.folder, f"gpt-lambda{weight}/000-*/metrics.jsonl")
                    for weight in LAMBDAS}
-    save_digits(args.folder / "digits.png", args.folder)
+    save_digits(args.folder, results["runs"]["lambda 1"]["config"])
     draw_metrics(args.folder / "curves.png", metrics)
     write_json(args.folder / "report.json", results | {
         "files_sha256": hash_files(args.folder),

@@ -139,10 +139,11 @@ def test_every_layout_of_a_checkpoint_is_read(wrap, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("flags, message", [
     (["--cluster-size", "8"], "positive divisor of the 42 codes, got 8"),
-    (["--cluster-size", "0"], "positive divisor of the 42 codes, got 0"),
-    (["--cluster-size", "-7"], "positive divisor of the 42 codes, got -7"),
+    (["--cluster-size", "0"], "--cluster-size: expected at least 1, got 0"),
+    (["--cluster-size", "-7"], "--cluster-size: expected at least 1, got -7"),
     (["--restarts", "-1"], "--restarts: expected at least 0"),
-    (["--seed", "-1"], "--seed: expected 0 to"),
+    (["--seed", "-1"], "--seed: expected at least 0, got -1"),
+    (["--seed", "9223372036854775808"], "--seed: expected 0 to 2^63 - 1, got 9223372036854775808"),
     (["--keep-best"], "--keep-best: expected --method greedy"),
     (["--vq-ckpt", "nowhere.pt"], "nowhere.pt: expected a file"),
     (["--vq-ckpt", "gpt.pt"], "expected a VQ checkpoint with"),

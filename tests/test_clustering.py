@@ -115,7 +115,7 @@ def test_codes_of_any_dimension_are_clustered(dimensions):
 @pytest.mark.parametrize("size", [0, -2, 7, 25])
 def test_a_cluster_size_that_does_not_divide_the_codebook_is_refused(size):
     with pytest.raises(ValueError, match=f"divisor of the 24 codes, got {size}"):
-        clustering.require_cluster_size(24, size)
+        clustering.check_cluster_size(24, size)
 
 
 def test_zero_rows_stay_zero_when_normalized():

@@ -59,7 +59,8 @@ def test_unfinished_store_is_refused_and_can_be_continued(tmp_path):
     with pytest.raises(RuntimeError, match="1 rows were not written"):
         writer.finish(0)
     writer.create(LABELS)                                        # the same command again
-    assert writer.missing(3) == [range(6, 7)] and writer.missing(4) == [range(4, 7)] and writer.num_done == 6
+    assert writer.rows.missing(3) == [range(6, 7)] and writer.rows.missing(4) == [range(4, 7)]
+    assert writer.rows.num_done == 6
     writer.write(range(6, 7), codes[6:], {})
     writer.finish(0)
     assert np.array_equal(open_codes(path).codes, codes)
@@ -78,16 +79,16 @@ def test_store_of_another_extraction_is_never_touched_without_overwrite(tmp_path
         CodeWriter(path, other).create(LABELS)
     assert before == contents(path)
     CodeWriter(path, other).create(LABELS, overwrite=True)
-    assert CodeWriter(path, other).missing(7) == [range(7)] and np.load(path / "codes.npy").shape == (7, 1, 9)
+    assert CodeWriter(path, other).rows.missing(7) == [range(7)] and np.load(path / "codes.npy").shape == (7, 1, 9)
 
 
 def test_overwrite_replaces_a_finished_store_and_continues_an_unfinished_one(tmp_path, store):
     writer = CodeWriter(store.path, MANIFEST)
     writer.create(LABELS, overwrite=True)
-    assert not writer.is_complete and writer.num_done == 0 and not np.load(writer.path / "codes.npy").any()
+    assert not writer.is_complete and writer.rows.num_done == 0 and not np.load(writer.path / "codes.npy").any()
     writer.write(range(3), np.ones((3, 2, 9), np.int64), {})
     writer.create(LABELS, overwrite=True)
-    assert writer.num_done == 3
+    assert writer.rows.num_done == 3
 
 
 def test_folder_of_other_files_is_never_touched(tmp_path):
@@ -148,7 +149,7 @@ def test_too_many_failures_leave_a_store_unfinished_and_are_tried_again(tmp_path
     with pytest.raises(ValueError, match="unfinished"):
         open_codes(tmp_path / "codes")
     writer.create(LABELS)
-    assert writer.missing(1) == [range(0, 1), range(4, 5)]
+    assert writer.rows.missing(1) == [range(0, 1), range(4, 5)]
     for row in (0, 4):
         writer.write(range(row, row + 1), codes[row:row + 1], {})
     assert writer.finish(1) == [] and np.array_equal(open_codes(tmp_path / "codes").codes, codes)
@@ -197,7 +198,7 @@ def test_older_layout_is_read_without_the_images_that_filled_its_last_round(tmp_
     assert store.grid == 3 and np.array_equal(store.labels, labels) and store.rows.tolist() == list(range(11))
     chosen, crops = np.array([10, 0, 10]), np.array([1, 0, 0])
     assert np.array_equal(store.codes[chosen, crops], codes[chosen, crops])
-    tokens, _ = TokenBatches(store, np.arange(24), 4, 0, 3, 0.0).batch(0, range(4))
+    tokens, _ = TokenBatches(store, np.arange(24), 4, 0, 3, 0.0)[0, range(4)]
     assert tokens.shape == (4, 9)
 
 
@@ -213,10 +214,10 @@ def test_older_layout_with_gaps_or_without_labels_is_refused(tmp_path):
 
 def test_epoch_visits_every_image_once_with_its_own_label_and_one_of_its_crops(store):
     batches = TokenBatches(store, np.arange(24), 3, seed=1, num_classes=3, label_dropout=0.0)
-    assert batches.per_epoch == 2
+    assert batches.order.per_epoch == 2
     seen = []
-    for update in (2, 3):                                        # the second epoch
-        tokens, labels = batches.batch(update, range(3))
+    for step in (2, 3):                                          # the second epoch
+        tokens, labels = batches[step, range(3)]
         for row, label in zip(tokens.numpy(), labels.tolist(), strict=True):
             image, = np.flatnonzero((store.codes == row).all(-1).any(-1))
             assert store.labels[image] == label
@@ -226,25 +227,25 @@ def test_epoch_visits_every_image_once_with_its_own_label_and_one_of_its_crops(s
 
 def test_parts_of_processes_make_up_the_batch_of_one_process(store):
     whole, first, second = (TokenBatches(store, np.arange(24), 4, 5, 3, 0.5) for _ in range(3))
-    tokens, labels = whole.batch(6, range(4))
-    parts = [first.batch(6, range(1)), second.batch(6, range(1, 4))]
+    tokens, labels = whole[6, range(4)]
+    parts = [first[6, range(1)], second[6, range(1, 4)]]
     assert torch.equal(tokens, torch.cat([part[0] for part in parts]))
     assert torch.equal(labels, torch.cat([part[1] for part in parts]))
 
 
 def test_tokens_are_the_mapped_codes(store):
     mapping = np.random.default_rng(2).permutation(24)
-    codes, _ = TokenBatches(store, np.arange(24), 4, 0, 3, 0.0).batch(0, range(4))
-    tokens, _ = TokenBatches(store, mapping, 4, 0, 3, 0.0).batch(0, range(4))
+    codes, _ = TokenBatches(store, np.arange(24), 4, 0, 3, 0.0)[0, range(4)]
+    tokens, _ = TokenBatches(store, mapping, 4, 0, 3, 0.0)[0, range(4)]
     assert torch.equal(tokens, torch.from_numpy(mapping)[codes])
 
 
 def test_dropped_labels_become_the_null_label_at_the_given_rate(store):
     batches = TokenBatches(store, np.arange(24), 5, 0, 3, label_dropout=0.3)
-    labels = torch.cat([batches.batch(update, range(5))[1] for update in range(400)])
+    labels = torch.cat([batches[step, range(5)][1] for step in range(400)])
     assert 0.25 < (labels == 3).float().mean() < 0.35
-    assert not (torch.cat([TokenBatches(store, np.arange(24), 5, 0, 3, 0.0).batch(u, range(5))[1]
-                           for u in range(9)]) == 3).any()
+    assert not (torch.cat([TokenBatches(store, np.arange(24), 5, 0, 3, 0.0)[step, range(5)][1]
+                           for step in range(9)]) == 3).any()
 
 
 @pytest.mark.parametrize("settings, message", [({"batch_size": 8}, "at least one batch of 8"),

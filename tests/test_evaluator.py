@@ -13,13 +13,13 @@ from PIL import Image
 from autoregressive.runtime import entry
 from autoregressive.runtime.files import file_sha256
 from evaluations.c2i import evaluator, make_reference, train_classifier
-from evaluations.c2i.classifier import SmallClassifier, load_classifier, save_classifier
-from evaluations.c2i.inception import extract_features
+from evaluations.c2i.classifier import ClassifierFeatures, SmallClassifier, save_classifier
+from evaluations.c2i.features import extract_features
 from evaluations.c2i.npz_reader import NpzImages
 
 SIZE = 12           # pixels
 NUM_CLASSES = 3
-SETTINGS = {"class_names": ["cat", "dog", "owl"], "image_size": SIZE, "accuracy": 0.875, "num_heldout": 40,
+SETTINGS = {"class_names": ["cat", "dog", "owl"], "image_size": SIZE, "accuracy": 0.875, "num_val": 40,
             "dataset": "imagenet", "seed": 0}
 
 
@@ -65,14 +65,14 @@ def test_a_command_prints_the_lines_of_adm_and_leaves_them_beside_the_samples(fi
     assert done.returncode == 0, done.stderr
     titles = [line.split(": ")[0] for line in done.stdout.splitlines()]
     assert titles == ["Inception Score", "FID", "sFID", "Precision", "Recall", "Label agreement",
-                      "Held-out accuracy of the classifier"]
+                      "Validation accuracy of the classifier"]
     assert (files / "samples.txt").read_text() == done.stdout
     record = json.loads((files / "samples.json").read_text())
     assert {line.split(": ")[0]: float(line.split(": ")[1]) for line in done.stdout.splitlines()} == record["numbers"]
     assert record["reference"]["sha256"] == file_sha256("ref.npz") and record["reference"]["num_images"] == 90
     assert record["samples"]["settings"] == {"cfg_scale": 2.0} and record["samples"]["num_images"] == 80
     assert record["feature_network"]["name"] == "small classifier classifier.pt (not Inception)"
-    assert record["numbers"]["Held-out accuracy of the classifier"] == SETTINGS["accuracy"]
+    assert record["numbers"]["Validation accuracy of the classifier"] == SETTINGS["accuracy"]
     assert file_sha256("samples.npz") == before
     assert sorted(path.name for path in files.iterdir()) == ["classifier.pt", "ref.npz", "samples.json", "samples.npz",
                                                              "samples.txt"]
@@ -81,7 +81,8 @@ def test_a_command_prints_the_lines_of_adm_and_leaves_them_beside_the_samples(fi
 def test_offline_it_says_where_to_put_inception(files, capsys, monkeypatch):
     monkeypatch.setattr("evaluations.c2i.inception.INCEPTION_URL", "http://127.0.0.1:9/graph.pb")
     line = refusal(capsys, evaluator, "ref.npz", "samples.npz")
-    assert "could not be downloaded" in line and "put it at pretrained_models/classify_image_graph_def.pb" in line
+    assert "pretrained_models/classify_image_graph_def.pb: could not be downloaded (<urlopen error " in line
+    assert "get it from http://127.0.0.1:9/graph.pb and put it there" in line
     assert not (files / "samples.txt").exists() and not list(files.glob("pretrained_models/*"))
     assert "no.pb: expected the frozen Inception graph" in refusal(capsys, evaluator, "ref.npz", "samples.npz",
                                                                    "--inception-path", "no.pb")
@@ -98,7 +99,7 @@ def test_fewer_metrics_and_another_output(files, capsys):
 
 def test_label_agreement_is_the_share_of_labels_that_the_classifier_gives(files, capsys):
     pictures = random_pictures(80, 1)
-    given = load_classifier("classifier.pt").features(pictures)[2].argmax(axis=1)
+    given = ClassifierFeatures("classifier.pt").features(pictures)[2].argmax(axis=1)
     given[:20] = (given[:20] + 1) % NUM_CLASSES
     np.savez("samples.npz", arr_0=pictures, labels=given)
     call(evaluator, "ref.npz", "samples.npz", "--classifier", "classifier.pt", "--metrics", "is")
@@ -113,7 +114,7 @@ def test_fewer_pictures_than_features_are_a_warning(files, capsys):
 
 
 def test_numbers_do_not_depend_on_the_batch_size(files):
-    network, images = load_classifier("classifier.pt"), NpzImages("samples.npz")
+    network, images = ClassifierFeatures("classifier.pt"), NpzImages("samples.npz")
     whole, parts = (extract_features(network, images, batch_size, lambda count: None) for batch_size in (80, 7))
     assert whole.pool.shape == (80, 64) and whole.spatial.shape == (80, 3 * 3 * 7)
     assert whole.probabilities.shape == (80, NUM_CLASSES)
@@ -127,7 +128,7 @@ def test_spatial_features_are_the_first_channels_of_the_middle_map(files):
     model = SmallClassifier(NUM_CLASSES).eval()
     model.load_state_dict(payload["model"])
     middle = model.maps(torch.from_numpy(pictures))[1].detach().numpy()            # (5, 64, 3, 3)
-    spatial = load_classifier("classifier.pt").features(pictures)[1].reshape(5, 3, 3, 7)
+    spatial = ClassifierFeatures("classifier.pt").features(pictures)[1].reshape(5, 3, 3, 7)
     np.testing.assert_allclose(spatial, middle[:, :7].transpose(0, 2, 3, 1), rtol=1e-5, atol=1e-6)
 
 
@@ -251,7 +252,8 @@ def test_fewer_pictures_are_spread_evenly_and_equal_commands_give_equal_files(fo
 
 @pytest.mark.parametrize("words, message", [
     (("--num-images", "13"), "--num-images: expected 2 to 12"),
-    (("--num-images", "-1"), "--num-images: expected 2 to 12"),
+    (("--num-images", "1"), "--num-images: expected 2 to 12"),
+    (("--num-images", "-1"), "--num-images: expected at least 0, got -1"),
     (("--output", "made.zip"), "--output: expected a name ending in .npz"),
     (("--data-path", "nowhere"), "nowhere: expected a folder"),
     (("--data-path", "ref.npz", "--image-size", "13"), "ref.npz: expected pictures of 13 x 13 pixels"),
@@ -272,11 +274,11 @@ def test_a_broken_picture_leaves_no_reference(folder, capsys):
 def test_the_classifier_learns_and_is_reproducible(folder, capsys):
     for name in ("a.pt", "b.pt"):
         call(train_classifier, "--data-path", folder, "--val-path", folder, "--image-size", "8", "--batch-size", "6",
-             "--max-updates", "25", "--output", name, "--global-seed", "3", "--device", "cpu")
-    network = load_classifier("a.pt")
-    assert network.settings["accuracy"] == 1 and network.settings["num_heldout"] == 12
+             "--max-steps", "25", "--output", name, "--global-seed", "3", "--device", "cpu")
+    network = ClassifierFeatures("a.pt")
+    assert network.settings["accuracy"] == 1 and network.settings["num_val"] == 12
     assert network.settings["class_names"] == ["dark", "light"] and network.settings["seed"] == 3
-    assert network.image_size == 8 and network.sha256 == load_classifier("b.pt").sha256
+    assert network.image_size == 8 and network.sha256 == ClassifierFeatures("b.pt").sha256
 
 
 def test_shift_moves_whole_pictures_and_repeats_the_border():
@@ -294,7 +296,7 @@ def test_shift_moves_whole_pictures_and_repeats_the_border():
     (("--image-size", "4"), "--image-size: expected at least 8"),
     (("--epochs", "0"), "--epochs: expected at least 1"),
     (("--output", "images"), "--output: expected the name of a file"),
-    (("--dataset", "digits", "--data-path", "test"), "expected train or heldout"),
+    (("--dataset", "digits", "--data-path", "test"), "expected train or val"),
 ])
 def test_train_classifier_refuses_bad_arguments(folder, capsys, words, message):
     line = refusal(capsys, train_classifier, "--data-path", folder, "--val-path", folder, "--image-size", SIZE,

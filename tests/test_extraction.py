@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from PIL import Image
 from processes import run_here, start, start_and_kill
 
-from autoregressive.assemble import load_vq
 from autoregressive.data.codes import open_codes
 from autoregressive.runtime.checkpoint import save_checkpoint
 from tokenizer.tokenizer_image.encoding import CropEncoder, agreement, default_batch_size
-from tokenizer.tokenizer_image.images import center_crop, crop_names, cut_crops, open_images, to_float
-from tokenizer.tokenizer_image.vq_model import VQModel
+from tokenizer.tokenizer_image.images import center_crop, crop_names, cut_crops, open_dataset, to_float
+from tokenizer.tokenizer_image.loading import load_vq
+from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 
 EXTRACT, CHECK = "autoregressive/train/extract_codes_c2i.py", "autoregressive/train/check_codes.py"
 TEN = crop_names(ten_crop=True, mirrored=True)
@@ -41,7 +41,7 @@ def folder(tmp_path_factory):
     (folder / "images/pear/folder.png").mkdir()
     (folder / "images/pear/nowhere.jpg").symlink_to("/no/such/file")
     torch.manual_seed(0)
-    save_checkpoint(folder / "vq.pt", {"model": VQModel("VQ-4-small", 64, 8).state_dict()})
+    save_checkpoint(folder / "vq.pt", {"model": VQModel(VQConfig("VQ-4-small", 64, 8)).state_dict()})
     done = extract(folder, "codes")
     assert done.returncode == 0, done.stderr
     return folder
@@ -86,7 +86,7 @@ def test_killed_and_resumed_extraction_makes_the_same_store(folder, kills, proce
 
 
 def test_failures_are_listed_and_labels_do_not_shift(folder):
-    store, images = open_codes(folder / "codes"), open_images("imagenet", folder / "images")
+    store, images = open_codes(folder / "codes"), open_dataset("imagenet", folder / "images")
     failed = store.manifest["failed"]
     assert sorted(failure["path"] for failure in failed) == sorted(BROKEN)
     for failure in failed:
@@ -97,8 +97,8 @@ def test_failures_are_listed_and_labels_do_not_shift(folder):
 
 
 def test_codes_equal_encoding_each_image_alone_where_the_nearest_code_is_clear(folder):
-    store, images = open_codes(folder / "codes"), open_images("imagenet", folder / "images")
-    vq, _ = load_vq(folder / "vq.pt", "VQ-4-small", 64, 8)
+    store, images = open_codes(folder / "codes"), open_dataset("imagenet", folder / "images")
+    vq, _ = load_vq(folder / "vq.pt", VQConfig("VQ-4-small", 64, 8))
     codebook = F.normalize(vq.quantize.embedding.weight, dim=1)
     num_clear = 0
     for row in store.rows.tolist():
@@ -114,17 +114,17 @@ def test_codes_equal_encoding_each_image_alone_where_the_nearest_code_is_clear(f
 
 @pytest.mark.parametrize("precision, least", [("bf16", 0.9), ("fp16", 0.98)])
 def test_half_precision_agrees_with_float32_on_most_codes(folder, precision, least):
-    vq, _ = load_vq(folder / "vq.pt", "VQ-4-small", 64, 8)
-    picture = center_crop(open_images("imagenet", folder / "images").read(1), 35)[None]
+    vq, _ = load_vq(folder / "vq.pt", VQConfig("VQ-4-small", 64, 8))
+    picture = center_crop(open_dataset("imagenet", folder / "images").read(1), 35)[None]
     cpu = torch.device("cpu")
     rate = agreement(vq, CropEncoder(vq, cpu, precision, 5), picture, 32, TEN, cpu)
     assert least < rate <= 1
 
 
 def test_codes_do_not_depend_on_how_crops_are_put_together(folder):
-    vq, _ = load_vq(folder / "vq.pt", "VQ-4-small", 64, 8)
+    vq, _ = load_vq(folder / "vq.pt", VQConfig("VQ-4-small", 64, 8))
     pictures = np.random.default_rng(0).integers(256, size=(3, 35, 35, 3), dtype=np.uint8)
-    alone, together = (CropEncoder(vq, torch.device("cpu"), "fp32", size).codes(pictures, 32, TEN) for size in (1, 7))
+    alone, together = (CropEncoder(vq, torch.device("cpu"), "none", size).codes(pictures, 32, TEN) for size in (1, 7))
     assert alone.shape == (3, 10, 64) and (alone == together).float().mean() > 0.999
 
 
@@ -196,7 +196,8 @@ def test_check_fails_images_in_another_order(folder):
 @pytest.mark.parametrize("more, words", [
     (("--image-size", 36), "expected a store with image_size 36, found one with 32"),
     (("--image-size", 30), "--image-size: expected a multiple of 4"),
-    (("--crop-range", 0.9), "--crop-range: expected 1 to 4"),
+    (("--crop-range", 0.9), "--crop-range: expected at least 1"),
+    (("--crop-range", 4.5), "--crop-range: expected 1 to 4"),
     (("--batch-size", -1), "at least 0, got -1"),
     (("--max-failures", 2), "--max-failures: expected a share"),
     (("--data-path", "{0}/without/classes"), "expected one folder a class, found 1 files and no folder"),

@@ -9,6 +9,7 @@ import torch
 from autoregressive.models.generate import (
     CompiledSteps,
     Sampler,
+    add_sampler_args,
     balanced_labels,
     draw,
     filter_logits,
@@ -19,12 +20,13 @@ from autoregressive.models.generate import (
 )
 from autoregressive.models.gpt import GPT, GPTConfig
 from autoregressive.models.packed import can_pack, pack_linears
+from autoregressive.runtime.entry import Parser
 
 
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(1)
-    model = GPT(GPTConfig(2, 2, 16, grid=3, vocab_size=20, num_classes=4)).eval()
+    model = GPT(GPTConfig("small", 2, 2, 16, grid=3, vocab_size=20, num_classes=4)).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model
@@ -105,12 +107,21 @@ def test_random_labels_cover_all_classes_evenly():
     assert len(counts) == 10 and ((counts - 400) ** 2 / 400).sum() < 27.9    # chi-square, 9 degrees, 0.1 %
 
 
-@pytest.mark.parametrize("settings, message", [
-    ({"temperature": 0.0}, "--temperature"), ({"top_k": 21}, "--top-k"), ({"top_p": 0.0}, "--top-p"),
-    ({"cfg_interval": -2}, "--cfg-interval")])
+@pytest.mark.parametrize("settings, message", [({"temperature": 0.0}, "--temperature"), ({"top_k": 21}, "--top-k")])
 def test_settings_without_a_meaning_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         Sampler(**settings).check(vocab_size=20)
+
+
+@pytest.mark.parametrize("flag, value", [("--temperature", -0.1), ("--top-k", -1), ("--top-p", 0.0), ("--top-p", 1.01),
+                                         ("--cfg-interval", -2), ("--cfg-scale", "nan")])
+def test_flags_without_a_meaning_are_refused(flag, value, capsys):
+    parser = Parser("test")
+    add_sampler_args(parser)
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args([f"{flag}={value}"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and f"error: {flag}: expected " in error and f", got {value}" in error
 
 
 def test_balanced_labels_hold_every_class_evenly_in_any_stretch():

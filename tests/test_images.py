@@ -1,7 +1,5 @@
 """Image sets, crops and conversions against computed fixtures, torchvision and Pillow."""
 
-import os
-
 import numpy as np
 import pytest
 import torch
@@ -9,12 +7,14 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+from autoregressive.runtime.entry import Parser
 from tokenizer.tokenizer_image.images import (
+    add_source_args,
     center_crop,
     crop_names,
     cut_crops,
     enlarged_side,
-    open_images,
+    open_dataset,
     random_crop,
     read_picture,
     to_float,
@@ -97,7 +97,7 @@ def test_pictures_of_both_orientations_and_single_pixels_give_full_crops():
     random = np.random.default_rng(0)
     for height, width in [(1, 1), (9, 50), (50, 9), (8, 8)]:
         picture = random.integers(256, size=(height, width, 3), dtype=np.uint8)
-        assert center_crop(picture, 16).shape == random_crop(picture, 16, random).shape == (16, 16, 3)
+        assert center_crop(picture, 16).shape == random_crop(picture, 16, random, 0.8).shape == (16, 16, 3)
 
 
 def save(path, array, mode=None, **kwargs):
@@ -119,20 +119,20 @@ def folder(tmp_path_factory, photo):
 
 
 def test_folder_lists_the_rows_that_torchvision_lists(folder):
-    ours = open_images("imagenet", folder)
+    ours = open_dataset("imagenet", folder)
     assert ours.class_names == ["C", "a", "b"]
     expected = [(path, label) for class_name in ("C", "a", "b")
                 for path, label in ImageFolder.make_dataset(str(folder), {n: i for i, n in enumerate(ours.class_names)},
                                                             extensions=(".jpg", ".jpeg", ".png", ".webp"))
                 if label == ours.class_names.index(class_name)]
-    assert [(ours.path_of(row), ours.labels[row]) for row in range(len(ours))] == expected
+    assert [(str(folder / ours.name_of(row)), ours.labels[row]) for row in range(len(ours))] == expected
     assert ours.labels.dtype == np.int64 and ours.read(4).shape == (20, 30, 3)
 
 
 def test_folder_that_is_called_like_an_image_is_a_row_that_fails(tmp_path):
     save(tmp_path / "a" / "1.png", np.zeros((3, 4, 3), np.uint8))
     save(tmp_path / "a" / "x.png" / "inside.jpg", np.zeros((3, 4, 3), np.uint8))
-    ours = open_images("imagenet", tmp_path)
+    ours = open_dataset("imagenet", tmp_path)
     assert [ours.name_of(row) for row in range(len(ours))] == ["a/1.png", "a/x.png", "a/x.png/inside.jpg"]
     with pytest.raises(ValueError, match="a/x.png: expected an image"):
         ours.read(1)
@@ -148,7 +148,7 @@ def test_folder_that_is_called_like_an_image_is_a_row_that_fails(tmp_path):
 def test_folder_without_classes_or_images_is_refused(tmp_path, make, found):
     make(tmp_path / "data")
     with pytest.raises(ValueError, match=found):
-        open_images("imagenet", tmp_path / "data")
+        open_dataset("imagenet", tmp_path / "data")
 
 
 def test_modes_of_image_files_become_rgb(tmp_path):
@@ -196,11 +196,11 @@ def test_broken_files_are_value_errors_that_name_them(tmp_path, monkeypatch):
 
 
 def test_digits_splits_are_disjoint_whole_and_stratified():
-    train, heldout = open_images("digits", "train"), open_images("digits", "heldout")
-    rows = [os.path.basename(images.path_of(row)) for images in (train, heldout) for row in range(len(images))]
-    assert len(set(rows)) == len(train) + len(heldout) == 1797
-    assert 280 <= len(heldout) <= 320
-    shares = np.bincount(heldout.labels) / np.bincount(np.concatenate([train.labels, heldout.labels]))
+    train, val = open_dataset("digits", "train"), open_dataset("digits", "val")
+    rows = [images.name_of(row) for images in (train, val) for row in range(len(images))]
+    assert len(set(rows)) == len(train) + len(val) == 1797
+    assert 280 <= len(val) <= 320
+    shares = np.bincount(val.labels) / np.bincount(np.concatenate([train.labels, val.labels]))
     assert shares.min() > 0.15 and shares.max() < 0.18
     assert train.class_names == list("0123456789")
 
@@ -208,20 +208,25 @@ def test_digits_splits_are_disjoint_whole_and_stratified():
 def test_digits_are_scikit_learns_pictures_with_their_labels():
     from sklearn.datasets import load_digits
 
-    images, digits = open_images("digits", "heldout"), load_digits()
+    images, digits = open_dataset("digits", "val"), load_digits()
     for row in (0, 7, len(images) - 1):
-        source = int(os.path.basename(images.path_of(row)))
+        source = int(images.name_of(row))
         assert images.labels[row] == digits.target[source]
         picture = images.read(row)
         assert picture.shape == (8, 8, 3) and picture.dtype == np.uint8
         assert np.abs(picture[:, :, 1] / 255 * 16 - digits.images[source]).max() < 0.04
 
 
-def test_unknown_split_and_data_set_are_refused():
-    with pytest.raises(ValueError, match="train or heldout"):
-        open_images("digits", "/path/to/imagenet")
-    with pytest.raises(ValueError, match="imagenet or digits"):
-        open_images("cifar", "train")
+def test_unknown_split_and_data_set_are_refused(capsys):
+    with pytest.raises(ValueError, match="train or val"):
+        open_dataset("digits", "/path/to/imagenet")
+    parser = Parser("test")
+    add_source_args(parser)
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args(["--dataset", "cifar", "--data-path", "train"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "--dataset: invalid choice: 'cifar' (choose from " in error
+    assert "imagenet" in error and "digits" in error and error.count("\n") == 1
 
 
 def test_psnr_is_its_closed_form_for_every_picture():

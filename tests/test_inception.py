@@ -1,6 +1,7 @@
 """Inception by TensorFlow and by PyTorch, on a stand-in of random weights with names and shapes of the real graph."""
 
 import http.server
+import importlib.util
 import json
 import sys
 import threading
@@ -11,10 +12,8 @@ import torch
 from inception_stand_in import build_inception, tf
 from processes import run_here
 
-from autoregressive.runtime.distributed import Session
-from autoregressive.runtime.download import download
 from autoregressive.runtime.files import file_sha256
-from autoregressive.runtime.log import progress
+from evaluations.c2i import inception
 from evaluations.c2i.graph_def import read_graph
 from evaluations.c2i.inception import open_inception
 from evaluations.c2i.inception_torch import OPERATIONS
@@ -31,7 +30,7 @@ def graph_path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def networks(graph_path):
-    return {backend: open_inception(graph_path, backend, torch.device("cpu"), None)
+    return {backend: open_inception(graph_path, backend, torch.device("cpu"))
             for backend in ("tensorflow", "torch")}
 
 
@@ -145,16 +144,20 @@ def test_other_files_are_a_clear_error(graph_path, tmp_path, backend, content):
     path = tmp_path / "other.pb"
     path.write_bytes(graph_path.read_bytes()[:100000] if content is None else content)
     with pytest.raises(ValueError, match="other.pb: expected"):
-        open_inception(path, backend, torch.device("cpu"), None)
+        open_inception(path, backend, torch.device("cpu"))
 
 
 def test_torch_backend_needs_no_tensorflow(graph_path, monkeypatch):
+    find_spec, missing = importlib.util.find_spec, "tensorflow"
     monkeypatch.setitem(sys.modules, "tensorflow", None)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    network = open_inception(graph_path, "torch", torch.device("cpu"), None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == missing else find_spec(name))
+    network = open_inception(graph_path, "torch", torch.device("cpu"))
     assert network.features(pictures(1, 32))[0].shape == (1, 2048)
-    with pytest.raises(ValueError, match="or use --backend torch"):
-        open_inception(graph_path, "tensorflow", torch.device("cpu"), None)
+    with pytest.raises(ValueError, match="expected the package tensorflow, found none; .*choose another --backend"):
+        open_inception(graph_path, "tensorflow", torch.device("cpu"))
+    missing = "tensorboard"                                      # by which torch reads the graph
+    with pytest.raises(ValueError, match="--backend torch: expected the package tensorboard, found none"):
+        open_inception(graph_path, "torch", torch.device("cpu"))
 
 
 @pytest.fixture
@@ -175,18 +178,19 @@ def server(tmp_path):
         found.shutdown()
 
 
-def show(size):
-    return progress(Session(0, 1, torch.device("cpu")), size, "download", "B")
-
-
-def test_download_is_checked_and_whole_or_not_there(server, tmp_path):
+def test_download_is_checked_and_whole_or_not_there(server, tmp_path, monkeypatch):
     address, web = server
     (web / "file.bin").write_bytes(bytes(range(256)) * 9000)
     good = file_sha256(web / "file.bin")
-    download(f"{address}/file.bin", tmp_path / "new" / "file.bin", good, 2304000, show)
+    monkeypatch.setattr(inception, "INCEPTION_URL", f"{address}/file.bin")
+    monkeypatch.setattr(inception, "INCEPTION_SHA256", good)
+    inception.download_inception(tmp_path / "new" / "file.bin")
     assert file_sha256(tmp_path / "new" / "file.bin") == good
-    for name, sha256, words in (("file.bin", "0" * 64, "expected 2304000 bytes of SHA-256 000000000000, downloaded"),
-                                ("none.bin", good, "could not be downloaded .*put it at")):
-        with pytest.raises(ValueError, match=words):
-            download(f"{address}/{name}", tmp_path / "bad" / name, sha256, 2304000, show)
+    for name, sha256, words in (("file.bin", "0" * 64, f'expected "{"0" * 64}", got "{good}"'),
+                                ("none.bin", good, "HTTP Error 404")):
+        monkeypatch.setattr(inception, "INCEPTION_URL", f"{address}/{name}")
+        monkeypatch.setattr(inception, "INCEPTION_SHA256", sha256)
+        with pytest.raises(ValueError, match=f"{name}: could not be downloaded .*{words}.*get it from .*/{name} and "
+                                             f"put it there .SHA-256 {sha256}"):
+            inception.download_inception(tmp_path / "bad" / name)
         assert not list((tmp_path / "bad").glob("*"))

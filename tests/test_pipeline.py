@@ -9,11 +9,12 @@ import pytest
 import torch
 from processes import run_here, start
 
-from autoregressive.assemble import load_vq
 from autoregressive.data.codes import open_codes
 from autoregressive.runtime.checkpoint import read_checkpoint, save_checkpoint
-from tokenizer.tokenizer_image.images import center_crop, open_images, to_float
-from tokenizer.tokenizer_image.vq_model import VQModel
+from autoregressive.runtime.rows import RowWriter
+from tokenizer.tokenizer_image.images import center_crop, open_dataset, to_float
+from tokenizer.tokenizer_image.loading import load_vq
+from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 
 VQ = "--vq-model VQ-4-small --codebook-size 64".split()
 GPT = "--gpt-model GPT-tiny --num-classes 10 --image-size 16 --downsample-size 4 --cluster-size 8".split()
@@ -21,7 +22,7 @@ REORDERED, MAPPING = "vq-reorder-kmeans+nearest-cluster_size=8.pt", "mapping-kme
 
 
 def extract(folder, name, *more, processes=0):
-    return start("autoregressive/train/extract_codes_c2i.py", *VQ, "--dataset", "digits", "--data-path", "heldout",
+    return start("autoregressive/train/extract_codes_c2i.py", *VQ, "--dataset", "digits", "--data-path", "val",
                  "--image-size", 16, "--vq-ckpt", folder / "vq.pt", "--code-path", folder / name, *more,
                  processes=processes)
 
@@ -45,7 +46,7 @@ def pipeline(tmp_path_factory):
     """Extraction with two processes, reordering, training with two: a folder with all they left."""
     folder = tmp_path_factory.mktemp("a pipeline")               # with a space in its path
     torch.manual_seed(0)
-    save_checkpoint(folder / "vq.pt", {"model": VQModel("VQ-4-small", 64, 8).state_dict()})
+    save_checkpoint(folder / "vq.pt", {"model": VQModel(VQConfig("VQ-4-small", 64, 8)).state_dict()})
     for done in (extract(folder, "codes", processes=2),
                  start("balance_k_means.py", "--vq-ckpt", folder / "vq.pt", "--cluster-size", 8, "--output-dir",
                        folder),
@@ -64,11 +65,11 @@ def test_codes_equal_encoding_each_image_alone_and_do_not_depend_on_the_number_o
     assert done.returncode == 0, done.stderr
     for name in ("codes.npy", "labels.npy", "manifest.json"):
         assert (pipeline / "codes" / name).read_bytes() == (pipeline / "alone" / name).read_bytes()
-    images, store = open_images("digits", "heldout"), open_codes(pipeline / "codes")
-    vq, _ = load_vq(pipeline / "vq.pt", "VQ-4-small", 64, 8)
-    assert store.codes.shape == (len(images), 2, 16) and np.array_equal(store.labels, images.labels)
-    for row in (0, 57, len(images) - 1):
-        picture = center_crop(images.read(row), 16)
+    dataset, store = open_dataset("digits", "val"), open_codes(pipeline / "codes")
+    vq, _ = load_vq(pipeline / "vq.pt", VQConfig("VQ-4-small", 64, 8))
+    assert store.codes.shape == (len(dataset), 2, 16) and np.array_equal(store.labels, dataset.labels)
+    for row in (0, 57, len(dataset) - 1):
+        picture = center_crop(dataset.read(row), 16)
         for place, crop in enumerate((picture, picture[:, ::-1])):
             alone = vq.quantize.codes(vq.encode(to_float(crop[None].copy())))
             assert np.array_equal(store.codes[row, place], alone[0])
@@ -83,8 +84,8 @@ def test_extraction_says_that_it_is_finished_and_refuses_to_change_a_store(pipel
 def test_decoding_tokens_with_the_reordered_codebook_gives_bit_identical_images(pipeline):
     codes = torch.from_numpy(open_codes(pipeline / "codes").codes[:5, 0].astype(np.int64))
     mapping = read_checkpoint(pipeline / MAPPING)
-    original, _ = load_vq(pipeline / "vq.pt", "VQ-4-small", 64, 8)
-    reordered, _ = load_vq(pipeline / REORDERED, "VQ-4-small", 64, 8)
+    original, _ = load_vq(pipeline / "vq.pt", VQConfig("VQ-4-small", 64, 8))
+    reordered, _ = load_vq(pipeline / REORDERED, VQConfig("VQ-4-small", 64, 8))
     assert not torch.equal(mapping, torch.arange(64))
     assert torch.equal(original.decode_codes(codes, 4), reordered.decode_codes(mapping[codes], 4))
 
@@ -139,26 +140,26 @@ def test_finished_samples_are_kept_and_never_taken_for_those_of_other_settings(p
     before = path.stat().st_mtime_ns
     assert "is finished" in sample(pipeline, pipeline / "samples").stdout
     other = sample(pipeline, pipeline / "samples", "--num-fid-samples", 20)
-    assert other.returncode == 2 and "expected samples with num_fid_samples 20, found some with 21" in other.stderr
+    assert other.returncode == 2 and "expected samples with num_fid_samples 20, found one with 21" in other.stderr
     assert path.stat().st_mtime_ns == before
 
 
-def test_sampling_continues_from_the_shards_of_a_killed_run(pipeline, tmp_path):
-    done = sample(pipeline, tmp_path, "--num-fid-samples", 21)
+def test_sampling_continues_from_the_rows_of_a_killed_run(pipeline, tmp_path):
+    done = sample(pipeline, tmp_path)
     assert done.returncode == 0, done.stderr
     npz, = tmp_path.glob("*.npz")
     with np.load(npz) as arrays:
-        images, settings = arrays["arr_0"], json.loads(str(arrays["settings"]))
-        labels = arrays["labels"]
+        images, labels, settings = arrays["arr_0"], arrays["labels"], json.loads(str(arrays["settings"]))
     npz.unlink()
-    shards = tmp_path / f"{npz.stem}.shards"
-    shards.mkdir()
-    (shards / "settings.json").write_text(json.dumps(settings | {"per_proc_batch_size": 8}))
+    arrays = {"arr_0": (np.dtype(np.uint8), (16, 16, 3)), "labels": (np.dtype(np.int64), ())}
+    rows = RowWriter(npz.with_suffix(".rows"), settings, 21, arrays)
+    rows.create()
     marked = np.full_like(images[8:16], 7)                       # not what would be drawn: taken from disk, or not?
-    np.savez(shards / "00000008.npz", arr_0=marked, labels=labels[8:16])
-    assert sample(pipeline, tmp_path).returncode == 0
+    rows.write(range(8, 16), arr_0=marked, labels=labels[8:16])
+    done = sample(pipeline, tmp_path)
+    assert done.returncode == 0, done.stderr
     found = only_npz(tmp_path)["arr_0"]
-    assert np.array_equal(found[8:16], marked) and not shards.exists()
+    assert np.array_equal(found[8:16], marked) and not rows.path.exists()
     assert np.array_equal(found[:8], images[:8]) and np.array_equal(found[16:], images[16:])
 
 
@@ -169,7 +170,7 @@ WRONG_INPUTS = [                                    # what users get wrong: comm
     (extract, "--codebook-size 128", "quantize.embedding.weight expected (128, 8), got (64, 8)"),
     (train, "--cluster-size 7", "expected a divisor of the 64 codes, got 7"),
     (train, "--mapping-path {0}/short.pt", "expected a mapping of 64 codes, got shape (63,)"),
-    (train, "--mapping-path {0}/foreign.pt", "expected the mapping of codebook"),
+    (train, "--mapping-path {0}/foreign.pt", "foreign.pt: expected the codebook"),
     (train, "--num-classes 9", "--num-classes: expected 10"),
     (train, "--code-path {0}/empty", "expected a code store"),
     (train, "--epochs 0", "got 0"),
@@ -181,7 +182,7 @@ WRONG_INPUTS = [                                    # what users get wrong: comm
     (sample, "--cluster-size 16", "--cluster-size: expected 8"),
     (sample, "--temperature 0", "--temperature: expected more than 0"),
     (sample, "--image-size 32", "expected weights trained on a grid of 8, got 4"),
-    (sample, "--gpt-type t2i", "--gpt-type: expected c2i"),
+    (sample, "--gpt-type t2i", "--gpt-type: invalid choice: 't2i'"),
 ]
 
 

@@ -1,4 +1,9 @@
-"""The rules of the house: top level, import directions, frozen command lines, the original README's commands."""
+"""The rules of the house: top level, floors and rooms, frozen command lines, the original README's commands.
+
+Floor 1 is autoregressive/runtime, which imports nothing of ours. Floor 2 are the rooms of the libraries, which import
+their own folder and floor 1. Floor 3 is autoregressive/pipeline.py, which puts them together. Floor 4 are the entry
+scripts, which may import all of these, and which tests alone import.
+"""
 
 import ast
 import importlib
@@ -13,8 +18,9 @@ from conftest import FIXTURES, ROOT
 
 TOP_LEVEL = {"autoregressive", "tokenizer", "evaluations", "balance_k_means.py", "pretrained_models", "scripts",
              "requirements.txt", "README.md", "tests", "LICENSE"}
-ROOMS = ("autoregressive/runtime", "autoregressive/models", "autoregressive/data", "autoregressive/train",
-         "autoregressive/sample", "tokenizer", "evaluations")
+GROUND, PIPELINE = "autoregressive/runtime", "autoregressive/pipeline.py"
+ROOMS = ("autoregressive/models", "autoregressive/data", "autoregressive/train", "autoregressive/sample", "tokenizer",
+         "evaluations", "scripts/benchmarks")
 SCRIPTS = {
     "autoregressive/train/extract_codes_c2i.py": {
         "--data-path": None, "--code-path": None, "--vq-model": "VQ-16", "--vq-ckpt": None, "--codebook-size": 16384,
@@ -51,6 +57,17 @@ SCRIPTS = {
                                               "--weight-decay": 0.0},
     "tokenizer/validation/val.py": {},
 }
+RUN = {"results_dir", "new_run", "no_local_save", "epochs", "max_steps", "log_every", "val_every", "ckpt_every",
+       "ckpt_steps", "ckpt_minutes", "keep_checkpoints", "gradient_accumulation_steps", "num_workers"}
+FREE = {                        # no result depends on these, nor on device and debug; every other flag counts
+    "autoregressive/train/extract_codes_c2i.py": {"batch_size", "num_workers", "no_compile", "max_failures",
+                                                  "overwrite"},
+    "autoregressive/train/train_c2i.py": RUN | {"validation_step", "parallel", "no_compile", "checkpoint_activations",
+                                                "loss_mib"},
+    "autoregressive/sample/sample_c2i_ddp.py": {"preset", "sample_dir"},
+    "autoregressive/sample/sample_c2i.py": {"preset"},
+    "tokenizer/tokenizer_image/vq_train.py": RUN,
+}
 
 
 def tracked(pattern="."):
@@ -77,7 +94,27 @@ def imports_of(path):
 
 
 def room_of(path):
-    return next((room for room in ROOMS if path.startswith(room + "/")), path)
+    return next((room for room in (GROUND, *ROOMS) if path.startswith(room + "/")), path)
+
+
+def floor_of(path):
+    """Returns the floor 1 .. 4 of a file; None if it lies on none."""
+    if room_of(path) == GROUND:
+        return 1
+    if is_entry(path):
+        return 4
+    return 3 if path == PIPELINE else 2 if room_of(path) in ROOMS else None
+
+
+def house():
+    """Returns the files of the house, without tests and the empty files that make folders packages."""
+    return [path for path in tracked("*.py") if not path.startswith("tests/") and (ROOT / path).stat().st_size]
+
+
+def imports_between(first, second):
+    """Returns what files of floor `first` import of floor `second`, as pairs of files."""
+    return [(path, target) for path in house() if floor_of(path) == first
+            for target in imports_of(path) if floor_of(target) == second]
 
 
 def parser_of(script):
@@ -99,24 +136,31 @@ def test_no_file_name_says_nothing():
     assert not [path for path in tracked("*.py") if path.rsplit("/", 1)[-1].removesuffix(".py") in empty]
 
 
-def test_libraries_import_only_their_own_folder_and_the_ground_floor():
-    offenders = [f"{path} imports {target}" for path in tracked("*.py")
-                 if not path.startswith("tests/") and path != "autoregressive/assemble.py" and not is_entry(path)
-                 for target in imports_of(path)
-                 if room_of(target) not in (room_of(path), "autoregressive/runtime")]
-    assert not offenders
+def test_every_file_lies_on_a_floor():
+    assert {path: floor_of(path) for path in house() if floor_of(path) is None} == {}
+    assert {floor_of(path) for path in house()} == {1, 2, 3, 4}
 
 
 def test_ground_floor_imports_nothing_of_ours():
-    offenders = [f"{path} imports {target}" for path in tracked("autoregressive/runtime/*.py")
-                 for target in imports_of(path) if room_of(target) != "autoregressive/runtime"]
+    offenders = [f"{path} imports {target}" for path in house() if floor_of(path) == 1
+                 for target in imports_of(path) if floor_of(target) != 1]
     assert not offenders
+
+
+def test_libraries_import_only_their_own_folder_and_the_ground_floor():
+    offenders = [f"{path} imports {target}" for path in house() if floor_of(path) == 2
+                 for target in imports_of(path) if room_of(target) not in (room_of(path), GROUND)]
+    assert not offenders
+
+
+def test_pipeline_puts_libraries_together_and_no_library_imports_it():
+    assert imports_between(3, 2) and imports_between(4, 3)
+    assert not [*imports_between(3, 4), *imports_between(2, 3), *imports_between(1, 3)]
 
 
 def test_only_tests_import_entry_scripts():
-    offenders = [f"{path} imports {target}" for path in tracked("*.py") if not path.startswith("tests/")
-                 for target in imports_of(path) if is_entry(target)]
-    assert not offenders
+    assert not [pair for floor in (1, 2, 3, 4) for pair in imports_between(floor, 4)]
+    assert is_entry("balance_k_means.py")
 
 
 def test_ranks_are_known_in_the_ground_floor_only():
@@ -149,6 +193,19 @@ def test_every_entry_script_is_frozen():
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_has_help(script):
     assert not [action.dest for action in parser_of(script)._actions if not action.help]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_printed(script):
+    assert all(flag in parser_of(script).format_help() for flag in SCRIPTS[script])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_is_part_of_the_identity_unless_it_is_declared_free(script):
+    actions = [action for action in parser_of(script)._actions if action.dest != "help"]
+    words = [word for action in actions if action.required for word in [*action.option_strings[:1], "x"]]
+    flags = parser_of(script).parse_args(words)
+    assert {action.dest for action in actions} - set(flags.identity()) == FREE.get(script, set()) | {"device", "debug"}
 
 
 def original_commands():

@@ -1,8 +1,10 @@
-"""The ground floor: whole files, run folders that resume, one-line errors, hashes."""
+"""The ground floor: whole files, run folders that resume, flags and one-line errors, hashes, batches read ahead."""
 
+import argparse
 import hashlib
 import json
 import math
+import random
 import struct
 import subprocess
 import sys
@@ -13,18 +15,32 @@ import torch
 from conftest import ROOT
 
 from autoregressive.runtime.distributed import Session, seed_everything
-from autoregressive.runtime.entry import Parser, checks
+from autoregressive.runtime.entry import (
+    Parser,
+    above,
+    at_least,
+    checks,
+    finite,
+    free,
+    seed_number,
+    share,
+    share_above_0,
+    share_up_to_1,
+)
 from autoregressive.runtime.files import (
     atomic_write,
+    check_writable_folder,
     codebook_sha256,
     file_sha256,
-    npz_writer,
-    require_writable_folder,
+    open_npz,
+    read_npz_settings,
     weights_sha256,
 )
-from autoregressive.runtime.log import MetricsFile, find_run_folder, read_metrics, start_run_folder
+from autoregressive.runtime.identity import find_run_folder
+from autoregressive.runtime.loader import read_ahead
+from autoregressive.runtime.log import MetricsFile, read_metrics
+from autoregressive.runtime.optim import OptimSettings, build_optimizer, learning_rate
 from autoregressive.runtime.pictures import CAPTION_HEIGHT, GAP, LEGIBLE_SIDE, save_grid
-from autoregressive.train.optim import build_optimizer, learning_rate
 
 ALONE = Session(rank=0, world_size=1, device=torch.device("cpu"))
 
@@ -41,11 +57,13 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
 
 
 def test_streamed_npz_is_read_by_numpy(tmp_path):
-    with npz_writer(tmp_path / "a.npz") as add:
-        add("arr_0", np.uint8, (5, 2), [np.full((2, 2), 7, np.uint8), np.full((3, 2), 9, np.uint8)])
-        add("text", "<U3", (), [np.array("abc")])
+    with open_npz(tmp_path / "a.npz", {"cfg_scale": 1.5}) as npz:
+        npz.add_rows("arr_0", np.uint8, (5, 2), [np.full((2, 2), 7, np.uint8), np.full((3, 2), 9, np.uint8)])
+        npz.add("text", np.array("abc"))
     with np.load(tmp_path / "a.npz", allow_pickle=False) as arrays:
         assert arrays["arr_0"].tolist() == [[7, 7]] * 2 + [[9, 9]] * 3 and str(arrays["text"]) == "abc"
+        assert arrays["arr_0"].dtype == np.uint8 and json.loads(str(arrays["settings"])) == {"cfg_scale": 1.5}
+    assert read_npz_settings(tmp_path / "a.npz") == {"cfg_scale": 1.5}
 
 
 def test_codebook_hash_is_that_of_little_endian_floats():
@@ -71,32 +89,43 @@ def test_file_hash_is_that_of_its_bytes(tmp_path):
 def test_a_file_where_a_folder_is_expected_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="file/results: expected a writable folder"):
-        require_writable_folder(tmp_path / "file" / "results")
+        check_writable_folder(tmp_path / "file" / "results")
 
 
 def test_equal_configs_continue_one_folder_and_others_get_a_new_one(tmp_path):
-    def find(config, **settings):
-        return find_run_folder(tmp_path, "GPT-B", config, ignored=("epochs",), **settings)
+    def find(identity, **settings):
+        return find_run_folder(tmp_path, "GPT-B", identity, {"lr": 1, "epochs": 300}, **settings)
 
-    first = find({"lr": 1, "epochs": 3})
+    first = find({"lr": 1})
     assert first.path.name == "000-GPT-B" and not first.path.exists()
-    start_run_folder(first, {"lr": 1, "epochs": 3})
-    assert find({"lr": 1, "epochs": 9}).path == first.path
-    other = find({"lr": 2, "epochs": 3})
+    first.start({"lr": 1, "epochs": 3})                          # what is no part of the identity may differ
+    assert find({"lr": 1}).path == first.path
+    other = find({"lr": 2})
     assert other.path.name == "001-GPT-B"
-    start_run_folder(other, {"lr": 2, "epochs": 3})
-    again = find({"lr": 1, "epochs": 3}, new_run=True)
+    other.start({"lr": 2, "epochs": 3})
+    again = find({"lr": 1}, new_run=True)
     assert again.path.name == "002-GPT-B"
-    start_run_folder(again, {"lr": 1, "epochs": 3})
-    assert find({"lr": 1, "epochs": 3}).path == again.path       # the newest of the equal ones
+    again.start({"lr": 1, "epochs": 3})
+    assert find({"lr": 1}).path == again.path                    # the newest of the equal ones
+
+
+def test_a_flag_that_an_older_config_lacks_counts_as_its_default_and_as_nothing_else(tmp_path):
+    def find(**identity):
+        return find_run_folder(tmp_path, "x", {"lr": 1} | identity, {"lr": 7, "warmup": 0, "paths": ("a",)}).path
+
+    find_run_folder(tmp_path, "x", {"lr": 1}, {"lr": 7}).start({"lr": 1})
+    assert find(warmup=0).name == find(warmup=0, paths=["a"]).name == "000-x" and find().is_dir()
+    for other in ({"warmup": 5}, {"paths": ["b"]}, {"warmup": 0, "lr": 7}, {"codes_sha256": "1" * 64}):
+        assert find(**other).name == "001-x", other              # a hash has no default
 
 
 def test_a_run_is_finished_when_it_says_so(tmp_path):
-    folder = find_run_folder(tmp_path, "x", {})
-    start_run_folder(folder, {})
-    assert folder.result is None
-    folder.mark_finished({"updates": 5})
-    assert find_run_folder(tmp_path, "x", {}).result == {"updates": 5}
+    folder = find_run_folder(tmp_path, "x", {}, {})
+    folder.start({})
+    assert folder.result is None and not folder.is_finished(0)
+    folder.mark_finished({"steps": 5})
+    again = find_run_folder(tmp_path, "x", {}, {})
+    assert again.result == {"steps": 5} and again.is_finished(5) and not again.is_finished(6)
 
 
 def test_metrics_are_cut_back_to_the_step_that_training_continues_from(tmp_path):
@@ -168,6 +197,88 @@ def test_unknown_flags_and_values_are_one_line_and_exit_code_2(words, capsys):
     assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
+NOT_FINITE = ("nan", "inf", "-inf", "NaN", "infinity", "1e999")
+
+
+@pytest.mark.parametrize("kind", [at_least(0), at_least(0.0), at_least(-1.0), above(0.0), above(-1.0), finite, share,
+                                  share_above_0, share_up_to_1, seed_number])
+@pytest.mark.parametrize("text", NOT_FINITE)
+def test_numbers_that_are_not_finite_are_one_line_and_exit_code_2(kind, text, capsys):
+    parser = Parser("test")
+    parser.add_argument("--number", type=kind)
+    for words in ([f"--number={text}"], ["--number", text]):
+        with pytest.raises(SystemExit) as stop:
+            parser.parse_args(words)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and "error: --number: " in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind, accepted, refused", [
+    (at_least(1), "1 2", "0 -3 1.5 x"), (at_least(0.5), "0.5 1 1e9", "0.49 x"), (above(0.0), "1e-300 3", "0 -1"),
+    (finite, "-1.5 0 1e300", "x"), (share, "0 0.999", "-0.1 1"), (share_above_0, "0.001 1", "0 1.001"),
+    (share_up_to_1, "0 1", "-0.001 1.001"), (seed_number, f"0 {2**64 - 1}", f"-1 {2**64} 0.5")])
+def test_numbers_are_accepted_in_their_range_alone(kind, accepted, refused):
+    assert [kind(text) for text in accepted.split()] == [float(text) if "e" in text or "." in text else int(text)
+                                                         for text in accepted.split()]
+    for text in refused.split():
+        with pytest.raises((argparse.ArgumentTypeError, ValueError)):
+            kind(text)
+
+
+def settled(*words, recorded, preset):
+    parser = Parser("test")
+    for name in ("--top-k", "--width", "--depth", "--height"):
+        parser.add_argument(name, type=int, default=0)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False)
+    flags = parser.parse_args(words)
+    flags.resolve(recorded, "a.pt", preset)
+    return [flags.top_k, flags.width, flags.depth, flags.height, flags.compile]
+
+
+def test_flags_are_what_was_given_else_what_the_file_records_else_the_preset_else_the_default():
+    recorded, preset = {"top_k": 2, "width": 2}, {"top_k": 2, "width": 2, "depth": 3, "compile": True}
+    assert settled(recorded=recorded, preset=preset) == [2, 2, 3, 0, True]
+    assert settled("--top-k", "1", "--depth", "1", recorded=recorded, preset=preset) == [1, 2, 1, 0, True]
+    assert settled("--top-k", "0", "--no-compile", recorded=recorded, preset=preset) == [0, 2, 3, 0, False]
+    assert settled(recorded=recorded, preset={}) == [2, 2, 0, 0, False]
+    assert settled(recorded={}, preset={}) == [0, 0, 0, 0, False]
+
+
+def test_preset_that_contradicts_the_file_is_refused_unless_the_flag_is_given():
+    both = {"recorded": {"top_k": 2}, "preset": {"top_k": 3, "width": 4}}
+    with pytest.raises(ValueError, match=r"^--preset: expected --top-k 2 as in a\.pt, got 3; choose the"):
+        settled(**both)
+    with pytest.raises(ValueError, match="--top-k 2"):
+        settled("--width", "2", **both)
+    assert settled("--top-k", "3", **both)[:2] == [3, 4]
+    assert settled("--top-k", "0", **both)[:2] == [0, 4]         # the default, but given
+
+
+def test_identity_holds_every_flag_that_is_not_declared_free():
+    parser = Parser("test")
+    parser.add_argument("--lr", type=float, default=0.1)
+    free(parser.add_argument("--log-every", type=int, default=100))
+    flags = parser.parse_args(["--log-every", "7"])
+    assert flags.identity() == {"lr": 0.1, "global_seed": 0}
+    assert flags.plain() == flags.identity() | {"log_every": 7, "device": "auto", "debug": False}
+    assert flags.defaults() == flags.plain() | {"log_every": 100}
+
+
+class Squares(torch.utils.data.Dataset):
+    def __getitem__(self, key):
+        return np.full(3, key * key)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_reading_ahead_leaves_the_global_random_numbers_alone(workers):
+    torch.manual_seed(3)
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    batches = list(read_ahead(Squares(), range(5), workers))
+    after = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
+    assert [batch.tolist() for batch in batches] == [[key * key] * 3 for key in range(5)]
+
+
 @pytest.mark.parametrize("count, world_size", [(7, 3), (2, 3), (9, 1)])
 def test_shares_of_processes_cover_everything_once(count, world_size):
     shares = [Session(rank, world_size, torch.device("cpu")).share_of(count) for rank in range(world_size)]
@@ -184,9 +295,9 @@ def test_seeds_of_ranks_differ_and_repeat():
 
 
 def test_learning_rate_warms_up_and_ends_as_its_schedule_says():
-    rates = {schedule: [learning_rate(update, 30, 2.0, 10, schedule) for update in range(30)]
+    rates = {schedule: [learning_rate(step, 30, 2.0, 10, schedule) for step in range(30)]
              for schedule in ("constant", "linear", "cosine")}
-    assert all(rate[:10] == pytest.approx([0.2 * (update + 1) for update in range(10)]) for rate in rates.values())
+    assert all(rate[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)]) for rate in rates.values())
     assert rates["constant"][10:] == [2.0] * 20
     assert rates["linear"][10:] == pytest.approx([2.0 * (1 - i / 20) for i in range(20)])
     assert rates["cosine"][10:] == pytest.approx([1 + math.cos(math.pi * i / 20) for i in range(20)])
@@ -195,6 +306,6 @@ def test_learning_rate_warms_up_and_ends_as_its_schedule_says():
 def test_weight_decay_spares_vectors():
     model = torch.nn.LayerNorm(4)
     model.matrix = torch.nn.Parameter(torch.ones(2, 2))
-    decayed, spared = build_optimizer(model, 1e-3, (0.9, 0.95), 0.05).param_groups
+    decayed, spared = build_optimizer(model, OptimSettings(1e-3, weight_decay=0.05)).param_groups
     assert [p.dim() for p in decayed["params"]] == [2] and [p.dim() for p in spared["params"]] == [1, 1]
     assert json.dumps([decayed["weight_decay"], spared["weight_decay"]]) == "[0.05, 0.0]"

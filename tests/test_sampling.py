@@ -12,9 +12,11 @@ from conftest import ROOT
 from PIL import Image
 from processes import ENVIRONMENT, command, run_here, start, start_and_kill
 
+from autoregressive.models.generate import Sampler
 from autoregressive.models.gpt import GPT, gpt_config
 from autoregressive.runtime.checkpoint import save_checkpoint
-from tokenizer.tokenizer_image.vq_model import VQModel
+from autoregressive.sample import sample_c2i_ddp
+from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 
 SAMPLE, LOOK = "autoregressive/sample/sample_c2i_ddp.py", "autoregressive/sample/sample_c2i.py"
 RECORD = {"gpt_model": "GPT-tiny", "grid": 4, "cluster_size": 8, "class_names": ["apple", "fig", "pear"],
@@ -33,8 +35,10 @@ def folder(tmp_path_factory):
                                             "settings": RECORD})
     save_checkpoint(folder / "bare.pt", model.state_dict())
     save_checkpoint(folder / "average.pt", {"model": average.state_dict(), "settings": RECORD})
+    save_checkpoint(folder / "recorded.pt", {"model": model.state_dict(), "settings": RECORD | {
+        "vocab_size": 64, "num_classes": 3, "image_size": 16}})
     save_checkpoint(folder / "unguided.pt", {"model": model.state_dict(), "settings": RECORD | {"label_dropout": 0}})
-    save_checkpoint(folder / "vq.pt", {"model": VQModel("VQ-4-small", 64, 8).state_dict()})
+    save_checkpoint(folder / "vq.pt", {"model": VQModel(VQConfig("VQ-4-small", 64, 8)).state_dict()})
     return folder
 
 
@@ -76,10 +80,13 @@ def test_samples_do_not_depend_on_the_batch_size(folder, tmp_path, expected, bat
 
 def test_killed_and_resumed_sampling_by_two_processes_gives_the_same(folder, tmp_path, expected):
     settings = ddp_flags(folder, tmp_path, "--save-codes", "--per-proc-batch-size", 1)
+
+    def done_rows():
+        return sum(np.count_nonzero(np.load(path)) for path in tmp_path.glob("*.rows/status.npy"))
+
     for goal in (5, 20):
-        status = start_and_kill(SAMPLE, *settings, processes=2,
-                                when=lambda goal=goal: len(list(tmp_path.glob("*.shards/0*.npz"))) >= goal)
-        assert status == -9
+        status = start_and_kill(SAMPLE, *settings, processes=2, when=lambda goal=goal: done_rows() >= goal)
+        assert status == -9 and goal <= done_rows() < 40
     done = start(SAMPLE, *settings, processes=2)
     assert done.returncode == 0, done.stderr
     assert_equal(arrays_of(tmp_path), expected)
@@ -124,11 +131,40 @@ def test_classes_are_drawn_by_index_and_by_name(folder, tmp_path):
 
 
 def test_preset_sets_the_flags_that_are_not_given(folder, capsys):
-    code = run_here(SAMPLE, "--preset", "IAR-L-384", "--cfg-scale", 3, "--gpt-ckpt", folder / "0000007.pt")
+    words = ("--preset", "IAR-L-384", "--cfg-scale", 3, "--gpt-ckpt", folder / "0000007.pt")
+    assert run_here(SAMPLE, *words, "--cluster-size", 8, "--gpt-model", "GPT-L") == 2
     text = capsys.readouterr()
-    assert code == 2 and "asked for GPT-L" in text.err
+    assert "asked for GPT-L" in text.err
     assert "the paper reports FID 3.18" in text.out and "--cfg-scale 1.75 (guidance of the paper)" in text.out.replace(
         ", --top-k 0, --top-p 1.0, --temperature 1.0", "")
+    assert run_here(SAMPLE, *words) == 2                         # the file is of another model: nothing was given
+    error = capsys.readouterr().err
+    assert f"--preset: expected --gpt-model GPT-tiny as in {folder / '0000007.pt'}, got GPT-L" in error
+    assert len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("given, cfg_scale", [(("--cfg-scale", 1.5), 1.5), ((), 2.25)])
+def test_guidance_that_is_given_wins_over_the_preset_even_if_it_is_the_default(folder, monkeypatch, given, cfg_scale):
+    used = []
+
+    def stop(file, settings, sampler, vq_config, device):
+        used.append((settings, sampler))
+        raise ValueError("seen enough")
+
+    monkeypatch.setattr(sample_c2i_ddp, "load_pipeline", stop)
+    assert run_here(SAMPLE, *given, "--preset", "IAR-B-384", "--gpt-ckpt", folder / "bare.pt") == 2
+    (settings, sampler), = used
+    assert sampler == Sampler(cfg_scale=cfg_scale)
+    assert (settings.gpt_model, settings.image_size, settings.cluster_size) == ("GPT-B", 384, 128)
+
+
+def test_flags_that_the_checkpoint_records_need_not_be_given(folder, tmp_path, expected):
+    words = ("--gpt-ckpt", folder / "recorded.pt", "--vq-ckpt", folder / "vq.pt", "--vq-model", "VQ-4-small",
+             "--image-size-eval", 16, "--precision", "none", "--sample-dir", tmp_path, "--num-fid-samples", 40)
+    assert run_here(SAMPLE, *words, "--save-codes") == 0
+    assert_equal(arrays_of(tmp_path), expected)
+    settings = json.loads(str(arrays_of(tmp_path)["settings"]))
+    assert (settings["gpt_model"], settings["codebook_size"], settings["downsample_size"]) == ("GPT-tiny", 64, 4)
 
 
 def test_peak_memory_does_not_depend_on_the_number_of_samples(folder, tmp_path):
@@ -189,4 +225,4 @@ def test_damaged_samples_at_the_name_of_a_run_are_a_clear_error(folder, tmp_path
     path, = tmp_path.glob("*.npz")
     path.write_bytes(path.read_bytes()[:1000])
     assert run_here(SAMPLE, *ddp_flags(folder, tmp_path)) == 2
-    assert "expected samples, found a damaged file" in capsys.readouterr().err
+    assert "expected an npz, found a damaged file" in capsys.readouterr().err

@@ -5,17 +5,22 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import FIXTURES, ROOT
 from processes import run_here, start, start_and_kill, without_time
 
 from autoregressive.data.batches import TokenBatches, split_store
 from autoregressive.data.code_writer import CodeWriter
 from autoregressive.data.codes import open_codes
 from autoregressive.models.cluster_loss import fused_head_loss
-from autoregressive.models.gpt import GPT, gpt_config
+from autoregressive.models.generate import Sampler, generate, random_numbers
+from autoregressive.models.gpt import GPT, GPT_MODELS, gpt_config
+from autoregressive.models.loading import build_gpt, move_rows_to_tokens, read_gpt
 from autoregressive.runtime.checkpoint import (
     list_checkpoints,
     newest_whole_checkpoint,
@@ -23,34 +28,48 @@ from autoregressive.runtime.checkpoint import (
     save_checkpoint,
 )
 from autoregressive.runtime.distributed import Session
+from autoregressive.runtime.loader import read_ahead
 from autoregressive.runtime.log import cut_log
-from autoregressive.train.monitor import flops_per_token
-from autoregressive.train.optim import build_optimizer
-from autoregressive.train.state import weights_to_start_from
-from autoregressive.train.step import EMA_DECAY, MovingAverage, Objective, Trainer
-from tokenizer.tokenizer_image.vq_model import VQModel
+from autoregressive.runtime.optim import EMA_DECAY, ModelOptimizer, MovingAverage, OptimSettings
+from autoregressive.train.objective import GPTTrainer, Objective
+from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 
 TRAIN = "autoregressive/train/train_c2i.py"
 MANIFEST = {"dataset": "test", "num_images": 50, "num_crops": 2, "num_tokens": 16, "grid": 4, "codebook_size": 64,
             "crops": ["centre", "centre, mirrored"], "class_names": ["a", "b", "c"], "images_sha256": "1" * 64,
             "image_size": 16, "codebook_sha256": "2" * 64, "tokenizer_sha256": "3" * 64}
 NO_DROPOUT = ("--dropout-p", 0, "--token-dropout-p", 0, "--global-batch-size", 16)
-EVERYTHING = ("--ema", "--gradient-accumulation-steps", 2, "--eval-every", 7, "--eval-share", 0.1, "--lr-schedule",
+EVERYTHING = ("--ema", "--gradient-accumulation-steps", 2, "--val-every", 7, "--val-share", 0.1, "--lr-schedule",
               "cosine", "--warmup", 3)
 CPU = torch.device("cpu")
+FAIL_WHILE_READING = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from autoregressive.runtime.loader import read_ahead
+def rows():
+    yield from read_ahead(list(range(1000)), range(1000), num_workers=2)
+def write(chunks):                      # its traceback keeps the reader, and with it the workers, to the very end
+    for _ in chunks:
+        raise OSError("disk full")
+write(rows())
+"""
+
+
+def write_store(path, labels, seed):
+    writer = CodeWriter(path, MANIFEST)
+    writer.create(labels)
+    writer.write(range(50), np.random.default_rng(seed).integers(64, size=(50, 2, 16)), {})
+    writer.finish(0)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A store of 50 images, a mapping, and a VQ model of random weights."""
     folder = tmp_path_factory.mktemp("training")
-    writer = CodeWriter(folder / "codes", MANIFEST)
-    writer.create(np.arange(50) % 3)
-    writer.write(range(50), np.random.default_rng(0).integers(64, size=(50, 2, 16)), {})
-    writer.finish(0)
+    write_store(folder / "codes", np.arange(50) % 3, seed=0)
     torch.manual_seed(0)
     save_checkpoint(folder / "mapping.pt", torch.randperm(64))
-    save_checkpoint(folder / "vq.pt", {"model": VQModel("VQ-4-small", 64, 8).state_dict()})
+    save_checkpoint(folder / "vq.pt", {"model": VQModel(VQConfig("VQ-4-small", 64, 8)).state_dict()})
     return folder
 
 
@@ -58,8 +77,8 @@ def flags(folder, results, *more):
     return ("--code-path", folder / "codes", "--mapping-path", folder / "mapping.pt", "--results-dir", results,
             "--gpt-model", "GPT-tiny", "--num-classes", 3, "--vocab-size", 64, "--codebook-size", 64,
             "--cluster-size", 8, "--image-size", 16, "--downsample-size", 4, "--vq-model", "VQ-4-small",
-            "--vq-ckpt", folder / "vq.pt", "--mixed-precision", "none", "--global-batch-size", 8, "--max-updates", 20,
-            "--log-every", 1, "--ckpt-updates", 3, *more)
+            "--vq-ckpt", folder / "vq.pt", "--mixed-precision", "none", "--global-batch-size", 8, "--max-steps", 20,
+            "--log-every", 1, "--ckpt-steps", 3, *more)
 
 
 def train(folder, results, *more, processes=0):
@@ -94,7 +113,7 @@ def assert_same_end(results, others):
     assert expected["steps"] == found["steps"] and expected["images_seen"] == found["images_seen"]
 
 
-def updates_done(results):
+def steps_done(results):
     found = list(results.glob("*/metrics.jsonl"))
     return len(found[0].read_text().splitlines()) if found else 0
 
@@ -109,7 +128,7 @@ def test_killed_and_resumed_run_ends_bit_for_bit_like_a_straight_one(folder, tmp
     goals = sorted(choose.choices(range(1, 19), k=kills))
     for goal in goals:
         status = start_and_kill(TRAIN, *flags(folder, tmp_path / "killed", *more), processes=processes,
-                                when=lambda goal=goal: updates_done(tmp_path / "killed") >= goal)
+                                when=lambda goal=goal: steps_done(tmp_path / "killed") >= goal)
         assert status == -signal.SIGKILL
     resumed = start(TRAIN, *flags(folder, tmp_path / "killed", *more), processes=processes)
     assert resumed.returncode == 0, resumed.stderr
@@ -119,14 +138,14 @@ def test_killed_and_resumed_run_ends_bit_for_bit_like_a_straight_one(folder, tmp
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_before_the_run_leaves(folder, tmp_path, number):
-    rarely = ("--ckpt-updates", 0, "--max-updates", 3000, "--log-every", 10)
+    rarely = ("--ckpt-steps", 0, "--max-steps", 3000, "--log-every", 10)
     status = start_and_kill(TRAIN, *flags(folder, tmp_path, *rarely), stop=number,
-                            when=lambda: updates_done(tmp_path) >= 2)
+                            when=lambda: steps_done(tmp_path) >= 2)
     assert status == 128 + number
     saved = last_checkpoint(tmp_path)["steps"]
     assert 20 <= saved < 3000
     log, = tmp_path.glob("*/log.txt")
-    assert f"signal {number} after update {saved}" in log.read_text()
+    assert f"signal {number} after step {saved}" in log.read_text()
 
 
 @pytest.fixture(scope="module")
@@ -141,8 +160,8 @@ def baseline(folder, tmp_path_factory):
     (0, 1e-6, ("--loss-mib", 1, "--num-workers", 0)), (2, 1e-5, ()), (2, 1e-5, ("--parallel", "fsdp", "--ema")),
     pytest.param(2, 1e-5, ("--parallel", "fsdp", "--gradient-accumulation-steps", 2, "--checkpoint-activations"),
                  marks=pytest.mark.long)])
-def test_every_way_to_compute_an_update_gives_the_same_losses_and_norms(folder, tmp_path, baseline, processes,
-                                                                        tolerance, more):
+def test_every_way_to_compute_a_step_gives_the_same_losses_and_norms(folder, tmp_path, baseline, processes, tolerance,
+                                                                     more):
     train(folder, tmp_path, *NO_DROPOUT, *more, processes=processes)
     found = metrics(tmp_path)
     assert len(found) == len(baseline) == 20
@@ -156,7 +175,7 @@ def test_every_way_to_compute_an_update_gives_the_same_losses_and_norms(folder, 
     ((2, "fsdp"), (0, "ddp")), pytest.param((2, "ddp"), (0, "ddp"), marks=pytest.mark.long),
     pytest.param((0, "ddp"), (2, "fsdp"), marks=pytest.mark.long)])
 def test_another_number_of_processes_continues_by_sample_position(folder, tmp_path, baseline, first, then):
-    train(folder, tmp_path, *NO_DROPOUT, "--parallel", first[1], "--max-updates", 9, "--ema", processes=first[0])
+    train(folder, tmp_path, *NO_DROPOUT, "--parallel", first[1], "--max-steps", 9, "--ema", processes=first[0])
     train(folder, tmp_path, *NO_DROPOUT, "--parallel", then[1], "--ema", processes=then[0])
     for row, expected in zip(metrics(tmp_path), baseline, strict=True):
         assert row["token_loss"] == pytest.approx(expected["token_loss"], rel=1e-5)
@@ -198,16 +217,16 @@ def test_only_the_newest_checkpoints_are_kept(folder, tmp_path):
     assert [path.name for path in list_checkpoints(checkpoints)] == ["0000018.pt", "0000020.pt"]
 
 
-def test_a_run_leaves_curves_held_out_losses_and_sample_pictures(folder, tmp_path):
+def test_a_run_leaves_curves_validation_losses_and_sample_pictures(folder, tmp_path):
     train(folder, tmp_path, *EVERYTHING, "--validation_step", 10)
     run, = tmp_path.iterdir()
-    assert sorted(path.name for path in (run / "samples").iterdir()) == ["0000010.png", "0000020.png"]
+    assert sorted(path.name for path in (run / "pictures").iterdir()) == ["0000010.png", "0000020.png"]
     assert (run / "curves.png").stat().st_size > 10000
-    held_out = [row for row in metrics(tmp_path) if "heldout_token_loss" in row]
-    assert [row["step"] for row in held_out] == [7, 14, 20]
-    assert 0 < held_out[-1]["heldout_token_loss"] < 5 and 0 <= held_out[-1]["heldout_cluster_accuracy"] <= 1
+    val = [row for row in metrics(tmp_path) if "val_token_loss" in row]
+    assert [row["step"] for row in val] == [7, 14, 20]
+    assert 0 < val[-1]["val_token_loss"] < 5 and 0 <= val[-1]["val_cluster_accuracy"] <= 1
     text = (run / "log.txt").read_text()
-    for words in ("ln V = 4.16", "peak memory of the first update", "update 20: token loss", "images per second"):
+    for words in ("ln V = 4.16", "peak memory of the first step", "step 20: token loss", "images per second"):
         assert words in text
 
 
@@ -228,61 +247,141 @@ def test_training_starts_from_given_weights_and_continues_from_a_given_checkpoin
     assert started[0]["step"] == 1 and started[0]["token_loss"] < metrics(tmp_path / "straight")[0]["token_loss"] - 0.01
 
 
+@pytest.fixture
+def older(monkeypatch, tmp_path):
+    """What commit fa9bbd5 left of a small GPT after 2 steps; (path, payload, the numbers that its code went on to)."""
+    monkeypatch.setitem(GPT_MODELS, "GPT-mini", (2, 2, 16))
+    save_checkpoint(tmp_path / "older_mapping.pt", torch.from_numpy(np.random.default_rng(0).permutation(64)))
+    path = FIXTURES / "older_gpt_checkpoint.pt"
+    return path, read_checkpoint(path), json.loads(path.with_suffix(".json").read_text())
+
+
+def train_mini(folder, tmp_path, *more):
+    train(folder, tmp_path / "results", "--gpt-model", "GPT-mini", "--mapping-path", tmp_path / "older_mapping.pt",
+          *NO_DROPOUT, "--lr", 0.01, *more)
+
+
+def assert_rows(found, expected):
+    for row, other in zip(found, expected, strict=True):
+        assert {name: row[name] for name in other} == pytest.approx(other, rel=1e-5)
+
+
+@pytest.mark.parametrize("weights", ["raw", "ema"])
+def test_an_older_checkpoint_samples_what_the_older_code_drew(older, weights):
+    path, payload, numbers = older
+    file = read_gpt(path, weights)
+    assert file.flags() == {"gpt_model": "GPT-mini", "image_size": 16, "num_classes": 3, "cluster_size": 8,
+                            "codebook_size": 64, "downsample_size": 4}
+    gpt = build_gpt(file, gpt_config("GPT-mini", grid=4, vocab_size=64, num_classes=3))
+    assert torch.equal(gpt.output.weight, payload["ema" if weights == "ema" else "model"]["output.weight"])
+    labels, uniforms = random_numbers(0, range(6), 3, 16)
+    tokens = generate(gpt, torch.from_numpy(labels), torch.from_numpy(uniforms), Sampler(cfg_scale=2.0))
+    assert tokens.tolist() == numbers["tokens"][weights] and numbers["tokens"]["raw"] != numbers["tokens"]["ema"]
+
+
+def test_training_goes_on_from_an_older_checkpoint_as_the_older_code_did(older, folder, tmp_path):
+    path, payload, numbers = older
+    train_mini(folder, tmp_path, "--ema", "--max-steps", 4, "--gpt-ckpt", path)
+    assert_rows(metrics(tmp_path / "results"), numbers["continued"])
+    assert [row["step"] for row in metrics(tmp_path / "results")] == [3, 4] and payload["steps"] == 2
+    end = last_checkpoint(tmp_path / "results")
+    assert end["steps"] == 4 and end["images_seen"] == 64 and end["ema"].keys() == payload["ema"].keys()
+    assert all(state["step"] == 4 for state in end["optimizer"]["state"].values())
+
+
+def test_training_starts_from_the_weights_of_an_older_checkpoint_as_the_older_code_did(older, folder, tmp_path):
+    _, payload, numbers = older
+    save_checkpoint(tmp_path / "weights.pt", {"model": payload["model"]})
+    train_mini(folder, tmp_path, "--max-steps", 2, "--gpt-ckpt", tmp_path / "weights.pt")
+    assert_rows(metrics(tmp_path / "results"), numbers["started"])
+    assert [row["step"] for row in metrics(tmp_path / "results")] == [1, 2]
+
+
+def test_a_gpt_over_original_codes_is_started_from_even_if_its_file_is_a_whole_checkpoint(older, folder, tmp_path):
+    train_mini(folder, tmp_path, "--max-steps", 1, "--gpt-ckpt", older[0], "--init-from-original")
+    row, = metrics(tmp_path / "results")
+    assert row["step"] == 1 and row["images_seen"] == 16
+
+
+@pytest.mark.parametrize("rebuilt", ["mapping", "codes", "labels"])
+def test_a_mapping_or_store_rebuilt_at_the_same_path_starts_a_new_run(folder, tmp_path, rebuilt):
+    data, results = tmp_path / "data", tmp_path / "results"
+    shutil.copytree(folder, data)
+    train(data, results, "--max-steps", 2)
+    if rebuilt == "mapping":
+        save_checkpoint(data / "mapping.pt", read_checkpoint(folder / "mapping.pt").flip(0))
+    else:
+        shutil.rmtree(data / "codes")
+        labels = np.arange(50) % 3
+        write_store(data / "codes", labels[::-1] if rebuilt == "labels" else labels, seed=int(rebuilt == "codes"))
+    train(data, results, "--max-steps", 3)
+    runs = sorted(results.iterdir())
+    assert len(runs) == 2
+    logged = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs]
+    assert [[row["step"] for row in rows] for rows in logged] == [[1, 2], [1, 2, 3]]
+    for name in ("mapping.pt", "codes"):                         # the first data once more: the first run goes on
+        shutil.rmtree(data / name) if name == "codes" else (data / name).unlink()
+    shutil.copytree(folder, data, dirs_exist_ok=True)
+    train(data, results, "--max-steps", 3)
+    assert sorted(results.iterdir()) == runs
+    assert len((runs[0] / "metrics.jsonl").read_text().splitlines()) == 3
+
+
 def test_weights_over_original_codes_give_the_same_logits_once_their_rows_are_moved():
     torch.manual_seed(0)
     config = gpt_config("GPT-tiny", grid=4, vocab_size=64, num_classes=3)
     original, moved = GPT(config).eval(), GPT(config).eval()
     torch.nn.init.normal_(original.output.weight)
     mapping = np.random.default_rng(0).permutation(64)
-    moved.load_state_dict(weights_to_start_from("a file", {"model": original.state_dict()}, mapping))
+    moved.load_state_dict(move_rows_to_tokens(original.state_dict(), mapping, "a file"))
     codes, labels = torch.randint(64, (2, 15)), torch.tensor([0, 3])
     tokens = torch.from_numpy(mapping)[codes]
     with torch.no_grad():
         torch.testing.assert_close(moved(tokens, labels)[..., mapping], original(codes, labels))
 
 
-def small_trainer(head_loss, **settings):
+def small_trainer(head_loss, session):
     torch.manual_seed(0)
     model = GPT(gpt_config("GPT-tiny", grid=4, vocab_size=64, num_classes=3, dropout=0, token_dropout=0))
-    objective, optimizer = Objective(model, head_loss), build_optimizer(model, 1e-2, (0.9, 0.95), 0.05)
-    return Trainer(objective, objective, optimizer, CPU, "none", 1.0, ema=MovingAverage(model), **settings)
+    optimizer = ModelOptimizer(model, OptimSettings(lr=1e-2, weight_decay=0.05, ema=True), CPU)
+    return GPTTrainer(Objective(model, head_loss), optimizer, session, "none")
 
 
-def test_an_update_that_is_not_finite_changes_nothing_and_is_remembered(folder):
+def test_a_step_that_is_not_finite_changes_nothing_and_is_remembered(folder):
     factor = torch.ones(())
 
     def head_loss(*arguments):
         loss, statistics = fused_head_loss(*arguments, 8, 1.0, 100)
         return loss * factor, statistics
 
-    trainer = small_trainer(head_loss)
-    batches = TokenBatches(open_codes(folder / "codes"), np.arange(64), 8, 0, 3, 0.1)
     session = Session(0, 1, CPU)
-    trainer.update(0, *batches.batch(0, range(8)), 1e-2)
-    state = [tensor.clone() for tensor in everything(trainer)]
-    for number, value in ((1, torch.nan), (2, torch.inf)):
+    trainer = small_trainer(head_loss, session)
+    batches = TokenBatches(open_codes(folder / "codes"), np.arange(64), 8, 0, 3, 0.1)
+    trainer.step(0, batches[0, range(8)], 1e-2)
+    state = [tensor.clone() for tensor in everything(trainer.optimizer)]
+    for step, value in ((1, torch.nan), (2, torch.inf)):
         factor.fill_(value)
-        trainer.update(number, *batches.batch(number, range(8)), 1e-2)
-    assert all(torch.equal(old, new) for old, new in zip(state, everything(trainer), strict=True))
-    assert trainer.bad_update(session) == 1
+        trainer.step(step, batches[step, range(8)], 1e-2)
+    assert all(torch.equal(old, new) for old, new in zip(state, everything(trainer.optimizer), strict=True))
+    assert trainer.meter.first_bad_step(session) == 1
     factor.fill_(1)
-    trainer.update(3, *batches.batch(3, range(8)), 1e-2)
-    assert not torch.equal(state[0], everything(trainer)[0])
+    trainer.step(3, batches[3, range(8)], 1e-2)
+    assert not torch.equal(state[0], everything(trainer.optimizer)[0])
 
 
-def everything(trainer):
-    moments = [value for group in trainer.optimizer.state.values() for value in group.values()]
-    return [*(p.detach() for p in trainer.objective.model.parameters()), *moments, *trainer.ema.weights.values()]
+def everything(optimizer):
+    moments = [value for group in optimizer.optimizer.state.values() for value in group.values()]
+    return [*(p.detach() for p in optimizer.model.parameters()), *moments, *optimizer.ema.weights.values()]
 
 
-def test_a_run_that_is_not_finite_stops_naming_update_and_rows(folder, tmp_path):
+def test_a_run_that_is_not_finite_stops_naming_step_and_rows(folder, tmp_path):
     model = GPT(gpt_config("GPT-tiny", grid=4, vocab_size=64, num_classes=3))
     state = model.state_dict()
     state["cls_embedding.embedding_table.weight"].fill_(torch.nan)
     save_checkpoint(tmp_path / "bad.pt", {"model": state})
     done = start(TRAIN, *flags(folder, tmp_path / "results", "--gpt-ckpt", tmp_path / "bad.pt"))
     assert done.returncode == 1
-    assert "FloatingPointError: update 1: loss or gradient is not finite, in rows [" in done.stderr
+    assert "FloatingPointError: step 1: loss or gradient is not finite, in rows [" in done.stderr
 
 
 def test_average_is_the_recurrence_with_a_warmed_up_decay():
@@ -299,22 +398,28 @@ def test_average_is_the_recurrence_with_a_warmed_up_decay():
 
 def test_batches_read_ahead_are_those_read_one_by_one(folder):
     batches = TokenBatches(open_codes(folder / "codes"), np.arange(64), 8, 0, 3, 0.1)
-    expected = [batches.batch(update, range(2, 7)) for update in range(4, 15)]
+    keys = [(step, range(2, 7)) for step in range(4, 15)]
+    expected = [batches[key] for key in keys]
     for num_workers in (0, 1, 4):
-        found = list(batches.ahead(range(4, 15), range(2, 7), num_workers))
+        found = list(read_ahead(batches, keys, num_workers))
         assert len(found) == 11 and all(torch.equal(a, b) for pair in zip(found, expected, strict=True)
                                         for a, b in zip(*pair, strict=True))
 
 
-def test_held_out_images_are_never_trained_on(folder):
-    training, held_out = split_store(open_codes(folder / "codes"), 0.1, seed=3)
-    assert len(held_out.rows) == 5 and len(training.rows) == 45
-    assert sorted([*training.rows, *held_out.rows]) == list(range(50))
-    assert np.array_equal(split_store(open_codes(folder / "codes"), 0.1, seed=3)[1].rows, held_out.rows)
+def test_an_error_while_workers_read_ahead_ends_the_process():
+    done = subprocess.run([sys.executable, "-c", FAIL_WHILE_READING, ROOT], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.endswith("OSError: disk full\n") and "worker" not in done.stderr
+
+
+def test_validation_images_are_never_trained_on(folder):
+    training, val = split_store(open_codes(folder / "codes"), 0.1, seed=3)
+    assert len(val.rows) == 5 and len(training.rows) == 45
+    assert sorted([*training.rows, *val.rows]) == list(range(50))
+    assert np.array_equal(split_store(open_codes(folder / "codes"), 0.1, seed=3)[1].rows, val.rows)
 
 
 def test_log_is_cut_back_to_the_step_of_the_checkpoint(tmp_path):
-    lines = [f"[2026-11-24 00:00:0{update}] update {update}: token loss 1\n" for update in range(1, 6)]
+    lines = [f"[2026-11-24 00:00:0{step}] step {step}: token loss 1\n" for step in range(1, 6)]
     (tmp_path / "log.txt").write_text("[2026-11-24 00:00:00] GPT-tiny\n" + "".join(lines))
     cut_log(tmp_path / "log.txt", 3)
     assert (tmp_path / "log.txt").read_text() == "[2026-11-24 00:00:00] GPT-tiny\n" + "".join(lines[:3])
@@ -325,7 +430,7 @@ def test_flops_are_six_a_weight_and_those_of_causal_attention():
     model = GPT(config)
     multiplied = sum(p.numel() for name, p in model.named_parameters() if "embedding" not in name)
     attention = config.num_layers * 3 * 2 * 2 * config.width * config.num_tokens / 2    # q k and p v, forward and back
-    assert flops_per_token(config, sum(p.numel() for p in model.parameters())) == 6 * multiplied + attention
+    assert config.flops_per_token(sum(p.numel() for p in model.parameters())) == 6 * multiplied + attention
 
 
 def unfinished(folder, tmp_path):
@@ -346,7 +451,7 @@ def unfinished(folder, tmp_path):
     (("--results-dir", "/proc/results"), "expected a writable folder"),
     (("--dropout-p", 1), "--dropout-p: expected 0 to below 1"),
     (("--parallel", "fsdp", "--mixed-precision", "fp16"), "got fp16"),
-    (("--eval-every", 5, "--eval-share", 0), "--eval-share: expected more than 0"),
+    (("--val-every", 5, "--val-share", 0), "--val-share: expected more than 0"),
 ])
 def test_wrong_input_is_one_line_and_exit_code_2(folder, tmp_path, capsys, more, words):
     unfinished(folder, tmp_path)
@@ -370,4 +475,4 @@ def test_codes_out_of_range_name_their_rows(folder, tmp_path):
     np.save(tmp_path / "codes/codes.npy", codes)
     batches = TokenBatches(open_codes(tmp_path / "codes"), np.arange(64), 8, 0, 3, 0.1)
     with pytest.raises(ValueError, match=r"expected codes 0 \.\. 63, found \d+ \.\. 64 in rows \["):
-        batches.batch(0, range(8))
+        batches[0, range(8)]

@@ -1,4 +1,4 @@
-"""Losses of tokenizer training against closed forms; LPIPS, discriminator and one update of both networks."""
+"""Losses of tokenizer training against closed forms; LPIPS, discriminator and one step of both networks."""
 
 import math
 
@@ -11,8 +11,9 @@ from torch import nn
 
 from autoregressive.runtime.checkpoint import save_checkpoint
 from autoregressive.runtime.distributed import Session
-from autoregressive.train.optim import build_optimizer
+from autoregressive.runtime.optim import OptimSettings
 from tokenizer.tokenizer_image.discriminator import PatchDiscriminator
+from tokenizer.tokenizer_image.images import to_float
 from tokenizer.tokenizer_image.lpips import LPIPS, load_lpips
 from tokenizer.tokenizer_image.quantizer import Quantizer
 from tokenizer.tokenizer_image.vq_loss import (
@@ -22,11 +23,13 @@ from tokenizer.tokenizer_image.vq_loss import (
     non_saturating_discriminator,
     non_saturating_generator,
 )
-from tokenizer.tokenizer_image.vq_model import VQModel
-from tokenizer.tokenizer_image.vq_step import LossSettings, Reconstruction, TokenizerTrainer
+from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
+from tokenizer.tokenizer_image.vq_train import build_parser
+from tokenizer.tokenizer_image.vq_trainer import STATISTICS, TokenizerSettings, TokenizerTrainer
 from tokenizer.validation.metrics import ssim
 
 CPU = torch.device("cpu")
+GENERATOR, DISCRIMINATOR = STATISTICS.index("generator"), STATISTICS.index("discriminator")
 
 
 def test_hinge_is_zero_beyond_the_margin_and_linear_inside():
@@ -154,12 +157,11 @@ def test_ssim_is_that_of_a_gaussian_window():
 
 def make_trainer(**settings):
     torch.manual_seed(0)
-    model, discriminator = VQModel("VQ-4-small", 48, 8), PatchDiscriminator()
-    module = Reconstruction(model, 0.0)
-    optimizers = [build_optimizer(network, 1e-3, (0.9, 0.95), 0.0) for network in (model, discriminator)]
-    settings = LossSettings(perceptual_weight=0, **{"gan_start": 1} | settings)
-    return TokenizerTrainer(module, module, optimizers[0], discriminator, discriminator, optimizers[1], None, settings,
-                            Session(0, 1, CPU), "none", 1.0, 1, None)
+    model, discriminator = VQModel(VQConfig("VQ-4-small", 48, 8)), PatchDiscriminator()
+    defaults = build_parser().parse_args(["--data-path", "x"]).pick(TokenizerSettings)
+    settings = TokenizerSettings(**defaults | {"mixed_precision": "none", "disc_start": 1} | settings)
+    return TokenizerTrainer(model, discriminator, None, settings, OptimSettings(lr=1e-3), Session(0, 1, CPU),
+                            num_steps=10)
 
 
 def pictures(count=4):
@@ -174,46 +176,45 @@ def unchanged(module, before):
     return all(torch.equal(old, new) for old, new in zip(before, module.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("gan", ["hinge", "non-saturating"])
+@pytest.mark.parametrize("loss", ["hinge", "non-saturating"])
 @pytest.mark.parametrize("adaptive", [False, True])
-def test_discriminator_begins_at_its_update_and_is_not_moved_by_the_generators_step(gan, adaptive):
-    trainer = make_trainer(gan=gan, adaptive=adaptive)
+def test_discriminator_begins_at_its_step_and_is_not_moved_by_the_generators(loss, adaptive):
+    trainer = make_trainer(disc_loss=loss, disc_adaptive_weight=adaptive)
     before = weights_of(trainer.discriminator)
-    trainer.update(0, pictures(), 1e-3)
+    trainer.step(0, pictures(), 1e-3)
     assert unchanged(trainer.discriminator, before)
-    trainer.discriminator_optimizer.step = lambda: None              # the generator's step alone
-    trainer.update(1, pictures(), 1e-3)
-    assert unchanged(trainer.discriminator, before) and trainer.sums[5] != 0
-    del trainer.discriminator_optimizer.step
-    trainer.update(2, pictures(), 1e-3)
-    assert not unchanged(trainer.discriminator, before) and trainer.sums[6] > 0
+    trainer.discriminator_optimizer.optimizer.step = lambda: None    # the generator's step alone
+    trainer.step(1, pictures(), 1e-3)
+    assert unchanged(trainer.discriminator, before) and trainer.meter.sums[GENERATOR] != 0
+    del trainer.discriminator_optimizer.optimizer.step
+    trainer.step(2, pictures(), 1e-3)
+    assert not unchanged(trainer.discriminator, before) and trainer.meter.sums[DISCRIMINATOR] > 0
 
 
 def test_accumulated_micro_batches_are_one_batch():
-    whole, parts = make_trainer(), make_trainer()
-    parts.accumulation = 2
-    for number in range(3):
+    whole, parts = make_trainer(), make_trainer(gradient_accumulation_steps=2)
+    for step in range(3):
         for trainer in (whole, parts):
-            trainer.update(number, pictures(), 1e-4)
-    torch.testing.assert_close(whole.sums, parts.sums, rtol=1e-4, atol=1e-6)
+            trainer.step(step, pictures(), 1e-4)
+    torch.testing.assert_close(whole.meter.sums, parts.meter.sums, rtol=1e-4, atol=1e-6)
 
 
-def test_an_update_that_is_not_finite_changes_nothing():
-    trainer = make_trainer(gan_start=0)
-    trainer.update(0, pictures(), 1e-3)
-    before = weights_of(trainer.module), weights_of(trainer.discriminator)
-    good = trainer.module.forward
-    trainer.module.forward = lambda images: (good(images)[0] * torch.nan, *good(images)[1:])
-    trainer.update(1, pictures(), 1e-3)
-    assert unchanged(trainer.module, before[0]) and unchanged(trainer.discriminator, before[1])
-    assert trainer.bad_update(trainer.session) == 1
+def test_a_step_that_is_not_finite_changes_nothing():
+    trainer = make_trainer(disc_start=0)
+    trainer.step(0, pictures(), 1e-3)
+    before = weights_of(trainer.model), weights_of(trainer.discriminator)
+    good = trainer.wrapped.forward
+    trainer.wrapped.forward = lambda *inputs: (good(*inputs)[0] * torch.nan, *good(*inputs)[1:])
+    trainer.step(1, pictures(), 1e-3)
+    assert unchanged(trainer.model, before[0]) and unchanged(trainer.discriminator, before[1])
+    assert trainer.meter.first_bad_step(trainer.session) == 1
 
 
 def test_revival_moves_unused_codes_only_and_onto_present_latents():
     trainer = make_trainer()
-    trainer.update(0, pictures(), 1e-3)
+    trainer.step(0, pictures(), 1e-3)
     used, before = trainer.used > 0, trainer.model.quantize.embedding.weight.detach().clone()
-    count = trainer.revive(1, pictures(), seed=0)
+    count = trainer.revive(1, to_float(pictures()))
     after = trainer.model.quantize.embedding.weight.detach()
     assert count == int((~used).sum()) > 0
     assert torch.equal(after[used], before[used]) and not torch.equal(after[~used], before[~used])

@@ -13,16 +13,18 @@ from conftest import ROOT
 from processes import run_here, start_and_kill, without_time
 from processes import start as start_process
 
-from autoregressive.assemble import load_vq
 from autoregressive.runtime.checkpoint import read_checkpoint
 from autoregressive.runtime.entry import run
-from tokenizer.tokenizer_image import vq_step
-from tokenizer.tokenizer_image.crops import TrainingCrops, load_crops, plan_updates
-from tokenizer.tokenizer_image.images import center_crop, open_images
+from autoregressive.runtime.loader import BatchOrder, read_ahead
+from tokenizer.tokenizer_image import vq_trainer
+from tokenizer.tokenizer_image.crops import TrainingCrops
+from tokenizer.tokenizer_image.images import center_crop, open_dataset
+from tokenizer.tokenizer_image.loading import load_vq
+from tokenizer.tokenizer_image.vq_model import VQConfig
 from tokenizer.validation.metrics import codebook_usage
 
 SCRIPT = ROOT / "tokenizer" / "tokenizer_image" / "vq_train.py"
-SMALL = ["--dataset", "digits", "--data-path", "heldout", "--image-size", "8", "--vq-model", "VQ-4-small",
+SMALL = ["--dataset", "digits", "--data-path", "val", "--image-size", "8", "--vq-model", "VQ-4-small",
          "--codebook-size", "48", "--mixed-precision", "none", "--num-workers", "0", "--global-batch-size", "14",
          "--perceptual-weight", "0", "--disc-weight", "0"]
 
@@ -35,38 +37,54 @@ def start(monkeypatch, results, *flags):
 
 
 def test_an_epoch_visits_every_image_once_and_drops_the_last_incomplete_batch():
-    batches = list(plan_updates(23, 5, 1, range(8), range(5)))
+    order = BatchOrder(23, 5, seed=1)
+    batches = [order.rows(step) for step in range(8)]
+    assert [epoch for epoch, _ in batches] == [0] * 4 + [1] * 4
     for epoch in (0, 1):
-        keys = [key for batch in batches[4 * epoch:4 * epoch + 4] for key in batch]
-        assert {key[0] for key in keys} == {epoch}
-        assert len({row for _, row in keys}) == 20
-    assert [row for _, row in batches[0]] != [row for _, row in batches[4]]
+        rows = np.concatenate([rows for _, rows in batches[4 * epoch:4 * epoch + 4]])
+        assert len(rows) == len(set(rows.tolist())) == 20
+    assert not np.array_equal(batches[0][1], batches[4][1])
 
 
-def test_parts_of_processes_make_up_the_batch_and_a_later_start_continues_the_plan():
-    whole = list(plan_updates(23, 6, 1, range(9), range(6)))
-    parts = [list(plan_updates(23, 6, 1, range(9), part)) for part in (range(0, 3), range(3, 6))]
-    assert [first + second for first, second in zip(*parts, strict=True)] == whole
-    assert list(plan_updates(23, 6, 1, range(5, 9), range(6))) == whole[5:]
+def test_parts_of_processes_make_up_the_batch_and_a_later_start_continues_the_order():
+    order = BatchOrder(23, 6, seed=1)
+    whole = [order.rows(step)[1].tolist() for step in range(9)]
+    first, second = ([order.rows(step, part)[1].tolist() for step in range(9)] for part in (range(0, 3), range(3, 6)))
+    assert [one + other for one, other in zip(first, second, strict=True)] == whole
+    later = BatchOrder(23, 6, seed=1)
+    assert [later.rows(step)[1].tolist() for step in range(5, 9)] == whole[5:]
+
+
+def make_crops(seed, smallest_share, flip):
+    dataset = open_dataset("digits", "val")
+    return TrainingCrops(dataset, BatchOrder(len(dataset), 7, seed), 16, smallest_share, flip)
 
 
 def test_crops_depend_on_seed_epoch_and_row_alone():
-    images = open_images("digits", "heldout")
+    crops = make_crops(5, 0.5, flip=True)
     keys = [(0, 3), (1, 3), (0, 4), (1, 2)]
-    crops = TrainingCrops(images, 16, seed=5, smallest_share=0.5, flip=True)
-    forward, = load_crops(crops, [keys], num_workers=0)
-    in_workers, = load_crops(crops, [keys[::-1]], num_workers=1)
-    assert torch.equal(forward, in_workers.flip(0))
-    assert not torch.equal(forward[0], forward[1])
-    assert not np.array_equal(TrainingCrops(images, 16, 6, 0.5, True)[0, 3], crops[0, 3])
+    forward = [crops.crop(*key) for key in keys]
+    backward = [crops.crop(*key) for key in keys[::-1]]
+    assert np.array_equal(forward, backward[::-1])
+    assert not np.array_equal(forward[0], forward[1])
+    assert not np.array_equal(make_crops(6, 0.5, flip=True).crop(0, 3), crops.crop(0, 3))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_batches_of_crops_are_the_crops_of_their_rows(num_workers):
+    crops = make_crops(5, 0.5, flip=True)
+    keys = [(step, range(2, 6)) for step in (41, 42, 43, 0)]
+    for key, found in zip(keys, read_ahead(crops, keys, num_workers), strict=True):
+        epoch, rows = crops.order.rows(*key)
+        assert found.dtype == torch.uint8 and epoch == (key[0] >= 42)
+        assert np.array_equal(found, [crops.crop(epoch, row) for row in rows])
 
 
 def test_half_of_the_crops_are_mirrored_unless_flips_are_off():
-    images = open_images("digits", "heldout")
-    whole = center_crop(images.read(3), 16)
-    assert np.array_equal(TrainingCrops(images, 16, 0, 1.0, flip=False)[7, 3], whole)
-    flipped = [np.array_equal(TrainingCrops(images, 16, 0, 1.0, flip=True)[epoch, 3], whole[:, ::-1])
-               for epoch in range(40)]
+    whole = center_crop(open_dataset("digits", "val").read(3), 16)
+    assert np.array_equal(make_crops(0, 1.0, flip=False).crop(7, 3), whole)
+    mirroring = make_crops(0, 1.0, flip=True)
+    flipped = [np.array_equal(mirroring.crop(epoch, 3), whole[:, ::-1]) for epoch in range(40)]
     assert 8 < sum(flipped) < 32
 
 
@@ -80,7 +98,7 @@ def trained(tmp_path_factory):
     """Trained by two processes: a folder with all that they left."""
     folder = tmp_path_factory.mktemp("a tokenizer")
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT,
-                           *SMALL, "--results-dir", folder, "--val-path", "heldout", "--max-updates", "18",
+                           *SMALL, "--results-dir", folder, "--val-path", "val", "--max-steps", "18",
                            "--lr", "2e-3", "--log-every", "1", "--output", folder / "vq.pt"],
                           capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
@@ -88,7 +106,8 @@ def trained(tmp_path_factory):
 
 
 def read_losses(folder):
-    return [json.loads(line)["reconstruction"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["reconstruction"] for row in rows if "reconstruction" in row]
 
 
 def test_training_lowers_the_reconstruction_loss(trained):
@@ -97,16 +116,16 @@ def test_training_lowers_the_reconstruction_loss(trained):
 
 
 def test_checkpoint_loads_strictly_and_says_what_it_was_trained_on(trained):
-    model, _ = load_vq(trained / "vq.pt", "VQ-4-small", 48, 8)
+    model, _ = load_vq(trained / "vq.pt", VQConfig("VQ-4-small", 48, 8))
     assert len(model.quantize.codebook_used.unique()) > 1
     settings = read_checkpoint(trained / "vq.pt")["settings"]
     assert settings.items() >= {"vq_model": "VQ-4-small", "codebook_size": 48, "codebook_embed_dim": 8,
-                                "image_size": 8, "dataset": "digits", "num_classes": 10, "updates": 18}.items()
+                                "image_size": 8, "dataset": "digits", "num_classes": 10, "steps": 18}.items()
 
 
 def test_result_and_pictures_lie_beside(trained):
     result = json.loads((trained / "vq.json").read_text())
-    assert 5 < result["psnr"] < 40 and result["num_images"] == len(open_images("digits", "heldout"))
+    assert 5 < result["psnr"] < 40 and result["num_images"] == len(open_dataset("digits", "val"))
     assert 1 <= result["codes_used"] <= result["codebook_size"] == 48
     folder = trained / "000-VQ-4-small"
     assert {"config.json", "log.txt", "curves.png", "reconstructions.png", "finished.json"} <= {
@@ -114,7 +133,7 @@ def test_result_and_pictures_lie_beside(trained):
 
 
 def test_one_process_trains_as_two_and_a_finished_run_is_left_alone(trained, tmp_path, monkeypatch, capsys):
-    flags = ("--max-updates", "5", "--lr", "2e-3", "--log-every", "1")
+    flags = ("--max-steps", "5", "--lr", "2e-3", "--log-every", "1")
     start(monkeypatch, tmp_path, *flags)
     np.testing.assert_allclose(read_losses(tmp_path / "000-VQ-4-small"), read_losses(trained / "000-VQ-4-small")[:5],
                                rtol=1e-4)
@@ -126,7 +145,7 @@ def test_one_process_trains_as_two_and_a_finished_run_is_left_alone(trained, tmp
 
 GAN = ("--image-size", "24", "--disc-weight", "0.5", "--disc-start", "3", "--disc-adaptive-weight", "--ema",
        "--gradient-accumulation-steps", "2", "--global-batch-size", "12", "--revive-every", "4", "--log-every", "1",
-       "--ckpt-updates", "2", "--max-updates", "9", "--val-path", "heldout", "--eval-every", "5")
+       "--ckpt-steps", "2", "--max-steps", "9", "--val-path", "val", "--val-every", "5")
 
 
 def rows_of(results):
@@ -152,8 +171,10 @@ def test_killed_and_resumed_training_with_a_discriminator_ends_bit_for_bit_like_
     ends = [read_checkpoint(next((tmp_path / name).glob("*/checkpoints/0000009.pt")))
             for name in ("straight", "killed")]
     for kind in ("model", "discriminator", "ema"):
-        assert all(torch.equal(ends[0][kind][name], ends[1][kind][name]) for name in ends[0][kind]), kind
-    assert ends[0]["steps"] == 9 and rows_of(tmp_path / "killed")[-1]["discriminator"] > 0
+        expected, found = (end[kind]["model"] if kind == "discriminator" else end[kind] for end in ends)
+        assert all(torch.equal(expected[name], found[name]) for name in expected), kind
+    assert ends[0]["steps"] == 9
+    assert [row for row in rows_of(tmp_path / "killed") if "discriminator" in row][-1]["discriminator"] > 0
 
 
 def test_two_processes_train_both_networks_as_one(tmp_path):
@@ -163,13 +184,13 @@ def test_two_processes_train_both_networks_as_one(tmp_path):
                              tmp_path / f"{processes}", processes=processes)
         assert done.returncode == 0, done.stderr
     for one, two in zip(*(rows_of(tmp_path / name) for name in "02"), strict=True):
-        for name in ("reconstruction", "codebook", "generator", "discriminator", "grad_norm", "heldout_psnr"):
+        for name in ("reconstruction", "codebook", "generator", "discriminator", "grad_norm", "val_psnr"):
             if name in one:
                 assert one[name] == pytest.approx(two[name], rel=1e-4, abs=1e-7), (one["step"], name)
 
 
 def test_fine_tuning_starts_from_the_given_tokenizer_and_refuses_others(trained, tmp_path, monkeypatch, capsys):
-    start(monkeypatch, tmp_path, "--max-updates", "1", "--vq-ckpt", str(trained / "vq.pt"), "--log-every", "1")
+    start(monkeypatch, tmp_path, "--max-steps", "1", "--vq-ckpt", str(trained / "vq.pt"), "--log-every", "1")
     assert read_losses(tmp_path / "000-VQ-4-small")[0] < 0.8 * read_losses(trained / "000-VQ-4-small")[0]
     with pytest.raises(SystemExit) as stop:
         start(monkeypatch, tmp_path, "--vq-ckpt", str(trained / "vq.pt"), "--codebook-size", "64")
@@ -188,24 +209,25 @@ def test_validation_reconstructs_a_set_into_an_npz_for_rfid(trained, tmp_path):
 
 
 def test_entropy_and_mixed_precision_train(tmp_path, monkeypatch):
-    start(monkeypatch, tmp_path, "--max-updates", "2", "--entropy-ratio", "0.1", "--mixed-precision", "bf16")
+    start(monkeypatch, tmp_path, "--max-steps", "2", "--entropy-ratio", "0.1", "--mixed-precision", "bf16")
     row, = [json.loads(line) for line in (tmp_path / "000-VQ-4-small" / "metrics.jsonl").read_text().splitlines()]
     assert row["step"] == 2 and row["entropy"] != 0 and np.isfinite(row["reconstruction"])
 
 
 def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(tmp_path, monkeypatch):
-    monkeypatch.setitem(vq_step.RECONSTRUCTION_LOSSES, "l2", lambda a, b: (a - b).mean() * torch.nan)
-    with pytest.raises(FloatingPointError, match="update 1"):
-        start(monkeypatch, tmp_path, "--max-updates", "2")
+    monkeypatch.setitem(vq_trainer.RECONSTRUCTION_LOSSES, "l2", lambda a, b: (a - b).mean() * torch.nan)
+    with pytest.raises(FloatingPointError, match="step 1"):
+        start(monkeypatch, tmp_path, "--max-steps", "2")
 
 
 @pytest.mark.parametrize(("flags", "message"), [
     (["--dataset", "imagenet", "--data-path", "/missing"], "/missing: expected a folder"),
-    (["--data-path", "test"], "expected train or heldout"),
-    (["--val-path", "test"], "expected train or heldout"),
-    (["--image-size", "18"], "--image-size: expected a multiple of the 4 pixels"),
-    (["--image-size", "0"], "--image-size: expected a multiple"),
-    (["--global-batch-size", "0"], "--global-batch-size: expected a multiple"),
+    (["--data-path", "test"], "expected train or val"),
+    (["--val-path", "test"], "expected train or val"),
+    (["--image-size", "18"], "--image-size: expected a multiple of 4 for VQ-4-small, got 18"),
+    (["--image-size", "0"], "--image-size: expected at least 1, got 0"),
+    (["--global-batch-size", "0"], "--global-batch-size: expected at least 1, got 0"),
+    (["--gradient-accumulation-steps", "4"], "--global-batch-size: expected a multiple of 4"),
     (["--global-batch-size", "5000"], "lower --global-batch-size"),
     (["--epochs", "0"], "--epochs: expected at least 1, got 0"),
     (["--lr", "nan"], "--lr: expected at least 0, got nan"),

@@ -40,7 +40,7 @@ def anneal(codes, start, on_round=lambda: None):
     blocks = [np.ascontiguousarray(with_ones[first::num_blocks]) for first in range(num_blocks)]
     num_rounds = balancing = 0
     while temperature > last_temperature:
-        slopes = np.concatenate([2 * centers.T, (prices - (centers ** 2).sum(axis=1))[None]]) / temperature
+        slopes = np.vstack([2 * centers.T, prices - (centers ** 2).sum(axis=1)]) / temperature
         slopes = slopes.astype(np.float32)                                              # (E+1, K)
         sums = sum((soft_shares(block, slopes).T @ block for block in blocks), np.zeros(1))  # (K, E+1)
         soft_sizes = sums[:, -1]

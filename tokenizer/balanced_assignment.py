@@ -10,12 +10,12 @@ import numpy as np
 TOLERANCE = 1e-10       # relative to the largest cost: below it, differences of float64 sums are rounding
 
 
-def distance_costs(codes, centers):
+def distance_costs(codes: np.ndarray, centers: np.ndarray) -> np.ndarray:
     """Returns (V, K) float64: squared distances of codes to centers, less the |code|^2 that no assignment changes."""
     return (centers ** 2).sum(axis=1) - 2 * (codes @ centers.T)
 
 
-def fill_clusters(costs):
+def fill_clusters(costs: np.ndarray) -> np.ndarray:
     """Assigns every code to its cheapest cluster that is not full, codes with most to lose first.
 
     Args:
@@ -24,19 +24,16 @@ def fill_clusters(costs):
     Returns:
         (V,) int64: the cluster of each code, S codes in every cluster.
     """
-    nearest = costs.argmin(axis=1)
-    two_cheapest = np.partition(costs, 1, axis=1)[:, :2]
-    order = np.argsort(two_cheapest[:, 0] - two_cheapest[:, 1], kind="stable")
-    return fill_in_order(costs, order, nearest)
+    two_cheapest = np.partition(costs, 1, axis=1)
+    return fill_in_order(costs, np.argsort(two_cheapest[:, 0] - two_cheapest[:, 1], kind="stable"))
 
 
-def fill_in_order(costs, order, nearest):
-    """Visits codes in `order` and gives each to `nearest` or, when that is full, to its cheapest cluster with room.
+def fill_in_order(costs: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Visits codes in `order` and gives each to its cheapest cluster with room.
 
     Args:
         costs: (V, K) floats.
         order: (V,) permutation of the codes.
-        nearest: (V,) int64, the cheapest cluster of each code.
 
     Returns:
         (V,) int64: the cluster of each code.
@@ -44,7 +41,7 @@ def fill_in_order(costs, order, nearest):
     num_codes, num_clusters = costs.shape
     room = [num_codes // num_clusters] * num_clusters
     closed = np.zeros(num_clusters)                  # infinity where a cluster is full
-    assignment = nearest.tolist()
+    assignment = costs.argmin(axis=1).tolist()
     for code in order.tolist():
         cluster = assignment[code]
         if not room[cluster]:
@@ -55,12 +52,12 @@ def fill_in_order(costs, order, nearest):
     return np.array(assignment, dtype=np.int64)
 
 
-def list_members(assignment, num_clusters):
+def list_members(assignment: np.ndarray, num_clusters: int) -> np.ndarray:
     """Returns (K, S) int64: the codes of each cluster, ascending."""
     return np.argsort(assignment, kind="stable").reshape(num_clusters, -1)
 
 
-def move_weights(costs, members, clusters):
+def move_weights(costs: np.ndarray, members: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Finds the cheapest code to move out of some clusters into each other cluster.
 
     Args:
@@ -73,13 +70,10 @@ def move_weights(costs, members, clusters):
     """
     leaving = costs[members[clusters]]                                                      # (A, S, K)
     leaving -= np.take_along_axis(leaving, clusters[:, None, None], axis=2)
-    slots = leaving.argmin(axis=1)                                                          # (A, K)
-    weights = np.take_along_axis(leaving, slots[:, None, :], axis=1)[:, 0]
-    weights[np.arange(len(clusters)), clusters] = 0
-    return weights, slots
+    return leaving.min(axis=1), leaving.argmin(axis=1)
 
 
-def find_negative_cycles(weights, tolerance):
+def find_negative_cycles(weights: np.ndarray, tolerance: float) -> list[list[int]]:
     """Finds disjoint cycles of negative weight by Bellman and Ford's method from all nodes at once.
 
     Args:
@@ -90,17 +84,16 @@ def find_negative_cycles(weights, tolerance):
         list of cycles, each a list of nodes a, b, c, .. with a -> b -> c -> .. -> a; empty exactly when there is none.
     """
     num_nodes = len(weights)
-    nodes = np.arange(num_nodes)
     lengths = np.zeros(num_nodes)
     previous = np.full(num_nodes, -1)
     for step in range(1, num_nodes + 1):
         extended = lengths[:, None] + weights
-        best = extended.argmin(axis=0)
-        shorter = extended[best, nodes] < lengths - tolerance
+        shortest = extended.min(axis=0)
+        shorter = shortest < lengths - tolerance
         if not shorter.any():
             return []
-        lengths = np.where(shorter, extended[best, nodes], lengths)
-        previous = np.where(shorter, best, previous)
+        lengths = np.where(shorter, shortest, lengths)
+        previous = np.where(shorter, extended.argmin(axis=0), previous)
         is_due = step % 4 == 0 or step == num_nodes  # cycles are short, so looking now and then finds them early
         if is_due and (cycles := _cycles_of(previous.tolist())):
             return cycles
@@ -109,19 +102,19 @@ def find_negative_cycles(weights, tolerance):
 
 def _cycles_of(previous):
     """Returns the cycles of a graph in which every node has at most one predecessor (-1: none)."""
-    cycles, visited_from = [], [-1] * len(previous)
-    for start in range(len(previous)):
-        node, path = start, []
-        while node != -1 and visited_from[node] == -1:
-            visited_from[node] = start
+    cycles, visited = [], {-1}
+    for node in range(len(previous)):
+        path = []
+        while node not in visited:
+            visited.add(node)
             path.append(node)
             node = previous[node]
-        if node != -1 and visited_from[node] == start:
+        if node in path:
             cycles.append(path[path.index(node):][::-1])
     return cycles
 
 
-def assign_exactly(costs, assignment):
+def assign_exactly(costs: np.ndarray, assignment: np.ndarray) -> np.ndarray:
     """Returns the balanced assignment of least total cost, by cancelling negative cycles of a given one.
 
     Args:
@@ -146,19 +139,15 @@ def assign_exactly(costs, assignment):
 
 
 def _assignment_of(members):
-    assignment = np.empty(members.size, dtype=np.int64)
-    assignment[members] = np.arange(len(members))[:, None]
-    return assignment
+    return np.argsort(members, axis=None) // members.shape[1]
 
 
-def assignment_is_optimal(costs, assignment):
+def assignment_is_optimal(costs: np.ndarray, assignment: np.ndarray) -> bool:
     """Returns whether no other balanced assignment costs less: no negative cycle among the K clusters."""
-    num_clusters = costs.shape[1]
-    weights, _ = move_weights(costs, list_members(assignment, num_clusters), np.arange(num_clusters))
-    return not find_negative_cycles(weights, TOLERANCE * np.abs(costs).max())
+    return np.array_equal(assign_exactly(costs, assignment), assignment)
 
 
-def swap_changes(first, second):
+def swap_changes(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Returns (S, S) float64: by how much the SSE changes when first[i] and second[j] change places.
 
     With d = second[j] - first[i] the means move by d/S and -d/S, so the change is -2 d.(c_a - c_b) - 2 |d|^2 / S.
@@ -173,18 +162,18 @@ def swap_changes(first, second):
     return leave[:, None] + enter + 4 / size * (first @ second.T)
 
 
-def swap_candidates(codes, members, tolerance):
+def swap_candidates(codes: np.ndarray, members: np.ndarray, tolerance: float) -> np.ndarray:
     """Returns the pairs of clusters (a < b) in which a swap may lower the SSE, by a bound that misses none."""
     num_clusters, size = members.shape
     centers = codes[members].mean(axis=1)
-    radii = np.sqrt(((codes[members] - centers[:, None]) ** 2).sum(axis=2).max(axis=1))
-    gaps = np.sqrt(((centers[:, None] - centers) ** 2).sum(axis=2))
+    radii = np.linalg.norm(codes[members] - centers[:, None], axis=2).max(axis=1)
+    gaps = np.linalg.norm(centers[:, None] - centers, axis=2)
     weights, _ = move_weights(distance_costs(codes, centers), members, np.arange(num_clusters))
     bound = weights + weights.T - 2 * (radii[:, None] + radii + gaps) ** 2 / size
     return np.argwhere(np.triu(bound < -tolerance, k=1))
 
 
-def swap_codes(codes, assignment, num_clusters):
+def swap_codes(codes: np.ndarray, assignment: np.ndarray, num_clusters: int) -> tuple[np.ndarray, int]:
     """Swaps pairs of codes as long as a swap lowers the SSE.
 
     Args:
@@ -199,10 +188,8 @@ def swap_codes(codes, assignment, num_clusters):
     tolerance = TOLERANCE * (codes ** 2).sum(axis=1).max()
     num_swaps = 0
     for a, b in swap_candidates(codes, members, tolerance):
-        changes = swap_changes(codes[members[a]], codes[members[b]])
-        while changes.min() < -tolerance:
+        while (changes := swap_changes(codes[members[a]], codes[members[b]])).min() < -tolerance:
             i, j = np.unravel_index(changes.argmin(), changes.shape)
             members[a, i], members[b, j] = members[b, j], members[a, i]
             num_swaps += 1
-            changes = swap_changes(codes[members[a]], codes[members[b]])
     return _assignment_of(members), num_swaps

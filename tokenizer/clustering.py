@@ -10,7 +10,9 @@ each code; the SSE is the sum of squared distances of the codes to the means of 
 Both compute on one thread, whatever the machine has, so results do not depend on the number of threads.
 """
 
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,6 +25,7 @@ from tokenizer.balanced_assignment import (
     distance_costs,
     fill_clusters,
     fill_in_order,
+    list_members,
     swap_codes,
 )
 
@@ -42,17 +45,17 @@ class Clustering:
 
     assignment: np.ndarray
     sse: float
-    sse_trace: list = field(default_factory=list)
+    sse_trace: Sequence[float] = ()
     num_swaps: int = 0
 
 
-def require_cluster_size(num_codes, cluster_size):
+def check_cluster_size(num_codes: int, cluster_size: int) -> None:
     """Raises ValueError unless clusters of `cluster_size` codes divide a codebook of `num_codes`."""
     if cluster_size <= 0 or num_codes % cluster_size:
         raise ValueError(f"cluster size: expected a positive divisor of the {num_codes} codes, got {cluster_size}")
 
 
-def normalize_codes(codebook):
+def normalize_codes(codebook: torch.Tensor) -> np.ndarray:
     """Returns the codes divided by their lengths, (V, E) float32 array; zero rows stay zero.
 
     Args:
@@ -61,24 +64,24 @@ def normalize_codes(codebook):
     return torch.nn.functional.normalize(codebook.detach().float(), dim=1).numpy()
 
 
-def cluster_means(codes, assignment, num_clusters):
+def cluster_means(codes: np.ndarray, assignment: np.ndarray, num_clusters: int) -> np.ndarray:
     """Returns the means of the clusters, (K, E) float64."""
-    return codes.astype(np.float64)[np.argsort(assignment, kind="stable")].reshape(
-        num_clusters, -1, codes.shape[1]).mean(axis=1)
+    return codes.astype(np.float64)[list_members(assignment, num_clusters)].mean(axis=1)
 
 
-def balanced_sse(codes, assignment, num_clusters):
+def balanced_sse(codes: np.ndarray, assignment: np.ndarray, num_clusters: int) -> float:
     """Returns the sum of squared distances of codes (V, E) to the means of their clusters, in float64."""
     means = cluster_means(codes, assignment, num_clusters)
     return float(((codes.astype(np.float64) - means[assignment]) ** 2).sum())
 
 
-def start_codes(num_codes, num_clusters, seed):
+def start_codes(num_codes: int, num_clusters: int, seed: int) -> np.ndarray:
     """Returns the published start for a seed: (K,) int64, the first K of torch.randperm(V) after manual_seed(seed)."""
     return torch.randperm(num_codes, generator=torch.Generator().manual_seed(seed))[:num_clusters].numpy()
 
 
-def cluster_greedy(codes, start, keep_best=False, on_round=lambda: None):
+def cluster_greedy(codes: np.ndarray, start: np.ndarray, keep_best: bool = False,
+                   on_round: Callable[[], object] = lambda: None) -> Clustering:
     """Clusters by Algorithm 1 of the paper.
 
     Each round visits the codes in ascending distance to their nearest center and gives each to its nearest cluster with
@@ -94,24 +97,25 @@ def cluster_greedy(codes, start, keep_best=False, on_round=lambda: None):
         Clustering
     """
     num_clusters = len(start)
-    centers = codes[start].astype(np.float64)
-    rounds = []
+    codes = codes.astype(np.float64)
+    centers, assignments, trace = codes[start], [], []
     with threadpool_limits(1):
         for _ in range(GREEDY_ROUNDS):
-            costs = distance_costs(codes.astype(np.float64), centers)
-            nearest = costs.argmin(axis=1)
-            distances = costs.min(axis=1) + (codes.astype(np.float64) ** 2).sum(axis=1)
-            assignment = fill_in_order(costs, np.argsort(distances, kind="stable"), nearest)
-            rounds.append((balanced_sse(codes, assignment, num_clusters), assignment))
+            costs = distance_costs(codes, centers)
+            distances = costs.min(axis=1) + (codes ** 2).sum(axis=1)
+            assignment = fill_in_order(costs, np.argsort(distances, kind="stable"))
+            assignments.append(assignment)
+            trace.append(balanced_sse(codes, assignment, num_clusters))
             old_centers, centers = centers, cluster_means(codes, assignment, num_clusters)
             on_round()
-            if np.allclose(centers, old_centers, rtol=1e-5, atol=1e-8):
+            if np.allclose(centers, old_centers):
                 break
-    sse, assignment = min(rounds, key=lambda found: found[0]) if keep_best else rounds[-1]
-    return Clustering(assignment, sse, [found[0] for found in rounds])
+    chosen = trace.index(min(trace)) if keep_best else -1
+    return Clustering(assignments[chosen], trace[chosen], trace)
 
 
-def cluster_optimal(codes, start, on_round=lambda: None):
+def cluster_optimal(codes: np.ndarray, start: np.ndarray,
+                    on_round: Callable[[], object] = lambda: None) -> Clustering:
     """Clusters by annealing, exact assignments and swaps; the result satisfies `certify`.
 
     Args:
@@ -130,27 +134,21 @@ def cluster_optimal(codes, start, on_round=lambda: None):
         centers, prices = anneal(codes, start, on_round)
         codes = codes.astype(np.float64)
         assignment = fill_clusters(distance_costs(codes, centers) - prices)
-        return _polish(codes, assignment, centers, on_round)
-
-
-def _polish(codes, assignment, centers, on_round):
-    trace, total_swaps = [], 0
-    while True:
-        while True:                                  # exact rounds: ever lower, so they end
+        trace, total_swaps = [], 0
+        while True:
             assignment = assign_exactly(distance_costs(codes, centers), assignment)
-            trace.append(balanced_sse(codes, assignment, len(centers)))
-            old_centers, centers = centers, cluster_means(codes, assignment, len(centers))
+            trace.append(balanced_sse(codes, assignment, num_clusters))
+            old_centers, centers = centers, cluster_means(codes, assignment, num_clusters)
             on_round()
-            if np.array_equal(centers, old_centers):
-                break
-        assignment, num_swaps = swap_codes(codes, assignment, len(centers))
-        if not num_swaps:
-            return Clustering(assignment, trace[-1], trace, total_swaps)
-        total_swaps += num_swaps
-        centers = cluster_means(codes, assignment, len(centers))
+            if np.array_equal(centers, old_centers):            # every round lowers the SSE, so it comes to this
+                assignment, num_swaps = swap_codes(codes, assignment, num_clusters)
+                if not num_swaps:
+                    return Clustering(assignment, trace[-1], trace, total_swaps)
+                total_swaps += num_swaps
+                centers = cluster_means(codes, assignment, num_clusters)
 
 
-def certify(codes, assignment, num_clusters):
+def certify(codes: np.ndarray, assignment: np.ndarray, num_clusters: int) -> dict[str, bool]:
     """Checks what `cluster_optimal` promises of its result.
 
     Args:
@@ -173,12 +171,12 @@ def certify(codes, assignment, num_clusters):
     return {"balanced": is_balanced, "assignment_is_optimal": is_optimal, "no_swap_improves": no_swap_improves}
 
 
-def order_clusters(codes, assignment, num_clusters):
+def order_clusters(codes: np.ndarray, assignment: np.ndarray, num_clusters: int) -> np.ndarray:
     """Lists the codes cluster by cluster, neighbours inside a cluster side by side.
 
     The member nearest the mean stands at position (S-1)//2, its nearest neighbour right of it; then in turn, the left
-    end first, each end takes the unplaced code nearest to its outermost code; when one side is full the other goes on.
-    Distances are Euclidean between normalized codes; ties go to the lowest code.
+    end first, each end takes the unplaced code nearest to its outermost code. Distances are Euclidean between
+    normalized codes; ties go to the lowest code.
 
     Args:
         codes: (V, E) float32, normalized.
@@ -188,39 +186,27 @@ def order_clusters(codes, assignment, num_clusters):
     Returns:
         (V,) int64: the old index of the code at each new index j*S + p.
     """
-    members = np.argsort(assignment, kind="stable").reshape(num_clusters, -1)
+    members = list_members(assignment, num_clusters)
     with threadpool_limits(1):
         return np.concatenate([cluster[_chain(codes[cluster].astype(np.float64))] for cluster in members])
 
 
 def _chain(points):
     """Returns the order of the points (S, E) of one cluster."""
-    size = len(points)
-    middle = left = right = (size - 1) // 2
-    is_placed = np.zeros(size, dtype=bool)
-    places = np.empty(size, dtype=np.int64)
-
-    def place(position, target):
+    chain, target = deque(), points.mean(axis=0)
+    for place in range(len(points)):
         distances = ((points - target) ** 2).sum(axis=1)
-        distances[is_placed] = np.inf
-        places[position] = distances.argmin()
-        is_placed[places[position]] = True
-
-    place(middle, points.mean(axis=0))
-    grow_right = True
-    for _ in range(size - 1):
-        if grow_right:
-            right += 1
-            place(right, points[places[right - 1]])
+        distances[list(chain)] = np.inf
+        nearest = distances.argmin()
+        if place % 2:                                # the first at the middle, the second right of it, and in turn
+            chain.append(nearest)
+            target = points[chain[0]]
         else:
-            left -= 1
-            place(left, points[places[left + 1]])
-        grow_right = left == 0 or (not grow_right and right < size - 1)
-    return places
+            chain.appendleft(nearest)
+            target = points[chain[-1]]
+    return list(chain)
 
 
-def mapping_of(order):
+def mapping_of(order: np.ndarray) -> np.ndarray:
     """Returns the inverse of an order, (V,) int64: mapping[old] = new."""
-    mapping = np.empty(len(order), dtype=np.int64)
-    mapping[order] = np.arange(len(order))
-    return mapping
+    return np.argsort(order)

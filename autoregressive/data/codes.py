@@ -13,55 +13,38 @@ Letters: N images, T tokens, V codes, K clusters, S codes per cluster.
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from autoregressive.data.older_codes import find_older_codes, read_older_codes
+from autoregressive.data.older_codes import open_older_codes
 from autoregressive.runtime.checkpoint import read_checkpoint
+from autoregressive.runtime.entry import Parser
 from autoregressive.runtime.files import mapping_sha256, read_json
+from autoregressive.runtime.identity import find_difference
 
 CHECKSUM_ROWS = 65536                               # rows of the codes that one checksum covers
 SAME_IN_COMBINED = ("num_images", "num_tokens", "dataset", "class_names", "images_sha256", "image_size", "grid",
                     "codebook_size", "codebook_sha256", "tokenizer_sha256")
 
 
-def code_dtype(codebook_size):
+def code_dtype(codebook_size: int) -> type:
     """Returns the dtype that codes 0 .. codebook_size - 1 are stored in."""
-    return np.dtype(np.uint16 if codebook_size <= 65536 else np.int32)
+    return np.uint16 if codebook_size <= 65536 else np.int32
 
 
-def add_code_args(parser, several=False):
+def add_code_args(parser: Parser, several: bool = False) -> None:
     """Declares where the codes lie: shared by extraction, its check, and training, which combines `several` stores."""
-    if several:
-        parser.add_argument("--code-path", required=True, nargs="+", action="extend",
-                            help="folder of the codes; several, of the same images, add their crops to each other")
-    else:
-        parser.add_argument("--code-path", required=True, help="folder of the codes")
+    how_many = {"nargs": "+", "action": "extend"} if several else {}
+    parser.add_argument("--code-path", required=True, **how_many, help="folder of the codes" + (
+        "; several, of the same images, add their crops to each other" if several else ""))
 
 
-def compare_manifests(expected, found):
-    """Returns the first difference as text, `key value, found one with value`; None if there is none.
-
-    Args:
-        expected: dict.
-        found: dict; keys that `expected` lacks do not count.
-    """
-    for key, value in expected.items():
-        if found.get(key) != value:
-            return f"{key} {_shorten(value)}, found one with {_shorten(found.get(key))}"
-    return None
-
-
-def _shorten(value):
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def checksum_of_rows(array, first, bar=None):
+def checksum_of_rows(array: np.ndarray, first: int, bar: Any = None) -> str:
     """Returns the SHA-256 of the bytes of CHECKSUM_ROWS rows of an array from row `first` on."""
-    digest, end = hashlib.sha256(), min(first + CHECKSUM_ROWS, len(array))
-    for start in range(first, end, 1024):                           # in pieces, so that a bar can follow
-        rows = array[start:min(start + 1024, end)]
+    digest, covered = hashlib.sha256(), array[first:first + CHECKSUM_ROWS]
+    for start in range(0, len(covered), 1024):                      # in pieces, so that a bar can follow
+        rows = covered[start:start + 1024]
         digest.update(np.ascontiguousarray(rows))
         if bar is not None:
             bar.update(len(rows))
@@ -87,11 +70,11 @@ class CodeStore:
     rows: np.ndarray
 
     @property
-    def grid(self):
+    def grid(self) -> int:
         return self.manifest["grid"]
 
 
-def open_codes(*paths):
+def open_codes(*paths: str | Path) -> CodeStore:
     """Opens finished stores, or folders of the older layout, for reading.
 
     Args:
@@ -104,22 +87,21 @@ def open_codes(*paths):
         ValueError: there is none, one is unfinished, empty or damaged, or they do not fit each other.
     """
     stores = [_open_one(Path(path)) for path in paths]
-    first = stores[0]
-    for other in stores[1:]:
-        expected = {key: first.manifest[key] for key in SAME_IN_COMBINED}
-        if difference := compare_manifests(expected, other.manifest):
+    first, *others = stores
+    rows = first.rows
+    for other in others:
+        if difference := find_difference(first.manifest, other.manifest, SAME_IN_COMBINED):
             raise ValueError(f"{other.path}: expected a store with {difference}; --code-path combines crops of the "
                              f"same images only, as in {first.path}")
         if not np.array_equal(first.labels, other.labels):
             raise ValueError(f"{other.path}: expected the labels of {first.path}, found others; --code-path combines "
                              "crops of the same images only")
-    if len(stores) == 1:
+        rows = np.intersect1d(rows, other.rows, assume_unique=True)
+    if not others:
         return first
     manifest = first.manifest | {"num_crops": sum(store.codes.shape[1] for store in stores),
-                                 "crops": [store.manifest["crops"] for store in stores]}
-    rows = first.rows
-    for store in stores[1:]:
-        rows = np.intersect1d(rows, store.rows, assume_unique=True)
+                                 "crops": [store.manifest["crops"] for store in stores],
+                                 "codes_sha256": [store.manifest.get("codes_sha256") for store in stores]}
     codes = CombinedCodes([store.codes for store in stores])
     return CodeStore(" + ".join(store.path for store in stores), manifest, codes, first.labels, rows)
 
@@ -127,26 +109,24 @@ def open_codes(*paths):
 class CombinedCodes:
     """Codes of several stores of the same images, one after the other along the crops."""
 
-    def __init__(self, parts):
-        self._parts = parts
-        self._ends = np.cumsum([part.shape[1] for part in parts])
-        self.shape = (parts[0].shape[0], int(self._ends[-1]), parts[0].shape[2])
+    def __init__(self, parts: list[Any]):
+        self._crops = [(part, crop) for part in parts for crop in range(part.shape[1])]
+        self.shape = (parts[0].shape[0], len(self._crops), parts[0].shape[2])
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
         """Returns the codes (n, T) int32 of pairs (rows (n,), crops (n,))."""
         rows, crops = key
         codes = np.empty((len(rows), self.shape[2]), np.int32)
-        owners = np.searchsorted(self._ends, crops, side="right")
-        for number, (part, end) in enumerate(zip(self._parts, self._ends, strict=True)):
-            mine = owners == number
-            codes[mine] = part[rows[mine], crops[mine] - (end - part.shape[1])]
+        for number in np.unique(crops):
+            part, crop = self._crops[number]
+            codes[crops == number] = part[rows[crops == number], crop]
         return codes
 
 
 def _open_one(path):
     if not (path / "manifest.json").is_file():
-        if older := find_older_codes(path):
-            codes, labels = read_older_codes(*older)
+        if older := open_older_codes(path):
+            codes, labels = older
             manifest = dict.fromkeys(SAME_IN_COMBINED) | {
                 "num_images": len(labels), "num_crops": codes.shape[1], "num_tokens": codes.shape[2],
                 "grid": round(codes.shape[2] ** 0.5), "crops": None, "failed": []}
@@ -163,11 +143,10 @@ def _open_one(path):
     if codes.shape != shape or labels.shape != shape[:1]:
         raise ValueError(f"{path}: expected codes {shape} and as many labels, found {codes.shape} and {labels.shape}; "
                          "the store is damaged, extract it again with --overwrite")
-    good = np.ones(len(labels), dtype=bool)
-    good[[failure["row"] for failure in manifest["failed"]]] = False
-    if not good.any():
+    rows = np.setdiff1d(np.arange(len(labels)), [failure["row"] for failure in manifest["failed"]])
+    if not len(rows):
         raise ValueError(f"{path}: expected at least one image, found none that could be read")
-    return CodeStore(str(path), manifest, codes, labels, np.flatnonzero(good))
+    return CodeStore(str(path), manifest, codes, labels, rows)
 
 
 def _map(path):
@@ -178,7 +157,7 @@ def _map(path):
                          "--overwrite") from error
 
 
-def verify_checksums(store, bar=None):
+def verify_checksums(store: CodeStore, bar: Any = None) -> None:
     """Reads a whole store and compares it with the checksums of its manifest.
 
     Args:
@@ -215,12 +194,12 @@ class Mapping:
     hashes: dict
 
 
-def default_mapping_path(cluster_size):
+def default_mapping_path(cluster_size: int) -> str:
     """Returns where balance_k_means.py puts the mapping of the published codebook."""
     return f"pretrained_models/mapping-kmeans+nearest-cluster_size={cluster_size}.pt"
 
 
-def read_mapping(path, codebook_size):
+def read_mapping(path: str | Path, codebook_size: int) -> Mapping:
     """Reads a mapping and checks that it is a permutation of the codebook.
 
     Args:
@@ -233,11 +212,7 @@ def read_mapping(path, codebook_size):
     Raises:
         ValueError: missing, of another size, no permutation, or not what its side file says.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: expected the mapping of the codebook, found no file; "
-                         "make it with balance_k_means.py or name it with --mapping-path")
-    tokens = read_checkpoint(path)
+    tokens = read_checkpoint(path, "make the mapping with balance_k_means.py or name it with --mapping-path")
     found = tuple(getattr(tokens, "shape", ()))
     if found != (codebook_size,):
         raise ValueError(f"{path}: expected a mapping of {codebook_size} codes, got shape {found}; "
@@ -245,12 +220,10 @@ def read_mapping(path, codebook_size):
     if not np.array_equal(np.sort(tokens.numpy()), np.arange(codebook_size)):
         raise ValueError(f"{path}: expected a permutation of 0 .. {codebook_size - 1}, got repeated or other numbers; "
                          "run balance_k_means.py again")
-    hashes = {"mapping_sha256": mapping_sha256(tokens)}
-    side_file = path.with_name(path.name + ".json")
-    if side_file.is_file():
-        recorded = read_json(side_file)
-        if recorded["mapping_sha256"] != hashes["mapping_sha256"]:
-            raise ValueError(f"{path}: expected the mapping that {side_file.name} describes, got another; "
-                             "run balance_k_means.py again")
-        hashes = recorded
-    return Mapping(path, tokens.numpy().astype(np.int64), hashes)
+    own = {"mapping_sha256": mapping_sha256(tokens)}
+    side_file = Path(f"{path}.json")
+    hashes = read_json(side_file) if side_file.is_file() else own
+    if hashes["mapping_sha256"] != own["mapping_sha256"]:
+        raise ValueError(f"{path}: expected the mapping that {side_file.name} describes, got another; "
+                         "run balance_k_means.py again")
+    return Mapping(Path(path), tokens.numpy().astype(np.int64), hashes)

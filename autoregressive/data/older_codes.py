@@ -15,46 +15,36 @@ import numpy as np
 LONGEST_PADDING = 1024                              # images; as many processes as anybody wrote this layout with
 
 
-def find_older_codes(path):
-    """Returns the folders (codes, labels) of the older layout in folder `path`; None if there are none.
+def open_older_codes(path: Path) -> tuple["OlderCodes", np.ndarray] | None:
+    """Reads the labels, and prepares to read the codes, of the older layout in folder `path`.
+
+    Returns:
+        OlderCodes, and labels (N,) int64; None if no folder of codes lies there.
 
     Raises:
-        ValueError: there are several, or codes without labels.
+        ValueError: there are several, or codes without labels; files are missing, numbered with gaps, or of another
+            shape.
     """
-    path = Path(path)
-    found = sorted(path.glob("*_codes")) if path.is_dir() else []
+    found = sorted(path.glob("*_codes"))
     if not found:
         return None
     if len(found) > 1:
         raise ValueError(f"{path}: expected one folder *_codes, found {' and '.join(item.name for item in found)}; "
                          "move them into folders of their own")
-    labels = found[0].with_name(found[0].name.removesuffix("_codes") + "_labels")
-    if not labels.is_dir():
-        raise ValueError(f"{labels}: expected the labels of {found[0].name}, found no such folder")
-    return found[0], labels
+    codes_folder = found[0]
+    labels_folder = codes_folder.with_name(codes_folder.name.removesuffix("_codes") + "_labels")
+    if not labels_folder.is_dir():
+        raise ValueError(f"{labels_folder}: expected the labels of {codes_folder.name}, found no such folder")
+    count, num_labels = _count_files(codes_folder), _count_files(labels_folder)
+    if num_labels != count:
+        raise ValueError(f"{labels_folder}: expected {count} files as in {codes_folder}, found {num_labels}")
+    labels = np.array([_read(labels_folder, row).item() for row in range(count)], np.int64)
+    images = _count_images(codes_folder, labels)
+    return OlderCodes(codes_folder, images), labels[:images]
 
 
-def read_older_codes(codes_folder, labels_folder):
-    """Reads the labels, and prepares to read the codes, of the older layout.
-
-    Args:
-        codes_folder, labels_folder: what find_older_codes returned.
-
-    Returns:
-        OlderCodes, and labels (N,) int64.
-
-    Raises:
-        ValueError: files are missing, or numbered with gaps, or of another shape.
-    """
-    count = _count_files(codes_folder)
-    if _count_files(labels_folder) != count:
-        raise ValueError(f"{labels_folder}: expected {count} files as in {codes_folder}, found "
-                         f"{_count_files(labels_folder)}")
-    codes = OlderCodes(codes_folder, count)
-    labels = np.concatenate([np.load(labels_folder / f"{row}.npy", allow_pickle=False).reshape(1)
-                             for row in range(count)])
-    images = count - _count_padding(codes, labels)
-    return OlderCodes(codes_folder, images), labels[:images].astype(np.int64)
+def _read(folder, row):
+    return np.load(folder / f"{row}.npy", allow_pickle=False)
 
 
 def _count_files(folder):
@@ -65,30 +55,27 @@ def _count_files(folder):
     return len(numbers)
 
 
-def _count_padding(codes, labels):
+def _count_images(codes_folder, labels):
+    """Returns how many files there are before those that repeat the first ones."""
     count = len(labels)
     for first in range(max(1, count - LONGEST_PADDING), count):
-        if labels[first] == labels[0] and all(np.array_equal(codes.row(first + place), codes.row(place))
-                                              for place in range(count - first)):
-            return count - first
-    return 0
+        if labels[first] == labels[0] and all(
+                np.array_equal(_read(codes_folder, first + place), _read(codes_folder, place))
+                for place in range(count - first)):
+            return first
+    return count
 
 
 class OlderCodes:
     """Codes (N, crops, T) in one file per image."""
 
-    def __init__(self, folder, count):
-        self._folder = Path(folder)
-        first = np.load(self._folder / "0.npy", allow_pickle=False)
+    def __init__(self, folder: Path, count: int):
+        self._folder = folder
+        first = _read(folder, 0)
         if first.ndim != 3 or len(first) != 1:
-            raise ValueError(f"{self._folder / '0.npy'}: expected codes (1, crops, T), found {first.shape}")
+            raise ValueError(f"{folder / '0.npy'}: expected codes (1, crops, T), found {first.shape}")
         self.shape = (count, *first.shape[1:])
 
-    def row(self, row):
-        """Returns the codes (crops, T) int64 of an image."""
-        return np.load(self._folder / f"{row}.npy", allow_pickle=False)[0]
-
-    def __getitem__(self, key):
-        """Returns the codes (n, T) int64 of pairs (rows (n,), crops (n,))."""
-        rows, crops = key
-        return np.stack([self.row(row)[crop] for row, crop in zip(rows.tolist(), crops.tolist(), strict=True)])
+    def __getitem__(self, key: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+        """Returns the codes (n, T) int64 of pairs (rows (n,), crops (n,) or one for all)."""
+        return np.stack([_read(self._folder, row)[0, crop] for row, crop in np.broadcast(*key)])

@@ -6,7 +6,7 @@ Letters: B batch, G key-value heads, L length of the cache.
 import torch
 
 
-class Place:
+class DecodePosition:
     """Where a decode step stands: the index it writes, and how much of the cache it reads.
 
     A position given as a number reads exactly what is filled. A position on the device (for graphs that are recorded

@@ -16,15 +16,16 @@ with all logits at once, through autograd. Both give the same numbers.
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
-def check_cluster_size(vocab_size, cluster_size):
+def check_cluster_size(vocab_size: int, cluster_size: int) -> None:
     """Raises ValueError unless clusters of `cluster_size` codes divide a codebook of `vocab_size`."""
     if cluster_size < 1 or vocab_size % cluster_size:
         raise ValueError(f"cluster size: expected a divisor of the {vocab_size} codes, got {cluster_size}")
 
 
-def reference_losses(logits, targets, cluster_size):
+def reference_losses(logits: Tensor, targets: Tensor, cluster_size: int) -> tuple[Tensor, Tensor]:
     """Computes both losses as the paper writes them: two cross-entropies, one over codes, one over clusters.
 
     Args:
@@ -40,7 +41,7 @@ def reference_losses(logits, targets, cluster_size):
     return F.cross_entropy(logits, targets), F.cross_entropy(cluster_logits, targets // cluster_size)
 
 
-def token_and_cluster_loss(logits, targets, cluster_size):
+def token_and_cluster_loss(logits: Tensor, targets: Tensor, cluster_size: int) -> tuple[Tensor, Tensor]:
     """Computes both losses from three scalars a row: lse, s_c and z_t (SPEC of the method, closed form above).
 
     Equal to reference_losses in value and gradient, without the (N, K) cluster logits: only the S logits of the
@@ -58,15 +59,20 @@ def token_and_cluster_loss(logits, targets, cluster_size):
         ValueError: S does not divide V.
     """
     check_cluster_size(logits.shape[-1], cluster_size)
-    rows = torch.arange(len(logits), device=logits.device)
-    tile = logits.unflatten(-1, (-1, cluster_size))[rows, targets // cluster_size]  # (N, S): the target's cluster
     lse = logits.logsumexp(-1)                                                      # (N,)
-    s_c = tile.logsumexp(-1)
-    z_t = tile[rows, targets % cluster_size]
+    _, z_t, s_c = _target_cluster(logits, targets, cluster_size)
     return (lse - z_t).mean(), (lse - s_c).mean()
 
 
-def plain_head_loss(features, weight, targets, cluster_size, lambda_cce):
+def _target_cluster(logits, targets, cluster_size):
+    """Returns the logits of the target's cluster, a copy (N, S), and z_t and s_c, (N,)."""
+    rows = torch.arange(len(logits), device=logits.device)
+    tile = logits.unflatten(-1, (-1, cluster_size))[rows, targets // cluster_size]
+    return tile, tile[rows, targets % cluster_size], tile.logsumexp(-1)
+
+
+def plain_head_loss(features: Tensor, weight: Tensor, targets: Tensor, cluster_size: int,
+                    lambda_cce: float) -> tuple[Tensor, Tensor]:
     """Computes the loss from all logits (N, V) at once; the gradient is autograd's.
 
     Args:
@@ -87,7 +93,8 @@ def plain_head_loss(features, weight, targets, cluster_size, lambda_cce):
     return token_loss + lambda_cce * cluster_loss, statistics
 
 
-def fused_head_loss(features, weight, targets, cluster_size, lambda_cce, rows_at_once):
+def fused_head_loss(features: Tensor, weight: Tensor, targets: Tensor, cluster_size: int, lambda_cce: float,
+                    rows_at_once: int) -> tuple[Tensor, Tensor]:
     """Computes what plain_head_loss does in chunks of rows, without ever holding all logits.
 
     The gradient is found in the same pass, by the closed form, while the logits of a chunk are at hand: nothing is
@@ -130,12 +137,11 @@ class _FusedHeadLoss(torch.autograd.Function):
                     gradient = gradient.to(head.dtype)
                     torch.mm(gradient, head, out=grad_features[rows])
                     _add_product(grad_weight, gradient, x)
-        token_loss, cluster_loss, hits = sums / len(features)
         if wants_gradient:
             ctx.save_for_backward(grad_features, grad_weight)
-        statistics = torch.stack([token_loss, cluster_loss, hits])
+        statistics = sums / len(features)
         ctx.mark_non_differentiable(statistics)
-        return token_loss + lambda_cce * cluster_loss, statistics
+        return statistics[0] + lambda_cce * statistics[1], statistics
 
     @staticmethod
     def backward(ctx, grad_loss, _):
@@ -148,8 +154,7 @@ class _FusedHeadLoss(torch.autograd.Function):
 def _chunk(z, targets, cluster_size, lambda_cce, wants_gradient):
     """Returns the sums of (token loss, cluster loss, hits) over float32 logits z (n, V), and dL/dz, made out of z."""
     rows, c = torch.arange(len(z), device=z.device), targets // cluster_size
-    tile = z.unflatten(-1, (-1, cluster_size))[rows, c]                             # (n, S), a copy
-    z_t, s_c = tile[rows, targets % cluster_size], tile.logsumexp(-1)
+    tile, z_t, s_c = _target_cluster(z, targets, cluster_size)
     largest, position = z.max(-1)
     z.sub_(largest[:, None]).exp_()                                                 # the one exponential of a logit
     total = z.sum(-1)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from autoregressive.runtime.entry import at_least, finite, share_above_0
+
 SMALLEST_TEMPERATURE = 1e-5
 BUCKET = 64                     # positions; a compiled step reads the cache up to the next multiple
 
@@ -37,14 +39,10 @@ class Sampler:
 
     def check(self, vocab_size):
         """Raises ValueError for settings that mean nothing for a codebook of `vocab_size`."""
-        if self.temperature <= 0 and not self.greedy:
-            raise ValueError(f"--temperature: expected more than 0, got {self.temperature}; use --greedy for the limit")
-        if not 0 <= self.top_k <= vocab_size:
+        if self.temperature == 0 and not self.greedy:
+            raise ValueError("--temperature: expected more than 0, got 0; use --greedy for the limit")
+        if self.top_k > vocab_size:
             raise ValueError(f"--top-k: expected 0 (off) to {vocab_size} codes, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"--top-p: expected more than 0 and at most 1 (off), got {self.top_p}")
-        if self.cfg_interval < -1:
-            raise ValueError(f"--cfg-interval: expected -1 (all tokens) or more, got {self.cfg_interval}")
 
     def guides(self, position):
         """Says whether the token at `position` is drawn with guidance."""
@@ -54,17 +52,15 @@ class Sampler:
 def add_sampler_args(parser):
     """Declares the flags of Sampler."""
     group = parser.add_argument_group("sampler")
-    group.add_argument("--cfg-scale", type=float, default=1.5, help="classifier-free guidance; at most 1 means none")
-    group.add_argument("--cfg-interval", type=int, default=-1, help="guide tokens 0 to this + 1 only; -1 guides all")
-    group.add_argument("--temperature", type=float, default=1.0, help="divides the logits")
-    group.add_argument("--top-k", type=int, default=0, help="keep this many of the largest logits; 0 keeps all")
-    group.add_argument("--top-p", type=float, default=1.0, help="keep the most likely tokens of this mass; 1 keeps all")
+    group.add_argument("--cfg-scale", type=finite, default=1.5, help="classifier-free guidance; at most 1 means none")
+    group.add_argument("--cfg-interval", type=at_least(-1), default=-1,
+                       help="guide tokens 0 to this + 1 only; -1 guides all")
+    group.add_argument("--temperature", type=at_least(0.0), default=1.0, help="divides the logits")
+    group.add_argument("--top-k", type=at_least(0), default=0,
+                       help="keep this many of the largest logits; 0 keeps all")
+    group.add_argument("--top-p", type=share_above_0, default=1.0,
+                       help="keep the most likely tokens of this mass; 1 keeps all")
     group.add_argument("--greedy", action="store_true", help="take the most likely token instead of drawing")
-
-
-def sampler_from(args):
-    """Returns the Sampler that the flags of add_sampler_args describe."""
-    return Sampler(args.cfg_scale, args.cfg_interval, args.temperature, args.top_k, args.top_p, args.greedy)
 
 
 def balanced_labels(indices, num_classes):

@@ -3,15 +3,15 @@
 Letters: B batch, T tokens, D width, H query heads, G key-value heads, V codes, L length of the cache.
 """
 
-import re
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autoregressive.models.cache import KVCache, Place
+from autoregressive.models.cache import DecodePosition, KVCache
 from autoregressive.models.rope import apply_rotary, rotary_table
+from autoregressive.runtime.entry import at_least
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class GPTConfig:
     """Shape and regularisation of a GPT.
 
     Attributes:
+        name: of the size, for messages.
         num_layers, num_heads, width: size of the transformer.
         grid: side of the picture in tokens.
         vocab_size: V.
@@ -29,6 +30,7 @@ class GPTConfig:
         drop_path: rate of the last layer; rises linearly from 0. A rate above 0 turns `dropout` off.
     """
 
+    name: str
     num_layers: int
     num_heads: int
     width: int
@@ -57,6 +59,18 @@ class GPTConfig:
         """Width of the SwiGLU layer: 2/3 of 4 D, rounded up to a multiple of 256."""
         return -(-(2 * 4 * self.width // 3) // 256) * 256
 
+    def flops_per_token(self, num_parameters: int) -> int:
+        """Returns the floating-point operations of forward and backward for one token.
+
+        Six for every weight that is multiplied (the token embedding is only looked up), and those of causal attention:
+        6 * layers * width * T, half of the full matrix.
+
+        Args:
+            num_parameters: of the model.
+        """
+        looked_up = (self.vocab_size + self.num_classes + 1) * self.width
+        return 6 * (num_parameters - looked_up) + 6 * self.num_layers * self.width * self.num_tokens
+
 
 GPT_MODELS = {                                      # name: layers, heads, D
     "GPT-tiny": (4, 4, 96), "GPT-B": (12, 12, 768), "GPT-L": (24, 16, 1024), "GPT-XL": (36, 20, 1280),
@@ -68,7 +82,7 @@ GPT_MODELS = {                                      # name: layers, heads, D
 def gpt_config(name, **settings):
     """Returns the GPTConfig of a size in GPT_MODELS; `settings` are further fields of GPTConfig."""
     num_layers, num_heads, width = GPT_MODELS[name]
-    return GPTConfig(num_layers, num_heads, width, **settings)
+    return GPTConfig(name, num_layers, num_heads, width, **settings)
 
 
 def add_gpt_args(parser):
@@ -76,26 +90,21 @@ def add_gpt_args(parser):
     group = parser.add_argument_group("GPT")
     group.add_argument("--gpt-model", default="GPT-B", choices=GPT_MODELS, help="size of the GPT")
     group.add_argument("--gpt-ckpt", help="checkpoint of the GPT: a file, or a folder whose newest is taken")
-    group.add_argument("--gpt-type", default="c2i", help="what the GPT is conditioned on: c2i (class label) only")
-    group.add_argument("--cls-token-num", type=int, default=1, help="condition tokens in front: 1 only")
-    group.add_argument("--num-classes", type=int, default=1000, help="number of class labels")
-    group.add_argument("--downsample-size", type=int, default=16, help="pixels of a token's side")
-    group.add_argument("--cluster-size", type=int, default=128, help="codes per cluster of the reordered codebook")
+    group.add_argument("--gpt-type", default="c2i", choices=("c2i",),
+                       help="what the GPT is conditioned on: its class label; text is not supported")
+    group.add_argument("--cls-token-num", type=int, default=1, choices=(1,),
+                       help="condition tokens in front: a class is one")
+    group.add_argument("--num-classes", type=at_least(1), default=1000, help="number of class labels")
+    group.add_argument("--downsample-size", type=at_least(1), default=16, help="pixels of a token's side")
+    group.add_argument("--cluster-size", type=at_least(1), default=128,
+                       help="codes per cluster of the reordered codebook")
 
 
-def check_gpt_args(args):
-    """Raises ValueError for values of the shared GPT flags that no model here can have."""
-    if args.gpt_type != "c2i":
-        raise ValueError(f"--gpt-type: expected c2i (class-conditional), got {args.gpt_type}; text is not supported")
-    if args.cls_token_num != 1:
-        raise ValueError(f"--cls-token-num: expected 1, got {args.cls_token_num}; a class is one condition token")
-    for flag, value in (("--num-classes", args.num_classes), ("--downsample-size", args.downsample_size),
-                        ("--cluster-size", args.cluster_size), ("--image-size", args.image_size)):
-        if value < 1:
-            raise ValueError(f"{flag}: expected at least 1, got {value}")
-    if args.image_size % args.downsample_size:
-        raise ValueError(f"--image-size: expected a multiple of --downsample-size {args.downsample_size}, "
-                         f"got {args.image_size}")
+def grid_of(image_size: int, downsample_size: int) -> int:
+    """Returns the side in tokens of pictures of `image_size` pixels. Raises ValueError if it is no whole number."""
+    if image_size % downsample_size:
+        raise ValueError(f"--image-size: expected a multiple of --downsample-size {downsample_size}, got {image_size}")
+    return image_size // downsample_size
 
 
 class RMSNorm(nn.Module):
@@ -133,24 +142,24 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.kv_heads != self.num_heads)
         return self.wo(y.transpose(1, 2).flatten(2))                                # (B, T, D)
 
-    def decode(self, x, table, place, keys, values):
+    def decode(self, x, table, at, keys, values):
         """Attends from one new token to the filled part of the cache, after writing its key and value there.
 
         Args:
-            x: (B, 1, D); table: (1, head_dim / 2, 2); place: Place of the token in the sequence.
+            x: (B, 1, D); table: (1, head_dim / 2, 2); at: DecodePosition of the token in the sequence.
             keys, values: (B, G, L, head_dim), written in place.
 
         Returns:
             (B, 1, D).
         """
         q, k, v = self.project(x, table)
-        keys.index_copy_(2, place.index, k)
-        values.index_copy_(2, place.index, v)
+        keys.index_copy_(2, at.index, k)
+        values.index_copy_(2, at.index, v)
         q = q.reshape(len(x), self.kv_heads, -1, self.head_dim)                     # (B, G, H/G, head_dim)
-        read_keys, read_values = keys[:, :, :place.length], values[:, :, :place.length]
+        read_keys, read_values = keys[:, :, :at.length], values[:, :, :at.length]
         scores = q @ read_keys.transpose(-2, -1) * self.head_dim ** -0.5            # (B, G, H/G, length)
-        if place.hidden is not None:
-            scores = scores.masked_fill(place.hidden, -torch.inf)
+        if at.hidden is not None:
+            scores = scores.masked_fill(at.hidden, -torch.inf)
         y = scores.float().softmax(-1).type_as(q) @ read_values                     # (B, G, H/G, head_dim)
         return self.wo(y.reshape(len(x), 1, -1))
 
@@ -192,8 +201,8 @@ class Block(nn.Module):
         x = x + self.regularise(self.attention(self.attention_norm(x), table))
         return x + self.regularise(self.feed_forward(self.ffn_norm(x)))
 
-    def decode(self, x, table, place, keys, values):
-        x = x + self.attention.decode(self.attention_norm(x), table, place, keys, values)
+    def decode(self, x, table, at, keys, values):
+        x = x + self.attention.decode(self.attention_norm(x), table, at, keys, values)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -284,21 +293,8 @@ class GPT(nn.Module):
         return self._decode(self.tok_embeddings(tokens)[:, None], position, cache, length)
 
     def _decode(self, x, position, cache, length=None):                             # x (B, 1, D)
-        place = Place(position, x.device, length)
-        table = self.rotary[place.index]
+        at = DecodePosition(position, x.device, length)
+        table = self.rotary[at.index]
         for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
-            x = layer.decode(x, table, place, keys, values)
+            x = layer.decode(x, table, at, keys, values)
         return self.output(self.norm(x))[:, 0].float()
-
-
-def describe_gpt(state):
-    """Says in words which GPT a state dict holds: size, codes, classes. Returns "" if it is none."""
-    if "tok_embeddings.weight" not in state or "cls_embedding.embedding_table.weight" not in state:
-        return ""
-    vocab_size, width = state["tok_embeddings.weight"].shape
-    num_layers = 1 + max((int(found.group(1)) for name in state if (found := re.match(r"layers\.(\d+)\.", name))),
-                         default=-1)
-    names = [name for name, (layers, _, size) in GPT_MODELS.items() if (layers, size) == (num_layers, width)]
-    size = names[0] if names else f"a GPT of no listed size ({num_layers} layers, width {width})"
-    num_classes = len(state["cls_embedding.embedding_table.weight"]) - 1
-    return f"the file holds {size} with {vocab_size} codes and {num_classes} classes"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from autoregressive.runtime.files import atomic_write, require_file
+from autoregressive.runtime.files import atomic_write, check_file
 from autoregressive.runtime.log import LOGGER
 
 STATE_KEYS = ("model", "module", "state_dict")       # our own and DDP, DeepSpeed, others; a bare dict comes from FSDP
@@ -36,7 +36,7 @@ def read_checkpoint(path, hint=""):
     Raises:
         ValueError: the file is missing, damaged, or holds any other type, which the message names.
     """
-    require_file(path, hint)
+    check_file(path, hint)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
@@ -157,5 +157,5 @@ def find_checkpoint(path):
             raise ValueError(f"{path}: expected a checkpoint (<steps>{CHECKPOINT_SUFFIX}) in this folder, found none; "
                              "name a file, or the checkpoints folder of a training run")
         return found[-1]
-    require_file(path, "name a checkpoint or the checkpoints folder of a training run")
+    check_file(path, "name a checkpoint or the checkpoints folder of a training run")
     return path

@@ -40,17 +40,13 @@ class Session:
     def barrier(self):
         """Waits for all processes."""
         if self.world_size > 1:
-            self.gather(None)          # of objects, over gloo: asks nothing of the GPU
+            self.gather(None)                       # of objects, over gloo: it does not synchronize the GPU
 
     def sum(self, tensor):
         """Adds `tensor` over all processes in place and returns it."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
-
-    def largest(self, number):
-        """Returns the largest `number` (an int) of all processes; asks nothing of the GPU."""
-        return max(self.gather(number))
 
     def gather(self, item):
         """Returns the list of every process's `item` (any picklable object), in order of rank."""
@@ -60,34 +56,9 @@ class Session:
         dist.all_gather_object(items, item)
         return items
 
-    def broadcast(self, item):
-        """Returns the `item` of rank 0 (any picklable object) on every process."""
-        items = [item]
-        if self.world_size > 1:
-            dist.broadcast_object_list(items, src=0)
-        return items[0]
-
     def share_of(self, count):
         """Returns the range of 0 .. count - 1 that belongs to this process: contiguous, sizes differ by at most one."""
         return range(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
-
-
-def add_runtime_args(parser, draws=True):
-    """Declares the flags that scripts share: --device, --debug, and, for those that draw, --global-seed."""
-    group = parser.add_argument_group("runtime")
-    group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"),
-                       help="where to compute; auto takes the GPU if there is one")
-    if draws:
-        group.add_argument("--global-seed", type=seed_number, default=0,
-                           help="the seed that every random choice derives from")
-    group.add_argument("--debug", action="store_true", help="one process only, errors keep their traceback")
-
-
-def seed_number(text):
-    """Reads a seed: a whole number of 0 or more that fits 64 bits (random numbers are keyed by it)."""
-    if not 0 <= int(text) < 2 ** 64:
-        raise ValueError
-    return int(text)
 
 
 def launched_rank():
@@ -173,7 +144,7 @@ def wrap_for_training(module, session, parallel="ddp", blocks=(), dtype=None):
 
 def sync_gradients(module, enabled):
     """Returns a context for a backward that averages gradients over processes only if `enabled`: not before the last
-    micro-batch of an update."""
+    micro-batch of a step."""
     if hasattr(module, "set_requires_gradient_sync"):               # FSDP2
         module.set_requires_gradient_sync(enabled)
     elif hasattr(module, "no_sync") and not enabled:                # DDP
@@ -207,14 +178,13 @@ def gather_state(model, optimizer):
     return get_model_state_dict(model, options=options), get_optimizer_state_dict(model, optimizer, options=options)
 
 
-def scatter_state(model, model_state, optimizer=None, optimizer_state=None):
+def scatter_state(model, model_state, optimizer, optimizer_state):
     """Loads what gather_state returned, read on every process, into a model and its optimizer (all call this)."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
 
     options = StateDictOptions(full_state_dict=True, strict=True)
     set_model_state_dict(model, model_state, options=options)
-    if optimizer is not None:
-        set_optimizer_state_dict(model, optimizer, optimizer_state, options=options)
+    set_optimizer_state_dict(model, optimizer, optimizer_state, options=options)
 
 
 def keyed_random(seed, epoch, stream):

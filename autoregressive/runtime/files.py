@@ -4,60 +4,77 @@ import contextlib
 import hashlib
 import json
 import os
+import socket
 import tempfile
 import zipfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
 
 @contextlib.contextmanager
-def atomic_write(path):
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """Opens a temporary binary file beside `path` that takes its name once it is completely on disk.
 
     An exception inside the block removes the temporary file and leaves an older `path` as it was.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())      # mkstemp's 0600 would hide results from colleagues
         os.replace(temporary, path)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
 
 
+class NpzWriter:
+    """Adds arrays to an npz that is being written; made by open_npz."""
+
+    def __init__(self, archive: zipfile.ZipFile):
+        self._archive = archive
+
+    def add(self, name: str, array: np.ndarray) -> None:
+        """Adds a small array."""
+        self.add_rows(name, array.dtype, array.shape, [array])
+
+    def add_rows(self, name: str, dtype: np.dtype, shape: tuple[int, ...], chunks: Iterable[np.ndarray]) -> None:
+        """Adds an array of `shape` whose rows come from consecutive arrays, of which no more than one is in memory."""
+        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+        member = zipfile.ZipInfo(f"{name}.npy")                     # of a fixed date: equal contents, equal bytes
+        with self._archive.open(member, "w", force_zip64=True) as stream:
+            np.lib.format.write_array_header_1_0(stream, header)
+            for chunk in chunks:
+                stream.write(np.ascontiguousarray(chunk, dtype=dtype).tobytes())
+
+
 @contextlib.contextmanager
-def npz_writer(path):
-    """Opens an npz that is filled array by array without holding one in memory, and appears when it is whole.
-
-    Yields:
-        add(name, dtype, shape, chunks): writes an array of `shape` whose rows come from consecutive arrays.
-    """
+def open_npz(path: str | Path, settings: dict[str, Any]) -> Iterator[NpzWriter]:
+    """Opens an npz that is filled array by array, and appears when it is whole; `settings` travel in it as JSON."""
     with atomic_write(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-
-        def add(name, dtype, shape, chunks):
-            header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
-            member = zipfile.ZipInfo(f"{name}.npy")                 # of a fixed date: equal contents, equal bytes
-            with archive.open(member, "w", force_zip64=True) as stream:
-                np.lib.format.write_array_header_1_0(stream, header)
-                for chunk in chunks:
-                    stream.write(np.ascontiguousarray(chunk, dtype=dtype).tobytes())
-
-        yield add
+        writer = NpzWriter(archive)
+        yield writer
+        writer.add("settings", np.array(json.dumps(settings)))
 
 
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def read_npz_settings(path: str | Path) -> dict[str, Any]:
+    """Returns the settings that open_npz stored in an npz; none if it is of others.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return json.loads(str(arrays["settings"])) if "settings" in arrays else {}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: expected an npz, found a damaged file ({error}); remove it") from error
 
 
 def write_json(path, content):
@@ -78,14 +95,14 @@ def read_json(path):
         raise ValueError(f"{path}: expected JSON, {error}; the file is damaged, make it again") from error
 
 
-def require_file(path, hint=""):
+def check_file(path, hint=""):
     """Raises ValueError unless `path` is an existing file; `hint` says what to do."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: expected a file, found {'a folder' if Path(path).is_dir() else 'none'}"
                          + (f"; {hint}" if hint else ""))
 
 
-def require_writable_folder(path):
+def check_writable_folder(path):
     """Raises ValueError unless files can be made in folder `path`, which is created if it is missing."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
@@ -95,16 +112,12 @@ def require_writable_folder(path):
         raise ValueError(f"{path}: expected a writable folder, {error.strerror}; name another place") from error
 
 
-def file_sha256(path):
+def file_sha256(path: str | Path) -> str:
     """Returns the SHA-256 of a file's bytes as hexadecimal text."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file):
-    digest = hashlib.sha256()                       # Python 3.10 has no hashlib.file_digest
-    while block := file.read(1 << 20):
-        digest.update(block)
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 

@@ -1,80 +1,16 @@
-"""Run folders, log lines, metrics, curves and progress bars."""
+"""Log lines, metrics, curves and progress bars."""
 
 import json
 import logging
 import re
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
-from autoregressive.runtime.files import atomic_write, read_json, require_writable_folder, write_json
+from autoregressive.runtime.files import atomic_write
 
 LOGGER = logging.getLogger("iar")
-
-
-@dataclass(frozen=True)
-class RunFolder:
-    """A folder {results_dir}/{index:03d}-{name} of one training run.
-
-    Attributes:
-        path: the folder.
-    """
-
-    path: Path
-
-    @property
-    def checkpoints(self):
-        return self.path / "checkpoints"
-
-    @property
-    def result(self):
-        """What mark_finished recorded; None while the run has not come to its end."""
-        path = self.path / "finished.json"
-        return read_json(path) if path.is_file() else None
-
-    def mark_finished(self, result):
-        """Records that the run came to its end, with its result (plain data)."""
-        write_json(self.path / "finished.json", result)
-
-
-def find_run_folder(results_dir, name, config, ignored=(), new_run=False):
-    """Finds the run folder that the same command should continue, or names a new one. Writes nothing but results_dir.
-
-    Args:
-        results_dir: where run folders lie; created if missing.
-        name: what follows the index in the folder's name.
-        config: plain dict of everything that defines the run.
-        ignored: keys of `config` that may differ between two starts of one run.
-        new_run: whether to name a new folder even if one could be continued.
-
-    Returns:
-        RunFolder: the newest with an equal config; if there is none, one that does not exist yet.
-
-    Raises:
-        ValueError: results_dir cannot be written.
-    """
-    require_writable_folder(results_dir)
-    numbered = [(int(match.group(1)), path) for path in Path(results_dir).iterdir()
-                if (match := re.match(r"(\d{3,})-", path.name))]
-
-    def identity(content):
-        return json.dumps({key: value for key, value in content.items() if key not in ignored}, sort_keys=True)
-
-    for _, path in sorted(numbered, reverse=True):
-        if new_run or path.name.split("-", 1)[1] != name or not (path / "config.json").is_file():
-            continue
-        if identity(read_json(path / "config.json")) == identity(config):
-            return RunFolder(path)
-    index = max((index for index, _ in numbered), default=-1) + 1
-    return RunFolder(Path(results_dir) / f"{index:03d}-{name}")
-
-
-def start_run_folder(folder, config):
-    """Creates a run folder if it is new and records `config` in it (rank 0 alone calls this)."""
-    folder.checkpoints.mkdir(parents=True, exist_ok=True)
-    write_json(folder.path / "config.json", config)
 
 
 class MetricsFile:
@@ -92,11 +28,11 @@ class MetricsFile:
 
 
 def cut_log(path, resume_step):
-    """Cuts a log.txt back to the lines before the first `update N` with N above a step."""
+    """Cuts a log.txt back to the lines before the first `step N` with N above a step."""
     if Path(path).is_file():
         lines = Path(path).read_text().splitlines(keepends=True)
         beyond = (place for place, line in enumerate(lines)
-                  if (found := re.search(r"\] update (\d+)", line)) and int(found.group(1)) > resume_step)
+                  if (found := re.search(r"\] step (\d+)", line)) and int(found.group(1)) > resume_step)
         with atomic_write(path) as file:
             file.write("".join(lines[:next(beyond, len(lines))]).encode())
 
@@ -137,7 +73,7 @@ def progress(session, total, description, unit, initial=0):
                 mininterval=0.2 if watched else 30, dynamic_ncols=watched)
 
 
-def draw_curves(path, curves, ylabel="loss", xlabel="updates"):
+def draw_curves(path, curves, ylabel="loss", xlabel="steps"):
     """Draws named curves into one PNG.
 
     Args:

@@ -19,26 +19,31 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from autoregressive.assemble import add_painter_args, load_painter
-from autoregressive.models.generate import random_numbers
-from autoregressive.runtime.entry import Parser, checks, require_one_process, run
-from autoregressive.runtime.files import require_writable_folder
+from autoregressive.models.generate import Sampler, random_numbers
+from autoregressive.models.loading import read_gpt
+from autoregressive.pipeline import PipelineSettings, add_pipeline_args, load_pipeline
+from autoregressive.runtime.distributed import Session
+from autoregressive.runtime.entry import Flags, Parser, at_least, check_one_process, checks, run
+from autoregressive.runtime.files import check_writable_folder
 from autoregressive.runtime.log import open_logger
 from autoregressive.runtime.pictures import save_grid
+from autoregressive.sample.presets import preset_flags
+from tokenizer.tokenizer_image.vq_model import VQConfig
 
 
-def build_parser():
+def build_parser() -> Parser:
     """Returns the parser of this script's command line."""
     parser = Parser("Draw a few pictures of chosen classes.")
-    add_painter_args(parser)
+    add_pipeline_args(parser)
     parser.add_argument("--class-ids", default="207,360,387,974,88,979,417,279",
                         help="classes, by index or by the name that travels in the checkpoint, with commas between")
-    parser.add_argument("--num-per-class", type=int, default=4, help="pictures of each class, a row of the grid")
+    parser.add_argument("--num-per-class", type=at_least(1), default=4,
+                        help="pictures of each class, a row of the grid")
     parser.add_argument("--output", default="samples/classes.png", help="the PNG")
     return parser
 
 
-def read_classes(text, num_classes, class_names):
+def read_classes(text: str, num_classes: int, class_names: list[str] | None) -> list[int]:
     """Returns the class indices of a comma-separated list of indices and names.
 
     Args:
@@ -50,7 +55,7 @@ def read_classes(text, num_classes, class_names):
         ValueError: an index out of range, a name that is not known.
     """
     classes = []
-    for item in (part.strip() for part in text.split(",")):
+    for item in map(str.strip, text.split(",")):
         if class_names and item in class_names:                  # a name first: digits are called "0" to "9"
             classes.append(class_names.index(item))
         elif item.isdigit() and int(item) < num_classes:
@@ -62,22 +67,22 @@ def read_classes(text, num_classes, class_names):
     return classes
 
 
-def main(args, session):
+def main(args: Flags, session: Session) -> None:
     logger = open_logger(session)
     with checks(session):
-        require_one_process(session)
-        if args.num_per_class < 1:
-            raise ValueError(f"--num-per-class: expected at least 1, got {args.num_per_class}")
-        painter, _, record, _ = load_painter(args, session.device)
-        names = record.get("class_names")
-        classes = read_classes(args.class_ids, args.num_classes, names)
-        require_writable_folder(Path(args.output).parent)
-    labels = np.repeat(np.array(classes, dtype=np.int64), args.num_per_class)
-    _, uniforms = random_numbers(args.global_seed, range(len(labels)), args.num_classes, painter.gpt.config.num_tokens)
-    pictures = painter.pictures(painter.tokens(labels, uniforms)).cpu().numpy()
-    save_grid(args.output, pictures, columns=args.num_per_class,
-              captions=[names[label] if names else f"class {label}" for label in labels])
-    logger.info("%d pictures in %s", len(pictures), args.output)
+        check_one_process(session)
+        gpt_file = read_gpt(args.gpt_ckpt, args.weights, args.from_fsdp)
+        args.resolve(gpt_file.flags(), gpt_file.path, preset_flags(args.preset))
+        pipeline = load_pipeline(gpt_file, PipelineSettings(**args.pick(PipelineSettings)),
+                                 Sampler(**args.pick(Sampler)), VQConfig(**args.pick(VQConfig)), session.device)
+        classes = read_classes(args.class_ids, args.num_classes, pipeline.class_names)
+        check_writable_folder(Path(args.output).parent)
+    labels = np.repeat(classes, args.num_per_class)
+    _, uniforms = random_numbers(args.global_seed, range(len(labels)), args.num_classes,
+                                 pipeline.gpt.config.num_tokens)
+    save_grid(args.output, pipeline.draw(labels, uniforms), columns=args.num_per_class,
+              captions=pipeline.label_names(labels))
+    logger.info("%d pictures in %s", len(labels), args.output)
 
 
 if __name__ == "__main__":

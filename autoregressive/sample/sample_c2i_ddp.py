@@ -10,7 +10,7 @@ On a CPU, after scripts/quickstart.sh:
     python autoregressive/sample/sample_c2i_ddp.py --gpt-model GPT-tiny --num-classes 10 --image-size 16 \
         --image-size-eval 16 --downsample-size 4 --codebook-size 512 --cluster-size 16 --vq-model VQ-4-small \
         --vq-ckpt "results/quickstart/vq-reorder-kmeans+nearest-cluster_size=16.pt" --precision none \
-        --gpt-ckpt results/quickstart/gpt/000-GPT-tiny-lambda=1-cluster_size=16 --num-fid-samples 100
+        --gpt-ckpt results/quickstart/gpt-lambda1/000-GPT-tiny-lambda=1-cluster_size=16 --num-fid-samples 100
 """
 
 import sys
@@ -22,132 +22,150 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
-from autoregressive.assemble import add_painter_args, load_painter
-from autoregressive.models.generate import balanced_labels, random_numbers
-from autoregressive.runtime.entry import Parser, checks, run
-from autoregressive.runtime.files import require_writable_folder
+from autoregressive.data.codes import code_dtype
+from autoregressive.models.generate import Sampler, balanced_labels, random_numbers
+from autoregressive.models.loading import read_gpt
+from autoregressive.pipeline import Pipeline, PipelineSettings, add_pipeline_args, load_pipeline
+from autoregressive.runtime.distributed import Session
+from autoregressive.runtime.entry import Flags, Parser, at_least, checks, free, run
+from autoregressive.runtime.files import check_writable_folder, open_npz, read_npz_settings
+from autoregressive.runtime.identity import find_difference
 from autoregressive.runtime.log import open_logger, progress
 from autoregressive.runtime.pictures import save_grid
-from autoregressive.sample.shards import (
-    is_finished,
-    merge_shards,
-    open_shards,
-    shard_path,
-    wait_for_shards,
-    write_shard,
-)
+from autoregressive.runtime.rows import RowWriter
+from autoregressive.sample.presets import preset_flags
+from tokenizer.tokenizer_image.vq_model import VQConfig
 
 NUM_SHOWN = 64                                      # pictures in the PNG beside the npz
+ROWS_AT_ONCE = 256                                  # of the arrays that are packed, in memory together
+RESIZES = {"bicubic": "bicubic without antialiasing", "antialias": "bicubic with antialiasing"}
 
 
-def build_parser():
+def build_parser() -> Parser:
     """Returns the parser of this script's command line."""
     parser = Parser("Draw pictures for scoring and pack them into one npz.")
-    add_painter_args(parser)
-    parser.add_argument("--sample-dir", default="samples", help="folder of the npz")
-    parser.add_argument("--per-proc-batch-size", type=int, default=32, help="pictures drawn together by a process")
-    parser.add_argument("--num-fid-samples", type=int, default=50000, help="pictures in the npz")
+    add_pipeline_args(parser)
+    free(parser.add_argument("--sample-dir", default="samples", help="folder of the npz"))
+    parser.add_argument("--per-proc-batch-size", type=at_least(1), default=32,
+                        help="pictures drawn together by a process")
+    parser.add_argument("--num-fid-samples", type=at_least(1), default=50000, help="pictures in the npz")
     parser.add_argument("--labels", default="random", help="random: drawn uniformly, the published protocol; balanced: "
                         "all classes in turn; or class indices like 207,360, in turn")
     parser.add_argument("--save-codes", action="store_true", help="store the tokens, too, as array `tokens`")
     return parser
 
 
-def check_flags(args):
-    """Raises ValueError for flags of this script that are out of range; returns the labels that --labels lists."""
-    for name in ("num_fid_samples", "per_proc_batch_size"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
-    if args.labels in ("random", "balanced"):
+def read_labels(labels: str, num_classes: int) -> list[int] | None:
+    """Returns the classes that are drawn in turn; None if they are drawn at random.
+
+    Raises:
+        ValueError: --labels is something else.
+    """
+    if labels == "random":
         return None
+    if labels == "balanced":
+        return list(range(num_classes))
     try:
-        listed = [int(label) for label in args.labels.split(",")]
+        listed = [int(label) for label in labels.split(",")]
     except ValueError:
         raise ValueError("--labels: expected random, balanced or class indices like 207,360, "
-                         f"got {args.labels}") from None
-    if not 0 <= min(listed) <= max(listed) < args.num_classes:
-        raise ValueError(f"--labels: expected indices in 0 .. {args.num_classes - 1}, got {args.labels}")
+                         f"got {labels}") from None
+    if not 0 <= min(listed) <= max(listed) < num_classes:
+        raise ValueError(f"--labels: expected indices in 0 .. {num_classes - 1}, got {labels}")
     return listed
 
 
-def run_name(args, gpt_path):
+def run_name(args: Flags, gpt_path: Path) -> str:
     """Returns the published name of a run's npz, without the ending, plus what is not the published way."""
-    more = "".join(f"-{flag.replace('_', '-')}-{value}" for flag, value, published in (
-        ("weights", args.weights, "raw"), ("labels", args.labels, "random"), ("resize", args.resize, "bicubic"),
-        ("cfg_interval", args.cfg_interval, -1), ("greedy", args.greedy, False)) if value != published)
-    return (f"{args.gpt_model}-{args.cluster_size}-{gpt_path.stem}-size-{args.image_size}-size-{args.image_size_eval}"
+    name = (f"{args.gpt_model}-{args.cluster_size}-{gpt_path.stem}-size-{args.image_size}-size-{args.image_size_eval}"
             f"-{args.vq_model}-topk-{args.top_k}-topp-{args.top_p}-temperature-{args.temperature}"
-            f"-cfg-{args.cfg_scale}-seed-{args.global_seed}{more}")
+            f"-cfg-{args.cfg_scale}-seed-{args.global_seed}")
+    for flag in ("weights", "labels", "resize", "cfg_interval", "greedy"):
+        value = getattr(args, flag)
+        if value != args.defaults()[flag]:
+            name += f"-{flag.replace('_', '-')}-{value}"
+    return name
 
 
-def describe_samples(args, record, hashes):
-    """Returns the plain dict of everything that the samples depend on; it travels in the npz."""
-    names = ("gpt_model", "vq_model", "image_size", "image_size_eval", "num_fid_samples", "cfg_scale", "cfg_interval",
-             "temperature", "top_k", "top_p", "greedy", "global_seed", "precision", "vq_precision", "weights", "labels",
-             "save_codes")
-    resize = "bicubic with antialiasing" if args.resize == "antialias" else "bicubic without antialiasing"
-    return {name: getattr(args, name) for name in names} | hashes | {
-        "kind": "samples", "resize": resize, "uint8": "clamp(127.5 x + 128, 0, 255), truncated",
-        "class_names": record.get("class_names"), "torch": torch.__version__.split("+")[0]}
+def identity_of(args: Flags, pipeline: Pipeline, device: torch.device) -> dict:
+    """Returns the identity of the samples, which travels in the npz."""
+    named = ("gpt_ckpt", "vq_ckpt", "from_fsdp")                # the hashes say which weights these are
+    return {name: value for name, value in args.identity().items() if name not in named} | pipeline.hashes | {
+        "kind": "samples", "device": device.type, "resize": RESIZES[args.resize],
+        "uint8": "clamp(127.5 x + 128, 0, 255), truncated", "class_names": pipeline.class_names,
+        "torch": torch.__version__.split("+")[0]}
 
 
-def draw_batch(first, args, painter, listed):
-    """Draws the full batch that begins with sample `first`.
+def draw_rows(rows: range, pipeline: Pipeline, args: Flags, listed: list[int] | None) -> dict[str, np.ndarray]:
+    """Draws the full batch that begins with sample rows.start; returns the arrays of the rows.
 
     Returns:
-        dict of arr_0 (B, P, P, 3) uint8, labels (B,) int64 and, if wanted, tokens (B, T).
+        arr_0 (B, P, P, 3) uint8, labels (B,) int64 and, if wanted, tokens (B, T).
     """
-    indices = np.arange(first, first + args.per_proc_batch_size)
-    labels, uniforms = random_numbers(args.global_seed, indices, args.num_classes, painter.gpt.config.num_tokens)
-    if args.labels == "balanced":
-        labels = balanced_labels(indices, args.num_classes)
-    elif listed:
+    indices = np.arange(rows.start, rows.start + args.per_proc_batch_size)
+    labels, uniforms = random_numbers(args.global_seed, indices, args.num_classes, pipeline.gpt.config.num_tokens)
+    if listed is not None:
         labels = np.array(listed)[balanced_labels(indices, len(listed))]
-    tokens = painter.tokens(labels, uniforms)
-    arrays = {"arr_0": painter.pictures(tokens).cpu().numpy(), "labels": labels}
+    tokens = pipeline.draw_tokens(labels, uniforms)
+    arrays = {"arr_0": pipeline.decode(tokens), "labels": labels}
     if args.save_codes:
-        arrays["tokens"] = tokens.cpu().numpy().astype(np.uint16 if args.codebook_size <= 65536 else np.int32)
-    return arrays
+        arrays["tokens"] = tokens.cpu().numpy()
+    return {name: array[:len(rows)] for name, array in arrays.items()}
 
 
-def main(args, session):
+def open_rows(path: Path, identity: dict, args: Flags, pipeline: Pipeline) -> RowWriter:
+    """Returns the rows that the npz `path` is made of, not yet laid out."""
+    side = pipeline.image_size
+    arrays = {"arr_0": (np.uint8, (side, side, 3)), "labels": (np.int64, ())}
+    if args.save_codes:
+        arrays["tokens"] = (code_dtype(args.codebook_size), (pipeline.gpt.config.num_tokens,))
+    return RowWriter(path.with_suffix(".rows"), identity, args.num_fid_samples, arrays)
+
+
+def pack(path: Path, rows: RowWriter, identity: dict, pipeline: Pipeline) -> None:
+    """Saves the first pictures as one PNG and all rows as one npz, and removes the rows."""
+    save_grid(path.with_suffix(".png"), rows.array("arr_0")[:NUM_SHOWN], columns=8,
+              captions=pipeline.label_names(rows.array("labels")[:NUM_SHOWN]))
+    with open_npz(path, identity) as npz:
+        for name, (dtype, shape) in rows.arrays.items():
+            npz.add_rows(name, dtype, (rows.num_rows, *shape), rows.read(name, ROWS_AT_ONCE))
+    rows.remove()
+
+
+def main(args: Flags, session: Session) -> None:
     logger = open_logger(session)
     with checks(session):
-        listed = check_flags(args)
-        painter, gpt_path, record, hashes = load_painter(args, session.device)
-        path = Path(args.sample_dir) / f"{run_name(args, gpt_path)}.npz"
-        settings, folder = describe_samples(args, record, hashes), path.with_name(f"{path.stem}.shards")
-        finished = is_finished(path, settings)
-        require_writable_folder(args.sample_dir)
-        if session.is_main and not finished:
-            open_shards(folder, settings | {"per_proc_batch_size": args.per_proc_batch_size})
+        gpt_file = read_gpt(args.gpt_ckpt, args.weights, args.from_fsdp)
+        args.resolve(gpt_file.flags(), gpt_file.path, preset_flags(args.preset))
+        listed = read_labels(args.labels, args.num_classes)
+        pipeline = load_pipeline(gpt_file, PipelineSettings(**args.pick(PipelineSettings)),
+                                 Sampler(**args.pick(Sampler)), VQConfig(**args.pick(VQConfig)), session.device)
+        check_writable_folder(args.sample_dir)
+        path = Path(args.sample_dir) / f"{run_name(args, gpt_file.path)}.npz"
+        identity = identity_of(args, pipeline, session.device)
+        rows = open_rows(path, identity, args, pipeline)
+        finished = path.exists()
+        if finished and (difference := find_difference(identity, read_npz_settings(path))):
+            raise ValueError(f"{path}: expected samples with {difference}; choose another --sample-dir or remove them")
+        if session.is_main and finished:
+            rows.remove()                           # what a kill left behind
+        elif session.is_main:
+            rows.create()
     if finished:
         logger.info("%s is finished", path)
         return
-    starts = range(0, args.num_fid_samples, args.per_proc_batch_size)
-    with progress(session, args.num_fid_samples, "sample", "image") as bar:
-        for first in starts[session.rank::session.world_size]:
-            if not shard_path(folder, first).exists():
-                write_shard(shard_path(folder, first), **draw_batch(first, args, painter, listed))
-            bar.update(min(args.per_proc_batch_size * session.world_size, args.num_fid_samples - bar.n))
+
+    batches = rows.missing(args.per_proc_batch_size)            # cut by absolute index: any process may draw any
+    session.barrier()                                           # all have seen the same rows missing
+    mine = [batches[number] for number in session.share_of(len(batches))]
+    with progress(session, rows.num_rows, "sample", "image", initial=rows.num_done) as bar:
+        for batch in mine:
+            rows.write(batch, **draw_rows(batch, pipeline, args, listed))
+            bar.update(rows.num_done - bar.n)                   # of all processes
     if session.is_main:
-        wait_for_shards(folder, starts)
-        save_first(path.with_name(f"{path.stem}.png"), folder, args, record.get("class_names"))
-        merge_shards(folder, args.per_proc_batch_size, args.num_fid_samples, path, settings)
-        logger.info("%d samples in %s", args.num_fid_samples, path)
-
-
-def save_first(path, folder, args, class_names):
-    """Saves the first pictures as one PNG."""
-    count = min(NUM_SHOWN, args.num_fid_samples)
-    images, labels = [], []
-    for first in range(0, count, args.per_proc_batch_size):
-        with np.load(shard_path(folder, first), allow_pickle=False) as shard:
-            images.append(shard["arr_0"])
-            labels.append(shard["labels"])
-    labels = np.concatenate(labels)[:count]
-    save_grid(path, np.concatenate(images)[:count], columns=8,
-              captions=[class_names[label] if class_names else label for label in labels])
+        rows.wait_for_others()
+        pack(path, rows, identity, pipeline)
+        logger.info("%d samples in %s", rows.num_rows, path)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ On a CPU, after the digits of scripts/quickstart.sh were extracted:
     python autoregressive/train/train_c2i.py --code-path results/quickstart/codes --results-dir results/quickstart/gpt \
         --mapping-path results/quickstart/mapping-kmeans+nearest-cluster_size=16.pt --cluster-size 16 --vocab-size 512 \
         --codebook-size 512 --num-classes 10 --image-size 16 --downsample-size 4 --gpt-model GPT-tiny \
-        --global-batch-size 64 --mixed-precision none --max-updates 100
+        --global-batch-size 64 --mixed-precision none --max-steps 100
 """
 
 import sys
@@ -17,153 +17,198 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])      # the repository root instead of this folder
 
+import dataclasses
 import functools
+import math
 
 import torch
+from torch import Tensor
 
-from autoregressive.assemble import check_same, default_vq_path, load_vq
 from autoregressive.data.batches import TokenBatches, split_store
-from autoregressive.data.codes import add_code_args, default_mapping_path, open_codes, read_mapping
+from autoregressive.data.codes import CodeStore, Mapping, add_code_args, default_mapping_path, open_codes, read_mapping
 from autoregressive.models.cluster_loss import check_cluster_size, fused_head_loss, plain_head_loss
-from autoregressive.models.generate import Sampler, generate, random_numbers
-from autoregressive.models.gpt import GPT, add_gpt_args, check_gpt_args, describe_gpt, gpt_config
-from autoregressive.runtime.checkpoint import find_checkpoint, load_strictly, read_checkpoint
-from autoregressive.runtime.compiling import can_compile
-from autoregressive.runtime.distributed import (
-    cores_per_process,
-    gather_state,
-    seed_everything,
-    whole_tensor,
-    wrap_for_training,
-)
-from autoregressive.runtime.entry import Parser, checks, run
-from autoregressive.runtime.log import (
-    LOGGER,
-    cut_log,
-    find_run_folder,
-    open_logger,
-    start_run_folder,
-)
+from autoregressive.models.generate import Sampler, random_numbers
+from autoregressive.models.gpt import GPT, GPTConfig, add_gpt_args, gpt_config, grid_of
+from autoregressive.models.loading import GPTFile, build_gpt, describe_gpt, move_rows_to_tokens, read_gpt
+from autoregressive.pipeline import Pipeline, check_codebook, check_recorded, load_decoder
+from autoregressive.runtime.checkpoint import load_strictly
+from autoregressive.runtime.compute import PRECISIONS, can_compile
+from autoregressive.runtime.distributed import PARALLEL, Session, seed_everything, wrap_for_training
+from autoregressive.runtime.entry import Flags, Parser, at_least, checks, free, run, share
+from autoregressive.runtime.identity import find_run_folder
+from autoregressive.runtime.log import LOGGER, open_logger
+from autoregressive.runtime.optim import ModelOptimizer, OptimSettings, add_optim_args
 from autoregressive.runtime.pictures import save_grid
-from autoregressive.train.flags import FREE_TO_CHANGE, add_train_args, check_train_args
-from autoregressive.train.journal import Journal, SaveSchedule
-from autoregressive.train.monitor import Speedometer, flops_per_token
-from autoregressive.train.optim import add_optim_args, build_optimizer, learning_rate
-from autoregressive.train.preflight import announce, check_store
-from autoregressive.train.state import load_state, resume, save_state, weights_to_start_from
-from autoregressive.train.step import PRECISIONS, MovingAverage, Objective, Trainer
+from autoregressive.runtime.speed import Speedometer
+from autoregressive.runtime.training import RunSettings, TrainingRun, add_training_args, check_batch
+from autoregressive.train.objective import GPTTrainer, Objective
 from tokenizer.tokenizer_image.images import to_uint8
-from tokenizer.tokenizer_image.vq_model import add_vq_args
+from tokenizer.tokenizer_image.loading import default_vq_path
+from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel, add_vq_args
 
 LABEL_DROPOUT = 0.1                                 # classifier-free guidance learns the null label from these
 NUM_SHOWN = 4                                       # rows of the training data in the picture of the preflight
 NUM_SAMPLED, SHOWN_GUIDANCE = 8, 2.0                # pictures of --validation_step
 CPU_LOSS_MIB, GPU_LOSS_MIB = 16, 512                # a chunk of logits: what stays in the caches; what fills a GPU
+RESULT = ("token_loss", "cluster_loss", "val_token_loss", "val_cluster_loss")
 
 
-def build_parser():
+def build_parser() -> Parser:
     """Returns the parser of this script's command line."""
     parser = Parser("Train a GPT on codes with the token loss and the cluster loss.")
     add_code_args(parser, several=True)
     add_gpt_args(parser)
     add_vq_args(parser)
     add_optim_args(parser)
-    add_train_args(parser)
+    add_training_args(parser)
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset", default="imagenet_code", choices=("imagenet_code",), help="a store of codes")
+    group.add_argument("--image-size", type=at_least(1), default=256, help="pixels of a picture's side")
+    group.add_argument("--vocab-size", type=at_least(1), default=16384, help="number of codes, V")
+    group.add_argument("--mapping-path", help="mapping of the codebook; default: the published one's")
+    group.add_argument("--val-share", type=share, default=0.01, help="share of the images that --val-every holds out")
+    free(group.add_argument("--validation_step", type=at_least(0), default=0,
+                            help="steps between sample pictures; 0: none"))
+    group = parser.add_argument_group("loss and regularisation")
+    group.add_argument("--lambda-cce", type=at_least(0.0), default=1.0,
+                       help="weight of the cluster loss; 0 is LlamaGen")
+    group.add_argument("--dropout-p", type=share, default=0.1, help="dropout after the projections of a block")
+    group.add_argument("--token-dropout-p", type=share, default=0.1, help="dropout on the input embeddings")
+    group.add_argument("--drop-path-rate", type=share, default=0.0, help="drop path of the last layer; above 0 it "
+                       "replaces --dropout-p")
+    group.add_argument("--init-from-original", action="store_true", help="--gpt-ckpt is a GPT over codes in their "
+                       "original order, such as LlamaGen's: move its rows to their tokens")
+    group = parser.add_argument_group("computing")
+    free(group.add_argument("--parallel", default="ddp", choices=PARALLEL,
+                            help="ddp: every process holds all weights; fsdp: shards them, for XL and larger"))
+    free(group.add_argument("--no-compile", action="store_true", help="do not compile (a GPU compiles by default)"))
+    free(group.add_argument("--checkpoint-activations", action="store_true",
+                            help="compute each block's activations again in the backward pass: slower, less memory"))
+    group.add_argument("--no-fused-loss", action="store_true", help="compute the loss from all logits at once")
+    free(group.add_argument("--loss-mib", type=at_least(0), default=0, help="memory of a chunk of logits in the fused "
+                            "loss, MiB; 0: 16 on a CPU, 512 on a GPU"))
     return parser
 
 
-class Parts:
-    """The parts of one training run, put together from the flags before the work begins."""
-
-    def __init__(self, args, session):
-        """Reads and compares everything the run needs.
-
-        Raises:
-            ValueError: something is wrong or does not fit.
-        """
-        check_gpt_args(args)
-        check_cluster_size(args.vocab_size, args.cluster_size)
-        check_train_args(args, session)
-        self.args, self.session = args, session
-        self.store = open_codes(*args.code_path)
-        self.mapping = read_mapping(args.mapping_path or default_mapping_path(args.cluster_size), args.vocab_size)
-        check_store(args, self.store, self.mapping)
-        training, held_out = split_store(self.store, args.eval_share if args.eval_every else 0, args.global_seed)
-        make_batches = functools.partial(TokenBatches, mapping=self.mapping.tokens, seed=args.global_seed,
-                                         num_classes=args.num_classes)
-        self.batches = make_batches(training, batch_size=args.global_batch_size, label_dropout=LABEL_DROPOUT)
-        self.held_out = None
-        if args.eval_every:
-            largest = args.global_batch_size // args.gradient_accumulation_steps
-            size = min(largest, len(held_out.rows)) // session.world_size * session.world_size
-            self.held_out = make_batches(held_out, batch_size=max(size, session.world_size), label_dropout=0)
-        self.vq = self._load_vq()
-        self.start = self._read_start()
-        name = f"{args.gpt_model}-lambda={args.lambda_cce:g}-cluster_size={args.cluster_size}"
-        self.folder = find_run_folder(args.results_dir, name, vars(args), FREE_TO_CHANGE, args.new_run)
-        self.num_updates = args.max_updates or args.epochs * self.batches.per_epoch
-
-    def _load_vq(self):
-        # Training needs the VQ model, with the reordered codebook, for pictures only.
-        args = self.args
-        path = Path(args.vq_ckpt or default_vq_path(args.cluster_size))
-        if not args.vq_ckpt and not path.exists():
-            LOGGER.warning("%s: not there, so no pictures are made; name it with --vq-ckpt", path)
-            return None
-        vq, hashes = load_vq(path, args.vq_model, args.codebook_size, args.codebook_embed_dim)
-        check_same("codebook", self.mapping.hashes.get("codebook_sha256"), hashes["codebook_sha256"],
-                   self.mapping.path, path)
-        return vq
-
-    def _read_start(self):
-        # --gpt-ckpt: with the optimizer's state the run goes on from it, with weights alone it starts from them.
-        if not self.args.gpt_ckpt:
-            return None
-        path = find_checkpoint(self.args.gpt_ckpt)
-        payload = read_checkpoint(path)
-        mapping = self.mapping.tokens if self.args.init_from_original else None
-        weights = weights_to_start_from(path, payload, mapping)
-        with torch.device("meta"):
-            load_strictly(GPT(self.config), weights, path, describe_gpt(weights))
-        return path, payload, weights
-
-    @property
-    def config(self):
-        args = self.args
-        return gpt_config(args.gpt_model, grid=self.store.grid, vocab_size=args.vocab_size,
-                          num_classes=args.num_classes, dropout=args.dropout_p, token_dropout=args.token_dropout_p,
-                          drop_path=args.drop_path_rate)
-
-    def settings(self):
-        """Returns what a reader of a checkpoint must know of it."""
-        args, manifest = self.args, self.store.manifest
-        return {"gpt_model": args.gpt_model, "vocab_size": args.vocab_size, "num_classes": args.num_classes,
-                "class_names": manifest["class_names"], "grid": self.store.grid, "image_size": args.image_size,
-                "cluster_size": args.cluster_size, "lambda_cce": args.lambda_cce, "label_dropout": LABEL_DROPOUT,
-                "global_batch_size": args.global_batch_size,
-                "codebook_sha256": self.mapping.hashes.get("codebook_sha256"),
-                "mapping_sha256": self.mapping.hashes["mapping_sha256"],
-                "tokenizer_sha256": manifest["tokenizer_sha256"]}
-
-    def class_names(self):
-        return self.store.manifest["class_names"] or [f"class {label}" for label in range(self.args.num_classes)]
+def check_flags(args: Flags, session: Session) -> None:
+    """Raises ValueError for flags that contradict each other."""
+    grid_of(args.image_size, args.downsample_size)
+    check_cluster_size(args.vocab_size, args.cluster_size)
+    check_batch(args.global_batch_size, args.gradient_accumulation_steps, session)
+    if args.val_every and not args.val_share:
+        raise ValueError("--val-share: expected more than 0 with --val-every, got 0")
+    if args.init_from_original and not args.gpt_ckpt:
+        raise ValueError("--init-from-original: expected --gpt-ckpt, the GPT to start from, got none")
+    if args.parallel == "fsdp" and args.mixed_precision == "fp16":
+        raise ValueError("--parallel fsdp: expected --mixed-precision bf16 or none, got fp16; its scaler does not see "
+                         "shards")
 
 
-def build_trainer(parts):
-    """Builds the model and everything that updates it; returns the Trainer."""
-    args, session = parts.args, parts.session
+@dataclasses.dataclass(frozen=True)
+class TrainingData:
+    """What a GPT is trained on.
+
+    Attributes:
+        store: all codes.
+        mapping: code -> token.
+        batches: of the images to train on.
+        val_batches: of the images to validate with, or None.
+    """
+
+    store: CodeStore
+    mapping: Mapping
+    batches: TokenBatches
+    val_batches: TokenBatches | None
+
+    def identity(self) -> dict:
+        """Returns the hashes of codes and mapping, and how many images are trained on."""
+        manifest = self.store.manifest                          # an older layout does not tell all of them
+        return {name: manifest.get(name) for name in ("images_sha256", "tokenizer_sha256", "codes_sha256",
+                                                      "labels_sha256")} | {
+            "mapping_sha256": self.mapping.hashes["mapping_sha256"],
+            "num_training_images": len(self.batches.store.rows)}
+
+
+def check_store(args: Flags, store: CodeStore, mapping: Mapping) -> None:
+    """Raises ValueError if a code store, a mapping and the flags differ, so that no week of training begins with it."""
+    manifest = store.manifest
+    num_classes = manifest["class_names"] and len(manifest["class_names"])
+    grid = grid_of(args.image_size, args.downsample_size)
+    check_recorded("--vocab-size", args.vocab_size, manifest["codebook_size"], store.path)
+    check_recorded("--codebook-size", args.codebook_size, manifest["codebook_size"], store.path)
+    check_recorded("--num-classes", args.num_classes, num_classes, store.path)
+    check_recorded("--image-size", args.image_size, manifest["image_size"], store.path)
+    check_recorded("--image-size / --downsample-size (the grid)", grid, store.grid, store.path)
+    check_recorded("--cluster-size", args.cluster_size, mapping.hashes.get("cluster_size"), mapping.path)
+    check_codebook(manifest["codebook_sha256"], mapping.hashes.get("original_codebook_sha256"), store.path,
+                   mapping.path)
+
+
+def open_data(args: Flags, session: Session) -> TrainingData:
+    """Opens codes and mapping, and compares them with each other and with the flags."""
+    store = open_codes(*args.code_path)
+    mapping = read_mapping(args.mapping_path or default_mapping_path(args.cluster_size), args.vocab_size)
+    check_store(args, store, mapping)
+    training, val = split_store(store, args.val_share if args.val_every else 0, args.global_seed)
+    batches = TokenBatches(training, mapping.tokens, args.global_batch_size, args.global_seed, args.num_classes,
+                           LABEL_DROPOUT)
+    val_batches = None
+    if args.val_every:
+        largest = args.global_batch_size // args.gradient_accumulation_steps
+        size = min(largest, len(val.rows)) // session.world_size * session.world_size
+        val_batches = TokenBatches(val, mapping.tokens, max(size, session.world_size), args.global_seed,
+                                   args.num_classes, label_dropout=0)
+    return TrainingData(store, mapping, batches, val_batches)
+
+
+def open_vq(args: Flags, mapping: Mapping) -> VQModel | None:
+    """Returns the VQ model with the reordered codebook; training needs it for pictures only."""
+    path = args.vq_ckpt or default_vq_path(args.cluster_size)
+    if not args.vq_ckpt and not Path(path).exists():
+        LOGGER.warning("%s: not there, so no pictures are made; name it with --vq-ckpt", path)
+        return None
+    vq, _ = load_decoder(path, VQConfig(**args.pick(VQConfig)), mapping.hashes.get("codebook_sha256"), mapping.path)
+    return vq
+
+
+def read_start(args: Flags, config: GPTConfig, mapping: Mapping) -> GPTFile | None:
+    """Returns what --gpt-ckpt names: a checkpoint to go on from, or weights alone to start from; None for nothing."""
+    if not args.gpt_ckpt:
+        return None
+    file = read_gpt(args.gpt_ckpt)
+    if args.init_from_original:
+        state = move_rows_to_tokens(file.state, mapping.tokens, file.path)
+        file = dataclasses.replace(file, state=state, payload={"model": state})
+    with torch.device("meta"):
+        load_strictly(GPT(config), file.state, file.path, describe_gpt(file.state))
+    return file
+
+
+def describe(args: Flags, data: TrainingData) -> dict:
+    """Returns what a reader of a checkpoint must know of it."""
+    names = ("gpt_model", "vocab_size", "num_classes", "image_size", "cluster_size", "lambda_cce",
+             "global_batch_size")
+    manifest = data.store.manifest
+    return {name: getattr(args, name) for name in names} | {
+        "class_names": manifest["class_names"], "grid": data.store.grid, "label_dropout": LABEL_DROPOUT,
+        "codebook_sha256": data.mapping.hashes.get("codebook_sha256"),
+        "mapping_sha256": data.mapping.hashes["mapping_sha256"], "tokenizer_sha256": manifest["tokenizer_sha256"]}
+
+
+def build_trainer(args: Flags, config: GPTConfig, start: GPTFile | None, data: TrainingData, vq: VQModel | None,
+                  session: Session) -> GPTTrainer:
+    """Builds the model and everything that trains it."""
     device = session.device
     seed_everything(args.global_seed)               # the same weights on every process
-    model = GPT(parts.config)
-    if parts.start and (args.init_from_original or "optimizer" not in parts.start[1]):
-        load_strictly(model, parts.start[2], parts.start[0])
+    model = GPT(config)
+    if start:
+        load_strictly(model, start.state, start.path)
     model.to(device)
-    if args.no_fused_loss:
-        head_loss = functools.partial(plain_head_loss, cluster_size=args.cluster_size, lambda_cce=args.lambda_cce)
-    else:
+    head_loss = plain_head_loss
+    if not args.no_fused_loss:
         chunk_bytes = (args.loss_mib or (CPU_LOSS_MIB if device.type == "cpu" else GPU_LOSS_MIB)) * 2**20
-        head_loss = functools.partial(fused_head_loss, cluster_size=args.cluster_size, lambda_cce=args.lambda_cce,
-                                      rows_at_once=max(1, chunk_bytes // (4 * args.vocab_size)))
+        head_loss = functools.partial(fused_head_loss, rows_at_once=max(1, chunk_bytes // (4 * args.vocab_size)))
+    head_loss = functools.partial(head_loss, cluster_size=args.cluster_size, lambda_cce=args.lambda_cce)
     if can_compile(device, not args.no_compile):
         head_loss = torch.compile(head_loss)
         for layer in model.layers:
@@ -171,98 +216,78 @@ def build_trainer(parts):
     if args.checkpoint_activations:
         for layer in model.layers:
             layer.forward = functools.partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
-    objective = Objective(model, head_loss)
-    wrapped = wrap_for_training(objective, session, args.parallel, model.layers, PRECISIONS[args.mixed_precision])
-    optimizer = build_optimizer(model, args.lr, (args.beta1, args.beta2), args.weight_decay)
+    wrapped = wrap_for_training(Objective(model, head_loss), session, args.parallel, model.layers,
+                                PRECISIONS[args.mixed_precision])
+    optimizer = ModelOptimizer(model, OptimSettings(**args.pick(OptimSettings)), device,
+                               uses_scaler=args.mixed_precision == "fp16")
     seed_everything(args.global_seed, 1 + session.rank)          # dropout differs between processes
-    return Trainer(objective, wrapped, optimizer, device, args.mixed_precision, args.max_grad_norm,
-                   args.gradient_accumulation_steps, MovingAverage(model) if args.ema else None)
+    draw = None
+    if vq is not None:
+        draw = functools.partial(save_samples, config=config, vq=vq.to(device), seed=args.global_seed,
+                                 class_names=data.store.manifest["class_names"])
+    return GPTTrainer(wrapped, optimizer, session, args.mixed_precision, args.gradient_accumulation_steps,
+                      data.val_batches, draw)
 
 
 @torch.inference_mode()
-def save_first_rows(parts):
+def save_first_rows(path: Path, data: TrainingData, vq: VQModel, num_classes: int) -> None:
     """Saves what the first rows of the training data look like when their tokens are decoded."""
-    tokens, labels = parts.batches.batch(0, range(min(NUM_SHOWN, parts.batches.batch_size)))
-    captions = [*parts.class_names(), "no label"]
-    pictures = to_uint8(parts.vq.decode_codes(tokens, parts.store.grid))
-    save_grid(parts.folder.path / "data.png", pictures, columns=4, captions=[captions[label] for label in labels])
+    tokens, labels = data.batches[0, range(min(NUM_SHOWN, data.batches.batch_size))]
+    names = [*(data.store.manifest["class_names"] or [f"class {label}" for label in range(num_classes)]), "no label"]
+    pictures = to_uint8(vq.decode_codes(tokens.to(vq.quantize.embedding.weight.device), data.store.grid)).cpu()
+    save_grid(path, pictures, columns=4, captions=[names[label] for label in labels])
 
 
-def save_samples(parts, trainer, done):
-    """Draws a few pictures with the present weights, the averaged ones if there are any, on rank 0."""
-    weights, _ = gather_state(trainer.objective.model, trainer.optimizer)
-    if trainer.ema:
-        weights |= {name: whole_tensor(weight) for name, weight in trainer.ema.weights.items()}
-    if not parts.session.is_main or parts.vq is None:
-        return
-    device = parts.session.device
-    with torch.device("meta"), torch.inference_mode():           # draws no random numbers that training would miss
-        model = GPT(parts.config)
-    load_strictly(model, {name: weight.clone() for name, weight in weights.items()}, "the weights in training")
-    labels, uniforms = random_numbers(parts.args.global_seed, range(NUM_SAMPLED), parts.args.num_classes,
-                                      model.config.num_tokens)
-    tokens = generate(model.eval().to(device), torch.from_numpy(labels).to(device),
-                      torch.from_numpy(uniforms).to(device), Sampler(cfg_scale=SHOWN_GUIDANCE))
-    with torch.inference_mode():
-        pictures = to_uint8(parts.vq.to(device).decode_codes(tokens, parts.store.grid)).cpu()
-    save_grid(parts.folder.path / "samples" / f"{done:07d}.png", pictures, columns=4,
-              captions=[parts.class_names()[label] for label in labels])
+def save_samples(path: Path, weights: dict[str, Tensor], config: GPTConfig, vq: VQModel, seed: int,
+                 class_names: list[str] | None) -> None:
+    """Saves a few pictures drawn with given weights."""
+    device = vq.quantize.embedding.weight.device
+    gpt = build_gpt(GPTFile(path, weights, {"grid": config.grid}, {}), config).to(device)
+    pipeline = Pipeline(gpt, vq, Sampler(cfg_scale=SHOWN_GUIDANCE), image_size=config.grid * vq.downsampling,
+                        antialias=False, tile=NUM_SAMPLED, class_names=class_names, hashes={})
+    labels, uniforms = random_numbers(seed, range(NUM_SAMPLED), config.num_classes, config.num_tokens)
+    save_grid(path, pipeline.draw(labels, uniforms), columns=4, captions=pipeline.label_names(labels))
 
 
-def count_parameters(trainer):
-    return sum(parameter.numel() for parameter in trainer.objective.model.parameters())
-
-
-def main(args, session):
+def main(args: Flags, session: Session) -> None:
     open_logger(session)
     with checks(session):
-        parts = Parts(args, session)
-    if parts.folder.result and parts.folder.result["updates"] >= parts.num_updates:
-        LOGGER.info("%s is finished: %s", parts.folder.path, parts.folder.result)
+        check_flags(args, session)
+        data = open_data(args, session)
+        vq = open_vq(args, data.mapping)
+        config = gpt_config(args.gpt_model, grid=data.store.grid, vocab_size=args.vocab_size,
+                            num_classes=args.num_classes, dropout=args.dropout_p, token_dropout=args.token_dropout_p,
+                            drop_path=args.drop_path_rate)
+        start = read_start(args, config, data.mapping)
+        name = f"{args.gpt_model}-lambda={args.lambda_cce:g}-cluster_size={args.cluster_size}"
+        identity = args.identity() | data.identity()
+        folder = find_run_folder(args.results_dir, name, identity, args.defaults(), args.new_run)
+    settings = RunSettings(**args.pick(RunSettings))
+    num_steps = settings.num_steps(data.batches)
+    if folder.is_finished(num_steps):
+        LOGGER.info("%s is finished: %s", folder.path, folder.result)
         return
-    if session.is_main:
-        start_run_folder(parts.folder, vars(args))
-    session.barrier()
-    trainer = build_trainer(parts)
-    first = resume(parts.folder.checkpoints, trainer, session)
-    if not first and parts.start and "optimizer" in parts.start[1] and not args.init_from_original:
-        load_state(*parts.start[:2], trainer, session)
-        first = parts.start[1]["steps"]
-    if session.is_main:
-        cut_log(parts.folder.path / "log.txt", first)
-    open_logger(session, parts.folder.path / "log.txt")
-    if session.is_main and parts.vq:
-        save_first_rows(parts)
-    announce(args, parts.store, count_parameters(trainer), parts.num_updates)
-    train(parts, trainer, first)
 
-
-def train(parts, trainer, first):
-    """Runs the updates from `first` on, with log, curves, pictures and checkpoints."""
-    args, session, folder = parts.args, parts.session, parts.folder
-    updates = range(first, parts.num_updates)
-    speed = Speedometer(session.device, session.world_size, parts.config.num_tokens,
-                        flops_per_token(parts.config, count_parameters(trainer)))
-    journal = Journal(folder, trainer, parts.batches, parts.held_out, speed, updates, args.log_every, args.eval_every,
-                      session)
-    schedule = SaveSchedule((args.ckpt_every * parts.batches.per_epoch, args.ckpt_updates), args.ckpt_minutes,
-                            parts.num_updates, session)
-    batches = parts.batches.ahead(updates, session.share_of(args.global_batch_size),
-                                  min(args.num_workers, cores_per_process()))
-    for update, batch in zip(updates, batches, strict=True):
-        lr = learning_rate(update, parts.num_updates, args.lr, args.warmup, args.lr_schedule)
-        trainer.update(update, *batch, lr)
-        done = update + 1
-        journal.after(done, lr)
-        if args.validation_step and done % args.validation_step == 0:
-            save_samples(parts, trainer, done)
-        is_due, received = schedule.after(done)
-        if is_due and not args.no_local_save:
-            save_state(folder.checkpoints, trainer, done, parts.settings(), args.keep_checkpoints, session)
-        if received:
-            LOGGER.info("signal %d after update %d: the same command continues", received, done)
-            raise SystemExit(128 + received)
-    journal.close()
+    trainer = build_trainer(args, config, start, data, vq, session)
+    num_parameters = sum(parameter.numel() for parameter in trainer.optimizer.model.parameters())
+    speed = Speedometer(session.device, session.world_size, config.num_tokens, config.flops_per_token(num_parameters))
+    training = TrainingRun(folder, trainer, data.batches, settings, session, record=describe(args, data), speed=speed,
+                           curves=trainer.meter.names, result=RESULT, draw_every=args.validation_step)
+    training.resume(args.plain() | identity, start)
+    if session.is_main and vq:
+        save_first_rows(folder.path / "data.png", data, vq, args.num_classes)
+    store = data.store
+    LOGGER.info("%s, %.1fM parameters; %s: %d images, %d crops of %d tokens, %d classes", config.name,
+                num_parameters / 1e6, store.path, len(store.rows), *store.codes.shape[1:], config.num_classes)
+    if failed := len(store.labels) - len(store.rows):
+        LOGGER.warning("%d images of %s could not be read and are left out", failed, store.path)
+    if config.vocab_size == 16384:
+        LOGGER.info("ImageNet models end with a token loss of 7 to 8: that is healthy, not broken")
+    LOGGER.info("%d steps of %d images, lambda %g; token loss begins at ln V = %.2f, cluster loss at ln K = %.2f",
+                num_steps, args.global_batch_size, args.lambda_cce, math.log(args.vocab_size),
+                math.log(args.vocab_size // args.cluster_size))
+    training.train()
+    training.finish()
 
 
 if __name__ == "__main__":

@@ -4,34 +4,36 @@ Letters: N images, P pixels, C classes.
 """
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autoregressive.runtime.checkpoint import load_strictly, model_state, read_checkpoint, save_checkpoint
 from autoregressive.runtime.files import weights_sha256
+from evaluations.c2i.features import SPATIAL_CHANNELS
 
-SPATIAL_CHANNELS = 7    # of the middle map, as ADM takes of Inception's
 SMALLEST_IMAGE = 8      # pixels
-SETTINGS = ("class_names", "image_size", "accuracy", "num_heldout", "dataset", "seed")
+SETTINGS = ("class_names", "image_size", "accuracy", "num_val", "dataset", "seed")
 
 
 class SmallClassifier(nn.Module):
     """Five convolutions, a global average pool and a linear layer."""
 
-    def __init__(self, num_classes):
+    def __init__(self, num_classes: int):
         super().__init__()
         self.lower = nn.Sequential(_unit(3, 32), _unit(32, 32, stride=2), _unit(32, 64), _unit(64, 64, stride=2))
         self.upper = _unit(64, 64)
         self.output = nn.Linear(64, num_classes)
 
-    def maps(self, pictures):
+    def maps(self, pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns pool features (N, 64), middle map (N, 64, P/4, P/4), logits (N, C) of a uint8 tensor (N, P, P, 3)."""
         middle = self.lower((pictures.permute(0, 3, 1, 2).float() - 128) / 128)     # (N, 64, P/4, P/4)
         pool = self.upper(middle).mean(dim=(2, 3))                                  # (N, 64)
         return pool, middle, self.output(pool)
 
-    def forward(self, pictures):
+    def forward(self, pictures: Tensor) -> Tensor:
         return self.maps(pictures)[2]
 
 
@@ -41,44 +43,41 @@ def _unit(in_channels, out_channels, stride=1):
 
 
 class ClassifierFeatures:
-    """A trained SmallClassifier behind the interface of inception.FeatureNetwork.
+    """A file of save_classifier as a features.FeatureNetwork.
 
     Attributes:
-        settings: class_names, image_size, accuracy and num_heldout (on held-out pictures), dataset, seed.
+        settings: class_names, image_size, accuracy and num_val (in validation), dataset, seed.
     """
 
-    def __init__(self, model, settings, file_name, device="cpu"):
-        self.name = f"small classifier {file_name} (not Inception)"
+    def __init__(self, path: str | Path, device: torch.device | str = "cpu"):
+        """
+        Args:
+            path: the file.
+            device: where to compute.
+
+        Raises:
+            ValueError: the file is missing, damaged or something else.
+        """
+        payload = read_checkpoint(path)
+        settings = payload.get("settings") if isinstance(payload, dict) else None
+        if not isinstance(settings, dict) or not settings.keys() >= set(SETTINGS):
+            raise ValueError(f"{path}: expected a classifier made by train_classifier.py, found a file that lacks "
+                             f"{', '.join(SETTINGS)}")
+        model = SmallClassifier(len(settings["class_names"]))
+        load_strictly(model, model_state(payload, path), path)
+        self.name = f"small classifier {Path(path).name} (not Inception)"
         self.sha256 = weights_sha256(model.state_dict())
-        self.settings = settings
-        self.image_size = settings["image_size"]
-        self._model = model.to(device).eval()
-        self._device = device
+        self.settings, self.image_size = settings, settings["image_size"]
+        self._model, self._device = model.to(device).eval(), device
 
     @torch.inference_mode()
-    def features(self, images):
-        """See inception.FeatureNetwork; pool (N, 64), spatial (N, 7 P/4 P/4), probabilities (N, C)."""
+    def features(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """See features.FeatureNetwork; pool (N, 64), spatial (N, 7 P/4 P/4), probabilities (N, C)."""
         pool, middle, logits = self._model.maps(torch.tensor(images, device=self._device))
         spatial = middle[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
         return tuple(tensor.cpu().numpy() for tensor in (pool, spatial, logits.softmax(dim=1)))
 
 
-def save_classifier(path, model, settings):
-    """Saves a classifier with its settings (see SETTINGS)."""
-    save_checkpoint(path, {"model": model.state_dict(), "settings": {name: settings[name] for name in SETTINGS}})
-
-
-def load_classifier(path, device="cpu"):
-    """Loads a file of save_classifier as a feature network.
-
-    Raises:
-        ValueError: the file is missing, damaged or something else.
-    """
-    payload = read_checkpoint(path)
-    settings = payload.get("settings") if isinstance(payload, dict) else None
-    if not isinstance(settings, dict) or any(name not in settings for name in SETTINGS):
-        raise ValueError(f"{path}: expected a classifier made by train_classifier.py, found a file that lacks "
-                         f"{', '.join(SETTINGS)}")
-    model = SmallClassifier(len(settings["class_names"]))
-    load_strictly(model, model_state(payload, path), path)
-    return ClassifierFeatures(model, settings, Path(path).name, device)
+def save_classifier(path: str | Path, model: SmallClassifier, settings: dict[str, Any]) -> None:
+    """Saves a classifier with its SETTINGS."""
+    save_checkpoint(path, {"model": model.state_dict(), "settings": settings})

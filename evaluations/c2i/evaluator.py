@@ -22,43 +22,38 @@ import numpy as np
 import scipy
 import torch
 
-from autoregressive.runtime.entry import Parser, checks, require_one_process, run
-from autoregressive.runtime.files import atomic_write, file_sha256, require_writable_folder, write_json
+from autoregressive.runtime.distributed import Session
+from autoregressive.runtime.entry import Flags, Parser, at_least, check_one_process, checks, run
+from autoregressive.runtime.files import atomic_write, check_writable_folder, file_sha256, write_json
 from autoregressive.runtime.log import progress
-from evaluations.c2i.classifier import load_classifier
-from evaluations.c2i.inception import (
-    BACKENDS,
-    DEFAULT_INCEPTION,
-    extract_features,
-    open_inception,
-    require_image_size,
-)
+from evaluations.c2i.classifier import ClassifierFeatures
+from evaluations.c2i.features import STATISTICS, FeatureNetwork, Features, extract_features
+from evaluations.c2i.inception import BACKENDS, DEFAULT_INCEPTION, open_inception
 from evaluations.c2i.metrics import (
     NEIGHBOURS,
+    check_finite,
     feature_statistics,
     frechet_distance,
     inception_score,
     precision_recall,
-    require_finite,
 )
 from evaluations.c2i.npz_reader import NpzImages
 
 TITLES = {"is": "Inception Score", "fid": "FID", "sfid": "sFID", "precision": "Precision", "recall": "Recall"}
-STORED = {"fid": ("mu", "sigma"), "sfid": ("mu_s", "sigma_s")}          # statistics that a reference may hold ready
-SPACE = {"fid": "pool", "sfid": "spatial"}
+SPACES = {"fid": "pool", "sfid": "spatial"}     # the features whose Gaussians are compared
+MANIFOLDS = {"precision", "recall"}
 REFERENCE_OF = {"samples": "fid reference", "reconstructions": "rfid reference"}
 
 
-def metric_names(text):
-    """Returns the metrics of a comma-separated list, in the order in which they are printed."""
-    names = text.split(",")
-    unknown = [name for name in names if name not in TITLES]
-    if unknown:
+def metric_names(text: str) -> set[str]:
+    """Returns the metrics of a comma-separated list."""
+    names = set(text.split(","))
+    if not names <= TITLES.keys():
         raise argparse.ArgumentTypeError(f"expected some of {','.join(TITLES)}, got {text}")
-    return [name for name in TITLES if name in names]
+    return names
 
 
-def build_parser():
+def build_parser() -> Parser:
     """Returns the parser of this script's command line."""
     parser = Parser("Score samples against a reference: Inception score, FID, sFID, precision, recall.",
                     draws=False)
@@ -66,7 +61,7 @@ def build_parser():
     parser.add_argument("sample_batch", help="npz of the samples")
     parser.add_argument("--classifier", help="score with this small classifier (train_classifier.py), not Inception")
     parser.add_argument("--metrics", type=metric_names, default=",".join(TITLES), help="comma-separated choice")
-    parser.add_argument("--batch-size", type=int, default=64, help="pictures that the network takes at once")
+    parser.add_argument("--batch-size", type=at_least(1), default=64, help="pictures that the network takes at once")
     parser.add_argument("--output", help="JSON record; the printed lines go beside it with .txt; "
                                          "default: the sample file with .json")
     parser.add_argument("--backend", default="tensorflow", choices=BACKENDS,
@@ -76,17 +71,17 @@ def build_parser():
     return parser
 
 
-def open_files(args):
+def open_files(args: Flags) -> tuple[NpzImages, NpzImages, Path]:
     """Opens both files and names the record; returns (reference, samples, path of the record)."""
     reference, samples = NpzImages(args.ref_batch), NpzImages(args.sample_batch)
     if samples.path.suffix != ".npz":
         raise ValueError(f"{samples.path}: expected a name ending in .npz, which results replace; rename the file")
     if samples.path.samefile(reference.path):
         raise ValueError(f"{samples.path}: expected two files, got the same as reference and as samples")
-    output = Path(args.output) if args.output else samples.path.with_suffix(".json")
+    output = Path(args.output or samples.path.with_suffix(".json"))
     if output.suffix != ".json":
         raise ValueError(f"--output: expected a name ending in .json, got {output}")
-    fewest = NEIGHBOURS + 1 if {"precision", "recall"} & set(args.metrics) else 2
+    fewest = NEIGHBOURS + 1 if MANIFOLDS & args.metrics else 2
     for images in (reference, samples):
         if len(images) < fewest:
             raise ValueError(f"{images.path}: expected at least {fewest} pictures for these metrics, "
@@ -95,41 +90,33 @@ def open_files(args):
     if wanted and kind and kind != wanted:
         raise ValueError(f"{reference.path}: expected a {wanted}, since {samples.path.name} holds "
                          f"{samples.settings['kind']}; found a {kind}")
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size: expected at least 1, got {args.batch_size}")
-    require_writable_folder(output.parent)
+    check_writable_folder(output.parent)
     return reference, samples, output
 
 
-def open_network(args, session):
-    """Returns the feature network of the flags."""
-    if args.classifier:
-        return load_classifier(args.classifier, session.device)
-    return open_inception(args.inception_path, args.backend, session.device,
-                          lambda size: progress(session, size, "download Inception", "B"))
-
-
-def read_statistics(reference, network, metrics):
+def read_statistics(reference: NpzImages, network: FeatureNetwork,
+                    metrics: set[str]) -> dict[str, tuple[np.ndarray, np.ndarray, None]]:
     """Returns the ready statistics of a reference that `metrics` need: dict of metric -> (mean, covariance, None)."""
     known = reference.settings.get("feature_network_sha256", network.sha256)
     pool, spatial, _ = network.features(np.zeros((1, *reference.shape[1:]), np.uint8))
     statistics = {}
     for metric, size in (("fid", pool.shape[1]), ("sfid", spatial.shape[1])):
-        arrays = [reference.array(name) for name in STORED[metric]]
+        names = STATISTICS[SPACES[metric]]
+        arrays = [reference.array(name) for name in names]
         if metric not in metrics or all(array is None for array in arrays):
             continue
-        shapes = [None if array is None else array.shape for array in arrays]
+        shapes = [getattr(array, "shape", None) for array in arrays]
         if shapes != [(size,), (size, size)] or known != network.sha256:
-            raise ValueError(f"{reference.path}: expected {' and '.join(STORED[metric])} of {network.name} with {size} "
+            raise ValueError(f"{reference.path}: expected {' and '.join(names)} of {network.name} with {size} "
                              f"features, found shapes {shapes[0]} and {shapes[1]}, or another network's statistics; "
                              "make the reference again with this network")
         for array in arrays:
-            require_finite(array)
+            check_finite(array)
         statistics[metric] = (*arrays, None)
     return statistics
 
 
-def read_labels(samples, network):
+def read_labels(samples: NpzImages, network: FeatureNetwork) -> np.ndarray | None:
     """Returns the labels that the samples were made for, if they carry some that the network can judge, else None."""
     labels, classes = samples.labels(), network.settings["class_names"]
     if classes is None:                             # Inception's classes are not those of the labels
@@ -140,27 +127,28 @@ def read_labels(samples, network):
     return labels
 
 
-def main(args, session):
+def main(args: Flags, session: Session) -> None:
     started = time.perf_counter()
     with checks(session):
-        require_one_process(session)
+        check_one_process(session)
         reference, samples, output = open_files(args)
-        network = open_network(args, session)
+        network = ClassifierFeatures(args.classifier, session.device) if args.classifier else \
+            open_inception(args.inception_path, args.backend, session.device)
         for images in (reference, samples):
-            require_image_size(network, images)
+            images.check_side(network.image_size, network.name)
         stored = read_statistics(reference, network, args.metrics)
         labels = read_labels(samples, network)
     print(f"{samples.path.name}: {len(samples)} samples; {reference.path.name}: {len(reference)} reference pictures; "
           f"features of {network.name}", file=sys.stderr)
 
     sample_features = extract(network, samples, args.batch_size, session)
-    is_needed = {"precision", "recall"} & set(args.metrics) or {"fid", "sfid"} & set(args.metrics) - set(stored)
+    is_needed = args.metrics & (MANIFOLDS | SPACES.keys() - stored.keys())
     reference_features = extract(network, reference, args.batch_size, session) if is_needed else None
-    numbers = compute(args.metrics, sample_features, reference_features, stored, session)
+    numbers, warnings = compute(args.metrics, sample_features, reference_features, stored, session)
     if labels is not None:
         numbers["Label agreement"] = float((sample_features.probabilities.argmax(axis=1) == labels).mean())
-        numbers["Held-out accuracy of the classifier"] = network.settings["accuracy"]
-    for warning in (warnings := find_bias(args.metrics, sample_features, reference_features, stored)):
+        numbers["Validation accuracy of the classifier"] = network.settings["accuracy"]
+    for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
 
     lines = "".join(f"{title}: {number}\n" for title, number in numbers.items())
@@ -180,46 +168,47 @@ def main(args, session):
     print(f"recorded in {output}", file=sys.stderr)
 
 
-def extract(network, images, batch_size, session):
+def extract(network: FeatureNetwork, images: NpzImages, batch_size: int, session: Session) -> Features:
     """Returns the Features of a file, with a progress bar."""
     with progress(session, len(images), images.path.name, "image") as bar:
         return extract_features(network, images, batch_size, bar.update)
 
 
-def compute(metrics, samples, reference, stored, session):
-    """Returns the numbers of `metrics` by title, in the order of ADM.
+def compute(metrics: set[str], samples: Features, reference: Features | None,
+            stored: dict[str, tuple[np.ndarray, np.ndarray, None]],
+            session: Session) -> tuple[dict[str, float], list[str]]:
+    """Computes the numbers of `metrics`.
 
     Args:
         metrics: keys of TITLES.
         samples, reference: Features; the reference's may be None where all that is asked for is in `stored`.
         stored: what read_statistics returned.
         session: whose device computes distances.
+
+    Returns:
+        the numbers by title, in the order of ADM, and a warning for every covariance of fewer pictures than dimensions.
     """
-    numbers = {}
+    numbers, warnings = {}, []
     if "is" in metrics:
         numbers["is"] = inception_score(samples.probabilities)
-    for metric in (name for name in SPACE if name in metrics):
-        mu1, sigma1, factor1 = stored.get(metric) or feature_statistics(getattr(reference, SPACE[metric]))
-        mu2, sigma2, factor2 = feature_statistics(getattr(samples, SPACE[metric]))
-        numbers[metric] = frechet_distance(mu1, sigma1, mu2, sigma2, factor1, factor2)
-    if {"precision", "recall"} & set(metrics):
-        pools = [torch.from_numpy(features.pool).to(session.device) for features in (reference, samples)]
-        with progress(session, 2 * len(pools[0]) + len(pools[1]), "precision and recall", "row") as bar:
-            numbers["precision"], numbers["recall"] = precision_recall(*pools, advance=bar.update)
-    return {title: numbers[name] for name, title in TITLES.items() if name in metrics}
-
-
-def find_bias(metrics, samples, reference, stored):
-    """Returns a warning for every covariance that has fewer pictures than dimensions."""
-    warnings = []
-    for metric in (name for name in SPACE if name in metrics):
-        owners = {"sample": samples} | ({} if metric in stored else {"reference": reference})
-        for kind, owner in owners.items():
-            count, size = getattr(owner, SPACE[metric]).shape
+    for metric in sorted(metrics & SPACES.keys()):
+        statistics = {"reference": stored[metric]} if metric in stored else {}
+        for kind, features in (("sample", samples), ("reference", reference)):
+            if kind in statistics:
+                continue
+            array = getattr(features, SPACES[metric])
+            statistics[kind] = feature_statistics(array)
+            count, size = array.shape
             if count < size:
                 warnings.append(f"{TITLES[metric]} is biased upwards: {count} {kind} pictures for {size} features; "
                                 "compare it with results of equal numbers only")
-    return warnings
+        (mu1, sigma1, factor1), (mu2, sigma2, factor2) = statistics["reference"], statistics["sample"]
+        numbers[metric] = frechet_distance(mu1, sigma1, mu2, sigma2, factor1, factor2)
+    if MANIFOLDS & metrics:
+        pools = [torch.from_numpy(features.pool).to(session.device) for features in (reference, samples)]
+        with progress(session, 2 * len(pools[0]) + len(pools[1]), "precision and recall", "row") as bar:
+            numbers["precision"], numbers["recall"] = precision_recall(*pools, advance=bar.update)
+    return {title: numbers[name] for name, title in TITLES.items() if name in metrics}, warnings
 
 
 if __name__ == "__main__":

@@ -3,10 +3,13 @@
 Letters: N images, D feature dimensions, C classes. Nothing here knows where features come from.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import scipy.linalg
 import torch
 from scipy.special import xlogy
+from torch import Tensor
 
 SPLIT_SIZE = 5000       # images in a split of the Inception score
 NEIGHBOURS = 3          # the radius of a manifold ball is the distance to this neighbour
@@ -26,14 +29,14 @@ class StreamingStatistics:
         self.mean = 0.0
         self._scatter = 0.0
 
-    def add(self, features):
+    def add(self, features: np.ndarray) -> None:
         """Takes a batch of features (n, D) of any float type.
 
         Raises:
             ValueError: a value is not finite.
         """
         features = np.asarray(features, dtype=np.float64)
-        require_finite(features)
+        check_finite(features)
         if not len(features):
             return
         share = len(features) / (self.count + len(features))
@@ -45,7 +48,7 @@ class StreamingStatistics:
         self.count += len(features)
 
     @property
-    def covariance(self):
+    def covariance(self) -> np.ndarray:
         """The unbiased covariance (D, D).
 
         Raises:
@@ -56,7 +59,7 @@ class StreamingStatistics:
         return self._scatter / (self.count - 1)
 
 
-def feature_statistics(features):
+def feature_statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Returns what frechet_distance wants to know of features.
 
     Args:
@@ -69,8 +72,8 @@ def feature_statistics(features):
         ValueError: fewer than two rows, or a value that is not finite.
     """
     statistics = StreamingStatistics()
-    for start in range(0, len(features), STATISTICS_ROWS):
-        statistics.add(features[start:start + STATISTICS_ROWS])
+    for rows in _blocks(features, STATISTICS_ROWS):
+        statistics.add(features[rows])
     covariance = statistics.covariance
     return statistics.mean, covariance, _helmert_factor(features) if len(features) <= features.shape[1] else None
 
@@ -84,7 +87,8 @@ def _helmert_factor(features):
     return contrasts / np.sqrt(len(features) - 1)
 
 
-def frechet_distance(mu1, sigma1, mu2, sigma2, factor1=None, factor2=None):
+def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray,
+                     factor1: np.ndarray | None = None, factor2: np.ndarray | None = None) -> float:
     """Computes |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), the FID, without leaving the symmetric real matrices.
 
     With S1 = F1^T F1, the trace of the root is the sum of the roots of the eigenvalues of F1 S2 F1^T, and, with
@@ -104,7 +108,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2, factor1=None, factor2=None):
     """
     mu1, sigma1, mu2, sigma2 = (np.asarray(array, dtype=np.float64) for array in (mu1, sigma1, mu2, sigma2))
     for array in (mu1, sigma1, mu2, sigma2):
-        require_finite(array)
+        check_finite(array)
     size = len(mu1)
     if mu2.shape != (size,) or sigma1.shape != (size, size) or sigma2.shape != (size, size):
         raise ValueError("expected two means (D,) and two covariances (D, D), got "
@@ -120,7 +124,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2, factor1=None, factor2=None):
     return float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * roots.sum())
 
 
-def covariance_factor(sigma):
+def covariance_factor(sigma: np.ndarray) -> np.ndarray:
     """Returns F (r, D) with F^T F = sigma (D, D) float64, r <= D, leaving out its null space."""
     threshold = len(sigma) * np.finfo(np.float64).eps
     try:
@@ -134,7 +138,7 @@ def covariance_factor(sigma):
     return (vectors[:, kept] * np.sqrt(values[kept])).T
 
 
-def inception_score(probabilities, split_size=SPLIT_SIZE):
+def inception_score(probabilities: np.ndarray, split_size: int = SPLIT_SIZE) -> float:
     """Computes exp(mean KL(p(class | image) || p(class))) within splits of consecutive images, averaged over splits.
 
     Args:
@@ -145,16 +149,17 @@ def inception_score(probabilities, split_size=SPLIT_SIZE):
         ValueError: a value is not finite.
     """
     scores = []
-    for start in range(0, len(probabilities), split_size):
-        split = np.asarray(probabilities[start:start + split_size], dtype=np.float64)
-        require_finite(split)
+    for rows in _blocks(probabilities, split_size):
+        split = np.asarray(probabilities[rows], dtype=np.float64)
+        check_finite(split)
         marginal = split.mean(axis=0)                                            # (C,)
         divergence = (xlogy(split, split) - xlogy(split, marginal)).sum(axis=1)  # (n,)
         scores.append(np.exp(divergence.mean()))
     return float(np.mean(scores))
 
 
-def manifold_radii(features, neighbours=NEIGHBOURS, advance=None):
+def manifold_radii(features: Tensor, neighbours: int = NEIGHBOURS,
+                   advance: Callable[[int], None] = lambda count: None) -> Tensor:
     """Returns the squared distance of each feature to its `neighbours`-th nearest other one, (N,) float32.
 
     Args:
@@ -169,28 +174,26 @@ def manifold_radii(features, neighbours=NEIGHBOURS, advance=None):
         raise ValueError(f"expected more than {neighbours} images for precision and recall, got {len(features)}")
     nearest = features.new_full((len(features), neighbours), torch.inf)
     norms = features.square().sum(dim=1)
-    starts = range(0, len(features), DISTANCE_ROWS)
+    blocks = _blocks(features, DISTANCE_ROWS)
 
     def take(rows, distances):
         joined = torch.cat([nearest[rows], distances], dim=1)
         nearest[rows] = joined.topk(neighbours, dim=1, largest=False).values     # ascending
 
-    for start in starts:
-        rows = slice(start, start + DISTANCE_ROWS)
-        for other_start in starts[start // DISTANCE_ROWS:]:                      # the other half by symmetry
-            others = slice(other_start, other_start + DISTANCE_ROWS)
+    for number, rows in enumerate(blocks):
+        for others in blocks[number:]:                                           # the other half by symmetry
             distances = _squared_distances(features[rows], norms[rows], features[others], norms[others])
-            if other_start == start:
-                take(rows, distances.fill_diagonal_(torch.inf))
+            if others is rows:
+                distances.fill_diagonal_(torch.inf)
             else:
-                take(rows, distances)
                 take(others, distances.T)
-        if advance:
-            advance(len(features[rows]))
+            take(rows, distances)
+        advance(len(features[rows]))
     return nearest[:, -1]
 
 
-def precision_recall(reference, samples, neighbours=NEIGHBOURS, advance=None):
+def precision_recall(reference: Tensor, samples: Tensor, neighbours: int = NEIGHBOURS,
+                     advance: Callable[[int], None] = lambda count: None) -> tuple[float, float]:
     """Computes the share of samples inside the reference's manifold, and of references inside the samples'.
 
     Args:
@@ -206,23 +209,23 @@ def precision_recall(reference, samples, neighbours=NEIGHBOURS, advance=None):
         ValueError: too few features, or a value that is not finite.
     """
     for features in (reference, samples):
-        if not features.isfinite().all():
-            raise ValueError("expected finite features, found NaN or infinity")
+        check_finite(features.numpy(force=True))
     reference_radii = manifold_radii(reference, neighbours, advance)
     sample_radii = manifold_radii(samples, neighbours, advance)
     norms, sample_norms = reference.square().sum(dim=1), samples.square().sum(dim=1)
-    is_covered = torch.zeros(len(reference), dtype=torch.bool, device=reference.device)
-    is_real = torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
-    for start in range(0, len(reference), DISTANCE_ROWS):
-        rows = slice(start, start + DISTANCE_ROWS)
-        for other_start in range(0, len(samples), DISTANCE_ROWS):
-            others = slice(other_start, other_start + DISTANCE_ROWS)
+    is_covered = reference.new_zeros(len(reference), dtype=torch.bool)
+    is_real = samples.new_zeros(len(samples), dtype=torch.bool)
+    for rows in _blocks(reference, DISTANCE_ROWS):
+        for others in _blocks(samples, DISTANCE_ROWS):
             distances = _squared_distances(reference[rows], norms[rows], samples[others], sample_norms[others])
             is_real[others] |= (distances <= reference_radii[rows, None]).any(dim=0)
             is_covered[rows] |= (distances <= sample_radii[None, others]).any(dim=1)
-        if advance:
-            advance(len(reference[rows]))
+        advance(len(reference[rows]))
     return is_real.double().mean().item(), is_covered.double().mean().item()
+
+
+def _blocks(array, size):
+    return [slice(start, start + size) for start in range(0, len(array), size)]
 
 
 def _squared_distances(rows, row_norms, columns, column_norms):
@@ -230,7 +233,7 @@ def _squared_distances(rows, row_norms, columns, column_norms):
     return products.add_(row_norms[:, None]).clamp_(min=0)                       # rounding may go below zero
 
 
-def require_finite(array):
+def check_finite(array: np.ndarray) -> None:
     """Raises ValueError when an array holds NaN or infinity."""
     if not np.isfinite(array).all():
         raise ValueError(f"expected finite numbers, found {int((~np.isfinite(array)).sum())} NaN or infinite ones")

@@ -5,11 +5,12 @@ import json
 import math
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from autoregressive.runtime.files import require_file
+from autoregressive.runtime.files import check_file
 
 IMAGES = "arr_0"
 DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError)
@@ -27,9 +28,9 @@ class NpzImages:
         ValueError: the file is missing, damaged, or holds no uint8 RGB pictures under `arr_0`.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: str | Path):
         self.path = Path(path)
-        require_file(path, "name an npz of pictures")
+        check_file(path, "name an npz of pictures")
         with self._archive() as archive:
             self._members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
             if IMAGES not in self._members:
@@ -37,11 +38,11 @@ class NpzImages:
                 raise ValueError(f"{path}: expected pictures under {IMAGES}, found {found}; "
                                  f"save them with numpy.savez(path, {IMAGES}=pictures)")
             with archive.open(self._members[IMAGES]) as member:
-                self.shape, is_fortran, dtype = self._read_header(member, IMAGES)
+                self.shape, is_fortran, dtype = self._read_header(member)
                 size = self._members[IMAGES].file_size - member.tell()
         if dtype != np.uint8 or len(self.shape) != 4 or self.shape[3] != 3 or is_fortran:
-            raise ValueError(f"{path}: expected {IMAGES} as uint8 (N, P, P, 3) in C order, found {dtype} {self.shape}"
-                             + (" in Fortran order" if is_fortran else ""))
+            raise ValueError(f"{path}: expected {IMAGES} as uint8 (N, P, P, 3) in C order, found {dtype} {self.shape} "
+                             f"in {'Fortran' if is_fortran else 'C'} order")
         if 0 in self.shape:
             raise ValueError(f"{path}: expected pictures, found {IMAGES} of shape {self.shape}")
         if size < math.prod(self.shape):
@@ -49,10 +50,16 @@ class NpzImages:
                              "the file is damaged, make it again")
         self.settings = self._read_settings()
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.shape[0]
 
-    def batches(self, batch_size):
+    def check_side(self, side: int | None, owner: str) -> None:
+        """Raises ValueError unless the pictures have `side` pixels a side, as `owner` wants them; None is any."""
+        if side is not None and self.shape[1:3] != (side, side):
+            raise ValueError(f"{self.path}: expected pictures of {side} x {side} pixels for {owner}, "
+                             f"found {self.shape[1]} x {self.shape[2]}")
+
+    def batches(self, batch_size: int) -> Iterator[np.ndarray]:
         """Yields consecutive pictures (n, H, W, 3) uint8, n <= batch_size.
 
         Raises:
@@ -60,7 +67,7 @@ class NpzImages:
         """
         picture_bytes = math.prod(self.shape[1:])
         with self._archive() as archive, archive.open(self._members[IMAGES]) as member:
-            self._read_header(member, IMAGES)
+            self._read_header(member)
             for start in range(0, len(self), batch_size):
                 count = min(batch_size, len(self) - start)
                 content = member.read(count * picture_bytes)
@@ -69,7 +76,7 @@ class NpzImages:
                                      f"{start + len(content) // picture_bytes}; the file is damaged, make it again")
                 yield np.frombuffer(content, np.uint8).reshape(count, *self.shape[1:])
 
-    def array(self, name):
+    def array(self, name: str) -> np.ndarray | None:
         """Returns a small array of the file, or None if it has none of that name.
 
         Raises:
@@ -83,7 +90,7 @@ class NpzImages:
             except ValueError as error:
                 raise ValueError(f"{self.path}: expected a plain array under {name}, {error}") from error
 
-    def labels(self):
+    def labels(self) -> np.ndarray | None:
         """Returns the class index of each picture, (N,) int64, or None.
 
         Raises:
@@ -101,10 +108,8 @@ class NpzImages:
         stored = self.array("settings")
         if stored is None:
             return {}
-        with contextlib.suppress(ValueError, AttributeError):  # not one text, not JSON
-            text = stored.item()
-            settings = json.loads(text.decode() if isinstance(text, bytes) else text)
-            if isinstance(settings, dict):
+        with contextlib.suppress(ValueError, TypeError):        # not one text, not JSON
+            if isinstance(settings := json.loads(stored.item()), dict):
                 return settings
         raise ValueError(f"{self.path}: expected settings as one JSON object, found {stored.dtype} {stored.shape} "
                          "with other content")
@@ -118,10 +123,11 @@ class NpzImages:
             raise ValueError(f"{self.path}: expected a whole npz, {error or 'its end is missing'}; "
                              "copy or make the file again") from error
 
-    def _read_header(self, member, name):
+    def _read_header(self, member):
         try:
             version = np.lib.format.read_magic(member)
             read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
             return read(member)
         except (ValueError, KeyError) as error:
-            raise ValueError(f"{self.path}: expected {name} as a numpy array, found other content ({error})") from error
+            raise ValueError(f"{self.path}: expected {IMAGES} as a numpy array, found other content "
+                             f"({error})") from error

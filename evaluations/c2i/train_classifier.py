@@ -1,6 +1,6 @@
 """Trains the small classifier that stands in for Inception on data sets of which Inception knows nothing.
 
-    python evaluations/c2i/train_classifier.py --dataset digits --data-path train --val-path heldout --image-size 16 \
+    python evaluations/c2i/train_classifier.py --dataset digits --data-path train --val-path val --image-size 16 \
         --output results/quickstart/classifier.pt
 
 Any two image folders with the same classes will do: --data-path my/train --val-path my/val --image-size 32.
@@ -15,61 +15,58 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from autoregressive.runtime.distributed import seed_everything
-from autoregressive.runtime.entry import Parser, checks, require_one_process, run
-from autoregressive.runtime.files import require_writable_folder
+from autoregressive.runtime.distributed import Session, seed_everything
+from autoregressive.runtime.entry import Flags, Parser, above, at_least, check_one_process, checks, run
+from autoregressive.runtime.files import check_writable_folder
 from autoregressive.runtime.log import open_logger, progress
 from evaluations.c2i.classifier import SMALLEST_IMAGE, SmallClassifier, save_classifier
-from tokenizer.tokenizer_image.images import add_image_args, center_crop, open_images
+from tokenizer.tokenizer_image.images import ImageSet, add_image_args, center_crop, open_dataset
 
 EVALUATION_BATCH = 256
 
 
-def build_parser():
+def build_parser() -> Parser:
     """Returns the parser of this script's command line."""
     parser = Parser("Train a small classifier to score samples with.")
     add_image_args(parser)
     parser.add_argument("--val-path", required=True, help="like --data-path: the pictures that accuracy is measured on")
     parser.add_argument("--output", required=True, help="file of the classifier")
-    parser.add_argument("--epochs", type=int, default=20, help="passes over the training pictures")
-    parser.add_argument("--max-updates", type=int, default=0, help="length of the run in updates; 0: by --epochs")
-    parser.add_argument("--batch-size", type=int, default=64, help="pictures in an update")
-    parser.add_argument("--lr", type=float, default=3e-3, help="highest learning rate of the one-cycle schedule")
+    parser.add_argument("--epochs", type=at_least(1), default=20, help="passes over the training pictures")
+    parser.add_argument("--max-steps", type=at_least(0), default=0, help="length of the run in steps; 0: by --epochs")
+    parser.add_argument("--batch-size", type=at_least(2), default=64, help="pictures in a step")
+    parser.add_argument("--lr", type=above(0), default=3e-3, help="highest learning rate of the one-cycle schedule")
     return parser
 
 
-def open_sets(args):
-    """Returns the training and the held-out images of the flags."""
-    for flag, value, least in (("--epochs", args.epochs, 1), ("--max-updates", args.max_updates, 0),
-                               ("--batch-size", args.batch_size, 2), ("--image-size", args.image_size, SMALLEST_IMAGE)):
-        if value < least:
-            raise ValueError(f"{flag}: expected at least {least}, got {value}")
-    if not args.lr > 0:
-        raise ValueError(f"--lr: expected more than 0, got {args.lr}")
+def open_sets(args: Flags) -> tuple[ImageSet, ImageSet]:
+    """Returns the datasets of the flags, to train and to validate with."""
+    if args.image_size < SMALLEST_IMAGE:
+        raise ValueError(f"--image-size: expected at least {SMALLEST_IMAGE}, got {args.image_size}")
     if Path(args.output).is_dir():
         raise ValueError(f"--output: expected the name of a file, got the folder {args.output}")
-    train, heldout = open_images(args.dataset, args.data_path), open_images(args.dataset, args.val_path)
-    if train.class_names != heldout.class_names:
+    train, val = open_dataset(args.dataset, args.data_path), open_dataset(args.dataset, args.val_path)
+    if train.class_names != val.class_names:
         raise ValueError(f"--val-path: expected the classes of --data-path, {len(train.class_names)} in all, got "
-                         f"{len(heldout.class_names)} other ones")
+                         f"{len(val.class_names)} other ones")
     if len(train) < args.batch_size:
         raise ValueError(f"--batch-size: expected at most the {len(train)} training pictures, got {args.batch_size}")
-    require_writable_folder(Path(args.output).parent)
-    return train, heldout
+    check_writable_folder(Path(args.output).parent)
+    return train, val
 
 
-def read_all(images, size, session, description):
+def read_all(dataset: ImageSet, size: int, session: Session, description: str) -> tuple[Tensor, Tensor]:
     """Returns pictures (N, P, P, 3) uint8 and labels (N,) int64 on the session's device."""
-    pictures = np.empty((len(images), size, size, 3), np.uint8)
-    with progress(session, len(images), description, "image") as bar:
-        for row in range(len(images)):
-            pictures[row] = center_crop(images.read(row), size)
+    pictures = np.empty((len(dataset), size, size, 3), np.uint8)
+    with progress(session, len(dataset), description, "image") as bar:
+        for row in range(len(dataset)):
+            pictures[row] = center_crop(dataset.read(row), size)
             bar.update()
-    return torch.from_numpy(pictures).to(session.device), torch.from_numpy(images.labels).to(session.device)
+    return tuple(torch.from_numpy(array).to(session.device) for array in (pictures, dataset.labels))
 
 
-def shift(pictures, reach):
+def shift(pictures: Tensor, reach: int) -> Tensor:
     """Moves each picture (N, P, P, 3) by up to `reach` pixels in both directions; the border is repeated."""
     count, size = pictures.shape[:2]
     offsets = torch.randint(-reach, reach + 1, (2, count, 1), device=pictures.device)
@@ -77,18 +74,18 @@ def shift(pictures, reach):
     return pictures[torch.arange(count, device=pictures.device)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
-def train_classifier(model, pictures, labels, args, session):
+def train_classifier(model: SmallClassifier, pictures: Tensor, labels: Tensor, args: Flags, session: Session) -> None:
     """Trains a model in place; the last incomplete batch of an epoch is dropped."""
-    updates_per_epoch = len(pictures) // args.batch_size
-    num_updates = args.max_updates or args.epochs * updates_per_epoch
+    steps_per_epoch = len(pictures) // args.batch_size
+    num_steps = args.max_steps or args.epochs * steps_per_epoch
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=num_updates)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=num_steps)
     model.train()
-    with progress(session, num_updates * args.batch_size, "train the classifier", "image") as bar:
-        for update in range(num_updates):
-            if update % updates_per_epoch == 0:
-                order = torch.randperm(len(pictures)).to(session.device)
-            rows = order[update % updates_per_epoch * args.batch_size:][:args.batch_size]
+    with progress(session, num_steps * args.batch_size, "train the classifier", "image") as bar:
+        for step in range(num_steps):
+            if step % steps_per_epoch == 0:
+                batches = torch.randperm(len(pictures)).to(session.device).split(args.batch_size)
+            rows = batches[step % steps_per_epoch]
             logits = model(shift(pictures[rows], reach=max(1, args.image_size // 8)))
             loss = F.cross_entropy(logits, labels[rows], label_smoothing=0.05)
             optimizer.zero_grad()
@@ -99,29 +96,28 @@ def train_classifier(model, pictures, labels, args, session):
 
 
 @torch.inference_mode()
-def measure_accuracy(model, pictures, labels):
+def measure_accuracy(model: SmallClassifier, pictures: Tensor, labels: Tensor) -> float:
     """Returns the share of pictures that the model assigns to their label."""
     model.eval()
-    hits = [(model(batch).argmax(dim=1) == truth).sum().item() for batch, truth in
-            zip(pictures.split(EVALUATION_BATCH), labels.split(EVALUATION_BATCH), strict=True)]
-    return sum(hits) / len(labels)
+    found = torch.cat([model(batch).argmax(dim=1) for batch in pictures.split(EVALUATION_BATCH)])
+    return (found == labels).sum().item() / len(labels)
 
 
-def main(args, session):
+def main(args: Flags, session: Session) -> None:
     logger = open_logger(session)
     with checks(session):
-        require_one_process(session)
-        train, heldout = open_sets(args)
+        check_one_process(session)
+        train, val = open_sets(args)
     seed_everything(args.global_seed)
     train_pictures, train_labels = read_all(train, args.image_size, session, "read training pictures")
-    pictures, labels = read_all(heldout, args.image_size, session, "read held-out pictures")
+    pictures, labels = read_all(val, args.image_size, session, "read held-out pictures")
     model = SmallClassifier(len(train.class_names)).to(session.device)
     train_classifier(model, train_pictures, train_labels, args, session)
     accuracy = measure_accuracy(model, pictures, labels)
     save_classifier(args.output, model, {
         "class_names": train.class_names, "image_size": args.image_size, "accuracy": accuracy,
-        "num_heldout": len(heldout), "dataset": args.dataset, "seed": args.global_seed})
-    logger.info("%.2f %% of %d held-out pictures are right; saved in %s", 100 * accuracy, len(heldout), args.output)
+        "num_val": len(val), "dataset": args.dataset, "seed": args.global_seed})
+    logger.info("%.2f %% of %d held-out pictures are right; saved in %s", 100 * accuracy, len(val), args.output)
 
 
 if __name__ == "__main__":

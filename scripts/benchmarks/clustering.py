@@ -12,14 +12,13 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])      # the repository root instead of this folder
 
-import time
-
 import numpy as np
 import torch
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
 from autoregressive.runtime.entry import Parser, run
+from scripts.benchmarks.turns import timed
 from tokenizer.clustering import Clustering, balanced_sse, cluster_greedy, cluster_optimal, start_codes
 
 NUM_CODES, DIMENSIONS, NUM_CLUSTERS = 16384, 8, 128
@@ -30,7 +29,6 @@ def build_parser():
     """Returns the parser of this script's command line."""
     parser = Parser("Compare balanced clusterings: SSE and CPU seconds.", draws=False)
     parser.add_argument("--seeds", type=int, default=5, help="starts of the optimal method, from seed 0")
-    parser.add_argument("--skip-published", action="store_true", help="leave out the published loop (minutes)")
     return parser
 
 
@@ -50,13 +48,6 @@ def codebook_b():
 
 def normalized(codes):
     return (codes / np.linalg.norm(codes, axis=1, keepdims=True)).astype(np.float32)
-
-
-def timed(method, *arguments):
-    """Returns the SSE of the Clustering that a method finds and its CPU seconds."""
-    started = time.process_time()
-    found = method(*arguments)
-    return found.sse, time.process_time() - started
 
 
 def cluster_unbalanced(codes):
@@ -85,23 +76,25 @@ def cluster_as_published(codes, start):
     return Clustering(assignment.numpy(), balanced_sse(codes, assignment.numpy(), NUM_CLUSTERS))
 
 
+def measure(title, method, *arguments):
+    """Prints and returns the SSE of the Clustering that a method finds, and its CPU seconds."""
+    found, seconds = timed(lambda: method(*arguments))
+    print(f"{title}: SSE {found.sse:8.1f}  {seconds:6.1f} CPU s", flush=True)
+    return found.sse, seconds
+
+
 def main(args, session):
     for name, codes in (("A", codebook_a()), ("B", codebook_b())):
-        starts = [start_codes(NUM_CODES, NUM_CLUSTERS, seed) for seed in range(args.seeds)]
-        ours = np.array([timed(cluster_optimal, codes, start) for start in starts])
-        for seed, (sse, seconds) in enumerate(ours):
-            print(f"{name}  optimal, seed {seed}: SSE {sse:8.1f}  {seconds:6.1f} CPU s", flush=True)
-        print(f"{name}  optimal, median: SSE {np.median(ours[:, 0]):8.1f}  {np.median(ours[:, 1]):6.1f} CPU s; "
-              f"best {ours[:, 0].min():.1f} in {ours[:, 1].sum():.1f} CPU s together")
-        sse, seconds = timed(cluster_unbalanced, codes)
-        print(f"{name}  scikit-learn KMeans, unbalanced: SSE {sse:8.1f}  {seconds:6.1f} CPU s", flush=True)
+        ours = [measure(f"{name}  optimal, seed {seed}", cluster_optimal, codes,
+                        start_codes(NUM_CODES, NUM_CLUSTERS, seed)) for seed in range(args.seeds)]
+        sses, seconds = np.transpose(ours)
+        print(f"{name}  optimal, median: SSE {np.median(sses):8.1f}  {np.median(seconds):6.1f} CPU s; "
+              f"best {sses.min():.1f} in {seconds.sum():.1f} CPU s together")
+        measure(f"{name}  scikit-learn KMeans, unbalanced", cluster_unbalanced, codes)
         start = start_codes(NUM_CODES, NUM_CLUSTERS, PUBLISHED_SEED)
-        sse, seconds = timed(cluster_greedy, codes, start)
-        print(f"{name}  greedy, ours: SSE {sse:8.1f}  {seconds:6.1f} CPU s", flush=True)
-        if not args.skip_published:
-            sse, seconds = timed(cluster_as_published, codes, start)
-            print(f"{name}  greedy, as published: SSE {sse:8.1f}  {seconds:6.1f} CPU s; optimal takes "
-                  f"1/{seconds / np.median(ours[:, 1]):.0f} of it", flush=True)
+        measure(f"{name}  greedy, ours", cluster_greedy, codes, start)
+        _, published = measure(f"{name}  greedy, as published", cluster_as_published, codes, start)
+        print(f"{name}  optimal takes 1/{published / np.median(seconds):.0f} of it", flush=True)
 
 
 if __name__ == "__main__":

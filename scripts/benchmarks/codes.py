@@ -12,6 +12,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])      # the repository root instead of this folder
 
+import itertools
 import tempfile
 import time
 
@@ -20,28 +21,26 @@ import numpy as np
 from autoregressive.data.batches import TokenBatches
 from autoregressive.data.code_writer import CodeWriter
 from autoregressive.data.codes import open_codes
-from autoregressive.runtime.entry import Parser, run
+from autoregressive.runtime.entry import run
+from scripts.benchmarks.turns import benchmark_parser, compare, resident_bytes
 
 CODEBOOK_SIZE, NUM_CLASSES, TOKENS = 16384, 1000, 256
-WRITTEN_TOGETHER, BATCH = 10000, 256
-ROUNDS = 5
+NUM_ROWS, WRITTEN_TOGETHER, BATCH = 1_000_000, 10000, 256
 SECONDS = 1.0                                       # of a measurement
 OLDER_ROWS = 20000                                  # in the published layout
 
 
 def build_parser():
     """Returns the parser of this script's command line."""
-    parser = Parser("Measure random access to codes.", draws=False)
-    parser.add_argument("--num-rows", type=int, default=1_000_000, help="images in the store, one crop each")
-    return parser
+    return benchmark_parser("Measure random access to codes.", rounds=5)
 
 
-def make_store(folder, num_rows):
-    writer = CodeWriter(folder, {"num_images": num_rows, "num_crops": 1, "num_tokens": TOKENS, "grid": 16,
+def make_store(folder):
+    writer = CodeWriter(folder, {"num_images": NUM_ROWS, "num_crops": 1, "num_tokens": TOKENS, "grid": 16,
                                  "codebook_size": CODEBOOK_SIZE})
     random = np.random.default_rng(0)
-    writer.create(random.integers(NUM_CLASSES, size=num_rows))
-    for rows in writer.missing(WRITTEN_TOGETHER):
+    writer.create(random.integers(NUM_CLASSES, size=NUM_ROWS))
+    for rows in writer.rows.missing(WRITTEN_TOGETHER):
         writer.write(rows, random.integers(CODEBOOK_SIZE, size=(len(rows), 1, TOKENS)), {})
     writer.finish(0)
     return open_codes(folder)
@@ -56,40 +55,25 @@ def make_older(folder, store):
     return open_codes(folder)
 
 
-def rows_per_second(batches, updates):
-    """Returns the rate of batches of an iterator of update numbers, for about SECONDS."""
-    started, count = time.perf_counter(), 0
-    while time.perf_counter() - started < SECONDS:
-        batches.batch(next(updates), range(BATCH))
-        count += BATCH
-    return count / (time.perf_counter() - started)
-
-
-def private_megabytes():
-    """Returns the resident memory of this process that is not the page cache."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) / 1024
-    raise OSError("/proc/self/status: expected RssAnon; this benchmark needs Linux")
-
-
 def main(args, session):
-    imported = private_megabytes()
-    mapping = np.random.default_rng(0).permutation(CODEBOOK_SIZE)
+    imported = resident_bytes("RssAnon")
+    mapping, steps = np.random.default_rng(0).permutation(CODEBOOK_SIZE), itertools.count()
+
+    def measure(batches):
+        started, count = time.perf_counter(), 0
+        while time.perf_counter() - started < SECONDS:
+            batches[next(steps), range(BATCH)]
+            count += BATCH
+        return {"rows/s": count / (time.perf_counter() - started)}
+
     with tempfile.TemporaryDirectory() as folder:
-        store = make_store(Path(folder) / "store", args.num_rows)
-        older = make_older(Path(folder) / "older", store)
-        ours, published = (TokenBatches(codes, mapping, BATCH, 0, NUM_CLASSES, 0.1) for codes in (store, older))
-        updates, rates = iter(range(10**9)), {"ours": [], "published": []}
-        for batches in (ours, published):
-            batches.batch(0, range(BATCH))                      # plans the epoch
-        for _ in range(ROUNDS):
-            rates["ours"].append(rows_per_second(ours, updates))
-            rates["published"].append(rows_per_second(published, updates))
-        ours, published = np.median(rates["ours"]), np.median(rates["published"])
-        print(f"{len(store.rows)} rows of {TOKENS} tokens: {ours:.0f} rows/s as batches of {BATCH}; a file for every "
-              f"image ({OLDER_ROWS} of them): {published:.0f} rows/s; ours / published: {ours / published:.1f}; memory "
-              f"beyond the page cache: {private_megabytes() - imported:.0f} MB, and {imported:.0f} MB of torch itself")
+        store = make_store(Path(folder) / "store")
+        stores = {"published": make_older(Path(folder) / "older", store), "ours": store}
+        ways = {way: TokenBatches(codes, mapping, BATCH, 0, NUM_CLASSES, 0.1) for way, codes in stores.items()}
+        compare(f"{NUM_ROWS} rows of {TOKENS} tokens (published: {OLDER_ROWS}) as batches of {BATCH}", measure, ways,
+                args.rounds, warm_up=1)
+        print(f"memory beyond the page cache: {(resident_bytes('RssAnon') - imported) / 2**20:.0f} MB, and "
+              f"{imported / 2**20:.0f} MB of torch itself")
 
 
 if __name__ == "__main__":

@@ -15,21 +15,22 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])      # the repository root instead of this folder
 
-import argparse
 import copy
+import functools
+import itertools
 import statistics
-import time
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from autoregressive.assemble import PRECISIONS
 from autoregressive.models.generate import CompiledSteps, Sampler, generate, guide
 from autoregressive.models.gpt import GPT, GPT_MODELS, gpt_config
 from autoregressive.models.packed import can_pack, pack_linears
-from autoregressive.runtime.entry import Parser, run
-from tokenizer.tokenizer_image.vq_model import VQModel
+from autoregressive.runtime.compute import PRECISIONS
+from autoregressive.runtime.entry import run
+from scripts.benchmarks.turns import add_size_args, benchmark_parser, compare, timed
+from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 
 NUM_CLASSES = 1000
 SCALE = 2.0
@@ -38,14 +39,11 @@ TILE = 32                                           # pictures that the VQ decod
 
 def build_parser():
     """Returns the parser of this script's command line."""
-    parser = Parser("Compare ways to sample: tokens and images per second.", draws=False)
-    parser.add_argument("--gpt-models", nargs="+", default=["GPT-B"], choices=GPT_MODELS, help="sizes of the GPT")
-    parser.add_argument("--grids", nargs="+", type=int, default=[16], help="sides of the picture in tokens")
+    parser = benchmark_parser("Compare ways to sample: tokens and images per second.", rounds=3)
+    add_size_args(parser, GPT_MODELS)
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[2, 16], help="pictures drawn together")
     parser.add_argument("--precision", default="none", choices=tuple(PRECISIONS), help="of weights and cache")
-    parser.add_argument("--positions", type=int, default=0, help="tokens to draw of each picture; 0: all")
-    parser.add_argument("--rounds", type=int, default=3, help="how often both ways take turns; medians are printed")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="compile both ways")
+    parser.add_argument("--compile", action="store_true", help="compile both ways")
     parser.add_argument("--decode", action="store_true", help="decode the tokens of ours to pictures, too")
     return parser
 
@@ -58,17 +56,16 @@ class PublishedWay:
         self.step = torch.compile(self._step, mode="reduce-overhead") if compiled else self._step
 
     @torch.inference_mode()
-    def generate(self, labels, num_positions):
-        model, batch_size = self.model, len(labels)
+    def generate(self, labels):
         condition = torch.cat([labels, torch.full_like(labels, NUM_CLASSES)])
-        cache = model.new_cache(2 * batch_size)
+        cache = self.model.new_cache(len(condition))
         mask = torch.ones(cache.keys.shape[3], cache.keys.shape[3], device=labels.device).tril().bool()
-        x, tokens = model.cls_embedding(condition), []
-        for position in range(num_positions):
+        x, tokens = self.model.cls_embedding(condition), []
+        for position in range(self.model.config.num_tokens):
             index = torch.tensor([position], device=labels.device)
             logits = guide(self.step(x, index, cache, mask).clone(), SCALE)
             tokens.append(torch.multinomial(logits.softmax(-1), num_samples=1))                 # (B, 1)
-            x = model.tok_embeddings(tokens[-1].repeat(2, 1))
+            x = self.model.tok_embeddings(tokens[-1].repeat(2, 1))
         return torch.cat(tokens, dim=1)
 
     def _step(self, x, index, cache, mask):
@@ -88,83 +85,64 @@ class PublishedWay:
         return attention.wo(y.transpose(1, 2).flatten(2))
 
 
-def seconds_of(work, device):
-    """Returns the wall seconds of work()."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    started = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started
-
-
 def copy_bandwidth(device):
     """Returns the bytes per second that a copy of a large array reads and writes."""
     source = torch.ones((2**31 if device.type == "cuda" else 2**28) // 4, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / statistics.median(seconds_of(lambda: target.copy_(source), device) for _ in range(5))
+    return 2 * source.nbytes / statistics.median(timed(lambda: target.copy_(source), device)[1] for _ in range(5))
 
 
-def step_bytes(model, batch_size, num_positions):
+def step_bytes(model, batch_size):
     """Returns the bytes that a step reads on average: weights, and the filled keys and values of all rows."""
     weights = sum(p.nbytes for p in model.parameters()) - model.tok_embeddings.weight.nbytes
     config = model.config
     a_position = 2 * config.num_layers * config.kv_heads * config.head_dim * model.norm.weight.element_size()
-    return weights + 2 * batch_size * a_position * num_positions / 2
+    return weights + 2 * batch_size * a_position * config.num_tokens / 2
 
 
-def compare(args, name, grid, batch_size, bandwidth, device):
+def compare_ways(args, name, grid, batch_size, bandwidth, device):
     """Measures both ways for one size and prints their rates."""
     torch.manual_seed(0)
-    model = GPT(gpt_config(name, grid=grid, num_classes=NUM_CLASSES)).eval().requires_grad_(False)
+    config = gpt_config(name, grid=grid, num_classes=NUM_CLASSES)
+    model = GPT(config).eval().requires_grad_(False)
     torch.nn.init.normal_(model.output.weight, std=0.02)
     dtype = PRECISIONS[args.precision]
     model = model.to(device).cast(dtype)
-    num_positions = args.positions or grid * grid
-    bound = step_bytes(model, batch_size, num_positions) / bandwidth
+    bound = bandwidth / step_bytes(model, batch_size) * batch_size
     ours = copy.deepcopy(model)
     steps = CompiledSteps(ours) if args.compile else None
     if can_pack(device, dtype) and not args.compile:
         pack_linears(ours)
-    published = PublishedWay(model, args.compile)
     labels = torch.randint(NUM_CLASSES, (batch_size,), device=device)
-    uniforms = torch.rand(batch_size, num_positions, dtype=torch.float64, device=device)
-    ways = {"published": lambda: published.generate(labels, num_positions),
-            "ours": lambda: generate(ours, labels, uniforms, Sampler(cfg_scale=SCALE), steps)}
+    uniforms = torch.rand(batch_size, config.num_tokens, dtype=torch.float64, device=device)
+    ways = {"published": functools.partial(PublishedWay(model, args.compile).generate, labels),
+            "ours": functools.partial(generate, ours, labels, uniforms, Sampler(cfg_scale=SCALE), steps)}
     if args.decode:
-        vq = VQModel("VQ-16").eval().requires_grad_(False).to(device)
+        vq = VQModel(VQConfig("VQ-16")).eval().requires_grad_(False).to(device)
         vq.decoder.to(dtype), vq.post_quant_conv.to(dtype)
 
-        def with_pictures():
+        @torch.inference_mode()
+        def draw_and_decode():
             for tile in ways["ours"]().split(TILE):
                 vq.decode_codes(tile, grid)
 
-        ways["ours, decoded"] = torch.inference_mode()(with_pictures)
-    if device.type == "cuda":
-        for work in ways.values():
-            work()
-    seconds = {way: [] for way in ways}
-    for _ in range(args.rounds):
-        for way, work in ways.items():
-            seconds[way].append(seconds_of(work, device))
-    medians = {way: statistics.median(times) for way, times in seconds.items()}
-    for way, median in medians.items():
-        rate = batch_size * num_positions / median
-        print(f"{name} {grid}x{grid} batch {batch_size} {way}: {rate:.1f} tokens/s, {rate / grid**2:.3f} images/s",
-              flush=True)
-    print(f"{name} {grid}x{grid} batch {batch_size}: ours / published {medians['published'] / medians['ours']:.2f}; "
-          f"roofline {batch_size / bound:.1f} tokens/s, of which ours is "
-          f"{100 * bound * num_positions / medians['ours']:.0f} %", flush=True)
+        ways["ours, decoded"] = draw_and_decode
+
+    def measure(work):
+        rate = batch_size / timed(work, device)[1]
+        return {"tokens/s": rate * config.num_tokens, "images/s": rate}
+
+    title = f"{name} {grid}x{grid} batch {batch_size}"
+    medians = compare(title, measure, ways, args.rounds, warm_up=int(device.type == "cuda"))
+    print(f"{title}: roofline {bound:.1f} tokens/s, of which ours is {100 * medians['ours']['tokens/s'] / bound:.0f} %",
+          flush=True)
 
 
 def main(args, session):
     bandwidth = copy_bandwidth(session.device)
     print(f"copy bandwidth {bandwidth / 1e9:.1f} GB/s")
-    for name in args.gpt_models:
-        for grid in args.grids:
-            for batch_size in args.batch_sizes:
-                compare(args, name, grid, batch_size, bandwidth, session.device)
+    for name, grid, batch_size in itertools.product(args.gpt_models, args.grids, args.batch_sizes):
+        compare_ways(args, name, grid, batch_size, bandwidth, session.device)
 
 
 if __name__ == "__main__":

@@ -1,94 +1,67 @@
 """Pictures of a data set, read and cut by workers: random crops for training a tokenizer, centre crops for the rest.
 
-Which row comes when, and how it is cut, follows from the seed alone.
+Which row comes when, and how it is cut, follows from the seed alone. Letters: B pictures, P pixels of a crop.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from autoregressive.runtime.distributed import cores_per_process, keyed_random
-from tokenizer.tokenizer_image.images import center_crop, random_crop
-
-
-class TrainingCrops(Dataset):
-    """Random crops of a set of pictures; the crop of a key (epoch, row) is a function of (seed, epoch, row).
-
-    Args:
-        images: what open_images returned.
-        image_size: side of a crop in pixels.
-        seed: the run's seed.
-        smallest_share: least share of the shorter side that a crop shows; 1 shows all of it.
-        flip: whether half of the crops are mirrored.
-    """
-
-    def __init__(self, images, image_size, seed, smallest_share, flip):
-        self.images, self.image_size, self.seed = images, image_size, seed
-        self.smallest_share, self.flip = smallest_share, flip
-
-    def __getitem__(self, key):
-        """Returns (image_size, image_size, 3) uint8. Raises ValueError if the file is broken."""
-        epoch, row = key
-        random = keyed_random(self.seed, epoch, 1 + row)
-        crop = random_crop(self.images.read(row), self.image_size, random, self.smallest_share)
-        return crop[:, ::-1].copy() if self.flip and random.random() < 0.5 else crop
-
-
-class CenterCrops(Dataset):
-    """ADM's centre crops of a set of pictures, (image_size, image_size, 3) uint8."""
-
-    def __init__(self, images, image_size):
-        self.images, self.image_size = images, image_size
-
-    def __getitem__(self, row):
-        return center_crop(self.images.read(row), self.image_size)
-
-
-def plan_updates(num_images, batch_size, seed, updates, part):
-    """Yields the keys (epoch, row) of one process's part of the batch of each update.
-
-    An epoch visits every image once, in an order of its own; the last incomplete batch is dropped.
-
-    Args:
-        num_images: images of the set, at least a batch.
-        batch_size: images of an update, over all processes.
-        seed: the run's seed.
-        updates: range of update numbers; epochs follow one another.
-        part: range of places in the batch, of 0 .. batch_size - 1.
-    """
-    per_epoch, shuffled = num_images // batch_size, None
-    for update in updates:
-        epoch, index = divmod(update, per_epoch)
-        if epoch != shuffled:
-            order, shuffled = keyed_random(seed, epoch, 0).permutation(num_images), epoch
-        yield [(epoch, int(row)) for row in order[index * batch_size:][part.start:part.stop]]
-
-
-class UpdatePlan:
-    """Which rows are in the batch of which update, for a log that names them."""
-
-    def __init__(self, num_images, batch_size, seed):
-        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
-        self.per_epoch = num_images // batch_size
-
-    def rows(self, update):
-        """Returns the rows (batch_size,) int64 of an update."""
-        keys, = plan_updates(self.num_images, self.batch_size, self.seed, range(update, update + 1),
-                             range(self.batch_size))
-        return np.array([row for _, row in keys])
-
-
-def load_crops(crops, batches, num_workers):
-    """Returns a loader of (B, P, P, 3) uint8 tensors: the crops of each list of keys in `batches`.
-
-    `num_workers` processes read and cut, as given by the user; no more are started than there are cores.
-    """
-    return DataLoader(crops, batch_sampler=batches, num_workers=min(num_workers, cores_per_process()))
+from autoregressive.runtime.distributed import keyed_random
+from autoregressive.runtime.loader import BatchOrder, read_ahead
+from tokenizer.tokenizer_image.images import ImageSet, center_crop, random_crop
 
 
 @dataclass(frozen=True)
-class RowBatch:
+class TrainingCrops(Dataset):
+    """Random crops of a set of pictures; the crop of a row is a function of (seed, epoch, row).
+
+    Attributes:
+        dataset: the pictures.
+        order: BatchOrder of them, whose seed is the run's.
+        image_size: side of a crop in pixels.
+        smallest_share: least share of the shorter side that a crop shows; 1 shows all of it.
+        flip: whether half of the crops are mirrored.
+        per_epoch: batches of an epoch.
+    """
+
+    dataset: ImageSet
+    order: BatchOrder
+    image_size: int
+    smallest_share: float
+    flip: bool
+
+    @property
+    def per_epoch(self) -> int:
+        return self.order.per_epoch
+
+    def rows(self, step: int) -> np.ndarray:
+        """Returns the rows (batch_size,) in the batch of a step, from 0."""
+        return self.order.rows(step)[1]
+
+    def __getitem__(self, key: tuple[int, range]) -> np.ndarray:
+        """Returns a part of the batch of a step, (B, P, P, 3) uint8.
+
+        Args:
+            key: number of the step, from 0, and range of places in the batch.
+
+        Raises:
+            ValueError: a file is broken.
+        """
+        epoch, rows = self.order.rows(*key)
+        return np.stack([self.crop(epoch, row) for row in rows.tolist()])
+
+    def crop(self, epoch: int, row: int) -> np.ndarray:
+        """Returns the crop (P, P, 3) uint8 of a row in an epoch."""
+        random = keyed_random(self.order.seed, epoch, 1 + row)
+        crop = random_crop(self.dataset.read(row), self.image_size, random, self.smallest_share)
+        return crop[:, ::-1] if self.flip and random.random() < 0.5 else crop
+
+
+@dataclass(frozen=True)
+class CropBatch:
     """Centre crops of consecutive rows of a data set.
 
     Attributes:
@@ -99,39 +72,40 @@ class RowBatch:
 
     rows: range
     pictures: np.ndarray
-    failures: dict
+    failures: dict[int, tuple[str, str]]
+
+    def whole(self) -> np.ndarray:
+        """Returns the pictures. Raises ValueError if a file was broken."""
+        for _, reason in self.failures.values():
+            raise ValueError(reason)
+        return self.pictures
 
 
-class RowBatches(Dataset):
-    """ADM's centre crops of ranges of rows; a broken file costs its own row only."""
+@dataclass(frozen=True)
+class CenterCrops(Dataset):
+    """ADM's centre crops, of `image_size` pixels, of ranges of rows; a broken file costs its own row only."""
 
-    def __init__(self, images, image_size, row_ranges):
-        self.images, self.image_size, self.row_ranges = images, image_size, row_ranges
+    dataset: ImageSet
+    image_size: int
 
-    def __len__(self):
-        return len(self.row_ranges)
-
-    def __getitem__(self, index):
-        rows = self.row_ranges[index]
+    def __getitem__(self, rows: range) -> CropBatch:
         pictures = np.zeros((len(rows), self.image_size, self.image_size, 3), np.uint8)
         failures = {}
         for place, row in enumerate(rows):
             try:
-                pictures[place] = center_crop(self.images.read(row), self.image_size)
+                pictures[place] = center_crop(self.dataset.read(row), self.image_size)
             except (OSError, ValueError) as error:
-                failures[row] = (self.images.name_of(row), str(error) or type(error).__name__)
-        return RowBatch(rows, pictures, failures)
+                failures[row] = (self.dataset.name_of(row), str(error) or type(error).__name__)
+        return CropBatch(rows, pictures, failures)
 
 
-def load_rows(images, image_size, row_ranges, num_workers):
-    """Returns a loader of one RowBatch for every range, in order.
+def load_crops(dataset: ImageSet, image_size: int, row_ranges: Iterable[range], num_workers: int) -> DataLoader:
+    """Returns a loader of one CropBatch for every range, in order; see runtime.loader.read_ahead.
 
     Args:
-        images: what open_images returned.
+        dataset: the pictures.
         image_size: side of the centre crops in pixels.
-        row_ranges: list of ranges of rows.
-        num_workers: processes that read and cut, as given by the user; no more are started than there are cores.
+        row_ranges: ranges of rows.
+        num_workers: processes that read and cut, as given by the user.
     """
-    # batch_size None: a worker makes a whole RowBatch, which travels through a pipe and needs no /dev/shm.
-    return DataLoader(RowBatches(images, image_size, row_ranges), batch_size=None,
-                      num_workers=min(num_workers, len(row_ranges), cores_per_process()))
+    return read_ahead(CenterCrops(dataset, image_size), row_ranges, num_workers)

@@ -3,9 +3,10 @@
 Letters: B batch, P pixels.
 """
 
-from torch import nn
+from torch import Tensor, nn
 
 NORMS = ("group", "batch")
+SMALLEST_IMAGE = 24     # pixels
 GROUPS = 32
 
 
@@ -25,11 +26,9 @@ class PatchDiscriminator(nn.Module):
             width = channels
         self.main = nn.Sequential(*layers, nn.Conv2d(width, 1, 4, 1, padding=1))
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.normal_(module.weight, std=0.02)
-            elif isinstance(module, (nn.GroupNorm, nn.BatchNorm2d)):
-                nn.init.normal_(module.weight, mean=1.0, std=0.02)
+            if hasattr(module, "weight"):
+                nn.init.normal_(module.weight, mean=0.0 if isinstance(module, nn.Conv2d) else 1.0, std=0.02)
 
-    def forward(self, images):
+    def forward(self, images: Tensor) -> Tensor:
         """Returns logits (B, 1, h, w), positive for real, of images (B, 3, P, P) in [-1, 1]; P is at least 24."""
         return self.main(images)

@@ -5,18 +5,20 @@ Letters: B pictures, T tokens, P pixels of a crop, W pixels of the centre crop t
 
 import copy
 
+import numpy as np
 import torch
+from torch import Tensor, nn
 
+from autoregressive.runtime.compute import PRECISIONS
 from tokenizer.tokenizer_image.images import cut_crops, to_float
-from tokenizer.tokenizer_image.vq_model import VQ_MODELS
+from tokenizer.tokenizer_image.vq_model import VQ_MODELS, VQModel
 
-ENCODE_PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CPU_BUDGET = 2**26              # bytes of the widest feature map: two crops of 256 pixels, 1.5 times as fast as ten
 GPU_SHARE = 2**-5               # of the memory; about eight feature maps of this size live at once
 LARGEST_BATCH = 512             # crops; more than this no longer helps
 
 
-def default_batch_size(vq_model, image_size, dtype, device):
+def default_batch_size(vq_model: str, image_size: int, dtype: torch.dtype, device: torch.device) -> int:
     """Returns how many crops to encode, or pictures to decode, together: from the memory of a GPU, the caches of a CPU.
 
     Args:
@@ -38,23 +40,24 @@ class CropEncoder:
     Pieces are filled up to `batch_size`, so that every crop is computed in the same shape, whatever stands beside it.
     """
 
-    def __init__(self, vq, device, precision, batch_size, compiled=False):
+    def __init__(self, vq: VQModel, device: torch.device, precision: str, batch_size: int, compiled: bool = False):
         """
         Args:
             vq: VQModel in float32; a copy of its encoder is converted, the model itself stays as it is.
             device: where to compute.
-            precision: one of ENCODE_PRECISIONS, of the encoder; the search for the nearest code is in float32.
+            precision: one of PRECISIONS, of the encoder; the search for the nearest code is in float32.
             batch_size: crops encoded together.
             compiled: whether to compile the encoder.
         """
-        self._device, self._dtype, self._batch_size = device, ENCODE_PRECISIONS[precision], batch_size
+        self._device, self._dtype, self._batch_size = device, PRECISIONS[precision], batch_size
         self._quantize = vq.quantize.to(device)
-        self._encode = _Latents(vq).to(device, self._dtype, memory_format=torch.channels_last)
+        encoder = copy.deepcopy(nn.Sequential(vq.encoder, vq.quant_conv))
+        self._encode = encoder.to(device, self._dtype, memory_format=torch.channels_last)
         if compiled:
             self._encode = torch.compile(self._encode)
 
     @torch.inference_mode()
-    def codes(self, pictures, size, names):
+    def codes(self, pictures: np.ndarray, size: int, names: list[str]) -> Tensor:
         """Returns the codes of the named crops of pictures.
 
         Args:
@@ -77,18 +80,8 @@ class CropEncoder:
         return self._quantize.codes(self._encode(images))[:count]
 
 
-class _Latents(torch.nn.Module):
-    """The half of a VQModel before the quantiser, as a module of its own."""
-
-    def __init__(self, vq):
-        super().__init__()
-        self.encoder, self.quant_conv = copy.deepcopy(vq.encoder), copy.deepcopy(vq.quant_conv)
-
-    def forward(self, images):
-        return self.quant_conv(self.encoder(images))
-
-
-def agreement(vq, encoder, pictures, size, names, device):
+def agreement(vq: VQModel, encoder: CropEncoder, pictures: np.ndarray, size: int, names: list[str],
+              device: torch.device) -> float:
     """Returns the share of codes on which `encoder` and the same tokenizer in float32 agree.
 
     Args:
@@ -97,5 +90,5 @@ def agreement(vq, encoder, pictures, size, names, device):
         pictures, size, names: as in CropEncoder.codes.
         device: where to compute.
     """
-    exact = CropEncoder(vq, device, "fp32", batch_size=len(names))
+    exact = CropEncoder(vq, device, "none", batch_size=len(names))
     return (exact.codes(pictures, size, names) == encoder.codes(pictures, size, names)).float().mean().item()

@@ -16,12 +16,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from autoregressive.runtime.entry import at_least
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-DATASETS = ("imagenet", "digits")
-POSITIONS = ("top-left", "top-right", "bottom-left", "bottom-right", "centre")         # of crops in a centre crop
+POSITIONS = {"top-left": (0, 0), "top-right": (0, 1), "bottom-left": (1, 0), "bottom-right": (1, 1),
+             "centre": (0.5, 0.5)}                      # of crops: the share of the space above and left of them
 MIRRORED = ", mirrored"         # what the name of such a crop ends with
-DIGITS_SPLITS = ("train", "heldout")
-DIGITS_HELD_OUT = 6             # one of so many digits of each class is held out
+DIGITS_SPLITS = ("train", "val")
+DIGITS_VAL = 6                  # one of so many digits of each class is of the split val
 DIGITS_SEED = 0                 # of the split that tokenizer, GPT and classifier share
 # What Pillow raises on truncated, damaged, misnamed or gigantic files.
 BROKEN_IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error,
@@ -31,7 +33,7 @@ BROKEN_IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error,
 def add_source_args(parser):
     """Declares the flags that say where images come from: --dataset, --data-path."""
     group = parser.add_argument_group("images")
-    group.add_argument("--dataset", default="imagenet", choices=DATASETS,
+    group.add_argument("--dataset", default="imagenet", choices=tuple(DATASETS),
                        help="imagenet is any folder of class folders, digits the one inside scikit-learn")
     group.add_argument("--data-path", required=True,
                        help=f"the folder; for digits the split, {' or '.join(DIGITS_SPLITS)}")
@@ -40,44 +42,55 @@ def add_source_args(parser):
 
 def add_image_args(parser):
     """Declares the flags that say which images, and how large: those of add_source_args and --image-size."""
-    add_source_args(parser).add_argument("--image-size", type=int, default=256, help="side in pixels")
+    add_source_args(parser).add_argument("--image-size", type=at_least(1), default=256, help="side in pixels")
 
 
-def open_images(dataset, data_path):
+class ImageSet:
+    """A set of labelled pictures.
+
+    Attributes:
+        class_names: names of the classes, in the order of the labels.
+        labels: (N,) int64.
+    """
+
+    class_names: list[str]
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name_of(self, row: int) -> str:
+        """Returns the path of a row inside the set."""
+
+    def read(self, row: int) -> np.ndarray:
+        """Returns the picture (H, W, 3) uint8 of a row. Raises ValueError if it is broken."""
+
+
+def open_dataset(dataset: str, data_path: str) -> ImageSet:
     """Opens a set of labelled pictures.
 
     Args:
         dataset: "imagenet" (any folder with one folder a class) or "digits" (scikit-learn's handwritten digits).
-        data_path: the folder; for digits the split, "train" or "heldout".
-
-    Returns:
-        ImageFolder or Digits, which offer: name, class_names (list), labels (N,) int64 numpy, len(),
-        path_of(row), name_of(row) (the path inside the folder) and read(row) -> (H, W, 3) uint8.
+        data_path: the folder; for digits the split, "train" or "val".
 
     Raises:
         ValueError: there are no images to be had there.
     """
-    if dataset == "digits":
-        return Digits(data_path)
-    if dataset == "imagenet":
-        return ImageFolder(data_path)
-    raise ValueError(f"--dataset: expected {' or '.join(DATASETS)}, got {dataset}")
+    return DATASETS[dataset](data_path)
 
 
-def images_sha256(images):
-    """Returns the SHA-256 over the names and labels of all rows, in order, of what open_images returned."""
+def dataset_sha256(dataset: ImageSet) -> str:
+    """Returns the SHA-256 over the names and labels of all rows, in order."""
     digest = hashlib.sha256()
-    for row, label in enumerate(images.labels.tolist()):
-        digest.update(os.fsencode(f"{images.name_of(row)} {label}\n"))
+    for row, label in enumerate(dataset.labels.tolist()):
+        digest.update(os.fsencode(f"{dataset.name_of(row)} {label}\n"))
     return digest.hexdigest()
 
 
-class ImageFolder:
+class ImageFolder(ImageSet):
     """Pictures in one folder a class, in the order of sorted paths, the classes in that of sorted folder names."""
 
-    name = "imagenet"
-
-    def __init__(self, data_path):
+    def __init__(self, data_path: str):
         root = Path(data_path)
         if not root.is_dir():
             found = "a file" if root.exists() else "none"
@@ -99,18 +112,12 @@ class ImageFolder:
         self.labels = np.array(labels, dtype=np.int64)
         self._names = np.array(names)               # one block: worker processes share it, a million strings they copy
 
-    def __len__(self):
-        return len(self._names)
-
-    def path_of(self, row):
-        return str(self._root / self.name_of(row))
-
     def name_of(self, row):
         return os.fsdecode(self._names[row])
 
     def read(self, row):
         """Returns the picture (H, W, 3) uint8 of a row. Raises ValueError if the file is broken."""
-        return read_picture(self.path_of(row))
+        return read_picture(self._root / self.name_of(row))
 
 
 def _image_paths(folder):
@@ -119,29 +126,20 @@ def _image_paths(folder):
             for name in sorted(folders + names) if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")]
 
 
-class Digits:
+class Digits(ImageSet):
     """The 1,797 handwritten digits inside scikit-learn, 8 x 8 pixels, in one fixed split stratified by class."""
 
-    name = "digits"
-
-    def __init__(self, split):
+    def __init__(self, split: str):
         if split not in DIGITS_SPLITS:
             raise ValueError(f"--data-path: expected {' or '.join(DIGITS_SPLITS)} (a split of the digits), got {split}")
         from sklearn.datasets import load_digits  # here: it takes a second, and folders do not need it
 
         values, labels = load_digits(return_X_y=True)
-        self._split = split
         self._rows = _digits_rows(labels, split)
         grey = np.rint(values[self._rows] * (255 / 16)).astype(np.uint8)            # values are 0 .. 16
         self._pictures = grey.reshape(-1, 8, 8, 1).repeat(3, axis=3)
         self.class_names = [str(digit) for digit in range(10)]
         self.labels = labels[self._rows].astype(np.int64)
-
-    def __len__(self):
-        return len(self._rows)
-
-    def path_of(self, row):
-        return f"digits/{self._split}/{self.name_of(row)}"
 
     def name_of(self, row):
         return str(self._rows[row])
@@ -153,15 +151,17 @@ class Digits:
 
 def _digits_rows(labels, split):
     random = np.random.Generator(np.random.Philox(key=DIGITS_SEED))
-    chosen = []
+    is_val = np.zeros(len(labels), dtype=bool)
     for digit in range(10):
         rows = random.permutation(np.flatnonzero(labels == digit))
-        cut = len(rows) // DIGITS_HELD_OUT
-        chosen.append(rows[:cut] if split == "heldout" else rows[cut:])
-    return np.sort(np.concatenate(chosen))
+        is_val[rows[:len(rows) // DIGITS_VAL]] = True
+    return np.flatnonzero(is_val == (split == "val"))
 
 
-def read_picture(path):
+DATASETS = {"imagenet": ImageFolder, "digits": Digits}
+
+
+def read_picture(path: str | Path) -> np.ndarray:
     """Reads an image file as RGB, without turning it by its EXIF orientation.
 
     Args:
@@ -185,8 +185,9 @@ def read_picture(path):
                          "replace or remove the file") from error
 
 
-def _resize(image, side):
+def _resize(picture, side):
     # ADM's rule: halve by averaging while the shorter side is at least twice the wanted one, then bicubic.
+    image = Image.fromarray(picture)
     while min(image.size) >= 2 * side:
         image = image.resize(tuple(length // 2 for length in image.size), resample=Image.Resampling.BOX)
     scale = side / min(image.size)
@@ -194,19 +195,19 @@ def _resize(image, side):
     return np.array(image.resize(size, resample=Image.Resampling.BICUBIC))         # a copy: Pillow's own is read-only
 
 
-def center_crop(picture, size):
+def center_crop(picture: np.ndarray, size: int) -> np.ndarray:
     """Returns ADM's centre crop (size, size, 3) uint8 of a picture (H, W, 3) uint8; small pictures are enlarged."""
-    resized = _resize(Image.fromarray(picture), size)
-    top, left = (resized.shape[0] - size) // 2, (resized.shape[1] - size) // 2
+    resized = _resize(picture, size)
+    top, left = ((length - size) // 2 for length in resized.shape[:2])
     return resized[top:top + size, left:left + size]
 
 
-def enlarged_side(size, crop_range):
+def enlarged_side(size: int, crop_range: float) -> int:
     """Returns the side of the centre crop that crops of `size` pixels are cut from, truncated: 256 * 1.1 -> 281."""
     return int(size * crop_range)
 
 
-def crop_names(ten_crop, mirrored):
+def crop_names(ten_crop: bool, mirrored: bool) -> list[str]:
     """Returns the names of the crops of a picture, in the published order.
 
     Args:
@@ -217,7 +218,7 @@ def crop_names(ten_crop, mirrored):
     return names + [f"{name}{MIRRORED}" for name in names] if mirrored else names
 
 
-def cut_crops(wholes, size, names):
+def cut_crops(wholes: torch.Tensor | np.ndarray, size: int, names: list[str]) -> torch.Tensor:
     """Cuts the named crops out of centre crops that are at least as large, as torchvision's TenCrop does.
 
     Args:
@@ -230,17 +231,15 @@ def cut_crops(wholes, size, names):
     """
     wholes = torch.as_tensor(wholes)
     sides = {False: wholes, True: wholes.flip(2)}
-    far = wholes.shape[1] - size
-    offsets = {"top-left": (0, 0), "top-right": (0, far), "bottom-left": (far, 0), "bottom-right": (far, far),
-               "centre": (round(far / 2), round(far / 2))}
+    space = wholes.shape[1] - size
     crops = []
     for name in names:
-        top, left = offsets[name.removesuffix(MIRRORED)]
+        top, left = (round(share * space) for share in POSITIONS[name.removesuffix(MIRRORED)])
         crops.append(sides[name.endswith(MIRRORED)][:, top:top + size, left:left + size])
     return torch.stack(crops, dim=1)
 
 
-def random_crop(picture, size, random, smallest_share=0.8):
+def random_crop(picture: np.ndarray, size: int, random: np.random.Generator, smallest_share: float) -> np.ndarray:
     """Cuts ADM's random crop: the shorter side becomes `size` to `size / smallest_share` pixels, then any window.
 
     Args:
@@ -253,17 +252,17 @@ def random_crop(picture, size, random, smallest_share=0.8):
         (size, size, 3) uint8.
     """
     side = random.integers(size, math.ceil(size / smallest_share), endpoint=True)
-    resized = _resize(Image.fromarray(picture), int(side))
+    resized = _resize(picture, int(side))
     top, left = (random.integers(length - size, endpoint=True) for length in resized.shape[:2])
     return resized[top:top + size, left:left + size]
 
 
-def to_float(pictures):
+def to_float(pictures: torch.Tensor | np.ndarray) -> torch.Tensor:
     """Returns images (N, 3, P, P) float32 in [-1, 1] of pictures (N, P, P, 3) uint8 (torch or numpy): x / 127.5 - 1."""
     return torch.as_tensor(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def to_uint8(images, size=None, antialias=False):
+def to_uint8(images: torch.Tensor, size: int | None = None, antialias: bool = False) -> torch.Tensor:
     """Turns images into pictures by the published rule: resize, then clamp(127.5 x + 128, 0, 255), truncated.
 
     Args:

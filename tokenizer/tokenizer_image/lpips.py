@@ -3,17 +3,27 @@
 Letters: B batch, P pixels.
 """
 
+from itertools import pairwise
+from pathlib import Path
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models import vgg16
 
 from autoregressive.runtime.checkpoint import load_strictly, read_checkpoint
+from autoregressive.runtime.entry import Parser
 
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
-STAGES = ((0, 4), (4, 9), (9, 16), (16, 23), (23, 30))          # of VGG16: up to relu1_2, 2_2, 3_3, 4_3, 5_3
+STAGES = (0, 4, 9, 16, 23, 30)                                  # of VGG16: they end at relu1_2, 2_2, 3_3, 4_3, 5_3
 WIDTHS = (64, 128, 256, 512, 512)
 EPSILON = 1e-10
-DEFAULT_VGG, DEFAULT_LINEAR = "pretrained_models/vgg16-397923af.pth", "pretrained_models/vgg.pth"
+
+
+def add_lpips_args(parser: Parser) -> None:
+    """Declares where the weights of LPIPS lie."""
+    group = parser.add_argument_group("LPIPS")
+    group.add_argument("--vgg-path", default="pretrained_models/vgg16-397923af.pth", help="torchvision's VGG16")
+    group.add_argument("--lpips-path", default="pretrained_models/vgg.pth", help="the linear layers of LPIPS")
 
 
 class LPIPS(nn.Module):
@@ -21,17 +31,17 @@ class LPIPS(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.features = vgg16(weights=None).features[:STAGES[-1][1]]
+        self.features = vgg16(weights=None).features[:STAGES[-1]]
         self.weights = nn.ParameterList(torch.ones(1, width, 1, 1) for width in WIDTHS)
-        for number, values in enumerate((SHIFT, SCALE)):
-            self.register_buffer(("shift", "scale")[number], torch.tensor(values).view(1, 3, 1, 1))
+        self.register_buffer("shift", torch.tensor(SHIFT).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor(SCALE).view(1, 3, 1, 1), persistent=False)
         self.eval().requires_grad_(False)
 
-    def forward(self, images, others):
+    def forward(self, images: Tensor, others: Tensor) -> Tensor:
         """Returns the distances (B,) of images and others, both (B, 3, P, P) in [-1, 1]."""
         x, y = ((tensor - self.shift) / self.scale for tensor in (images, others))
         total = 0
-        for (start, stop), weight in zip(STAGES, self.weights, strict=True):
+        for (start, stop), weight in zip(pairwise(STAGES), self.weights, strict=True):
             x, y = self.features[start:stop](x), self.features[start:stop](y)
             difference = (_unit(x) - _unit(y)).square()                             # (B, channels, h, w)
             total = total + (difference * weight).sum(1).mean((1, 2))               # a 1x1 convolution, spatial mean
@@ -42,7 +52,7 @@ def _unit(features):
     return features / (features.square().sum(1, keepdim=True).sqrt() + EPSILON)
 
 
-def load_lpips(vgg_path, linear_path):
+def load_lpips(vgg_path: str | Path, linear_path: str | Path) -> LPIPS:
     """Loads LPIPS from torchvision's VGG16 weights and the published linear layers.
 
     Args:
@@ -62,6 +72,5 @@ def load_lpips(vgg_path, linear_path):
             raise ValueError(f"{linear_path}: expected {name}, found {', '.join(list(linear)[:4])}; {hint}")
         state[f"weights.{number}"] = linear[name]
     model = LPIPS()
-    state |= {name: getattr(model, name) for name in ("shift", "scale")}
     load_strictly(model, state, vgg_path, hint)
     return model

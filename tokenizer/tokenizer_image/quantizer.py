@@ -5,11 +5,12 @@ Attributes that appear in state-dict keys (embedding, codebook_used) keep their 
 """
 
 import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 COMMITMENT_WEIGHT = 0.25
@@ -22,9 +23,9 @@ GPU_BUDGET = 2**26              # 256 MiB
 class QuantizerLosses(NamedTuple):
     """The terms that a quantiser adds to a training loss, weighted; each a float32 scalar."""
 
-    codebook: torch.Tensor
-    commitment: torch.Tensor
-    entropy: torch.Tensor
+    codebook: Tensor
+    commitment: Tensor
+    entropy: Tensor
 
 
 class Quantizer(nn.Module):
@@ -41,11 +42,11 @@ class Quantizer(nn.Module):
             self.embedding.weight.copy_(F.normalize(self.embedding.weight, dim=1))
         self.register_buffer("codebook_used", torch.zeros(USAGE_WINDOW))
 
-    def codes(self, latents):
+    def codes(self, latents: Tensor) -> Tensor:
         """Returns the codes (B, T) int64, in raster order, of latents (B, E, h, w)."""
-        return self._search(_rows(latents)).view(len(latents), -1)
+        return nearest_codes(_rows(latents), self._codebook()).view(len(latents), -1)
 
-    def vectors(self, codes, h, w):
+    def vectors(self, codes: Tensor, h: int, w: int) -> Tensor:
         """Returns the normalised vectors (B, E, h, w) of codes (B, T) int64, T = h * w in raster order."""
         vectors = F.normalize(self.embedding(codes), dim=-1)                        # (B, T, E)
         return vectors.transpose(1, 2).unflatten(2, (h, w)).contiguous()            # (B, E, h, w)
@@ -58,41 +59,36 @@ class Quantizer(nn.Module):
         """
         batch, _, h, w = latents.shape
         z = _rows(latents)                                                          # (N, E), N = B*h*w
-        indices = self._search(z)
+        indices = nearest_codes(z, self._codebook())
         z_q = F.normalize(self.embedding(indices).float(), dim=1)                   # (N, E)
         losses = QuantizerLosses(
             codebook=F.mse_loss(z_q, z.detach()),
             commitment=COMMITMENT_WEIGHT * F.mse_loss(z, z_q.detach()),
-            entropy=entropy_ratio * self._entropy(z) if entropy_ratio else z.new_zeros(()))
+            entropy=entropy_ratio * _entropy(z, self._codebook()) if entropy_ratio else z.new_zeros(()))
         z_q = z + (z_q - z).detach()                                                # straight-through
         z_q = z_q.view(batch, h, w, -1).permute(0, 3, 1, 2).contiguous()
         return z_q, losses, indices.view(batch, -1)
 
-    def _search(self, z):
-        return nearest_codes(z, F.normalize(self.embedding.weight.float(), dim=1))
-
-    def _entropy(self, z):
-        # mean_n H(p_n) + sum_v a_v log(a_v + 1e-5), a = mean_n p_n: sharp for one vector, flat over all of them.
-        # In chunks that are computed again in the backward pass, so that no (N, V) matrix outlives its chunk.
-        codebook = F.normalize(self.embedding.weight.float(), dim=1)
-        chunks = [checkpoint(_assignment_sums, rows, codebook, use_reentrant=False)
-                  for rows in z.split(_rows_at_once(codebook, None))]
-        sample_entropy, assignments = (sum(parts) / len(z) for parts in zip(*chunks, strict=True))
-        return sample_entropy + (assignments * torch.log(assignments + 1e-5)).sum()
+    def _codebook(self):
+        return F.normalize(self.embedding.weight.float(), dim=1)
 
     @torch.no_grad()
-    def record_usage(self, codes):
+    def record_usage(self, codes: Tensor) -> None:
         """Appends codes (any shape) to the memory of the last 65,536 indices, newest at the end."""
         recent = torch.cat([self.codebook_used, codes.flatten().to(self.codebook_used)])
         self.codebook_used.copy_(recent[-USAGE_WINDOW:])
 
-    def usage(self):
-        """Returns the share of codes that the memory holds, in 0 .. 1; the zeros it starts with count as code 0."""
-        return len(self.codebook_used.unique()) / self.embedding.num_embeddings
-
 
 def _rows(latents):
     return F.normalize(latents.float().permute(0, 2, 3, 1).flatten(0, 2), dim=1)    # (B, E, h, w) -> (N, E)
+
+
+def _entropy(z, codebook):
+    # mean_n H(p_n) + sum_v a_v log(a_v + 1e-5), a = mean_n p_n: sharp for one vector, flat over all of them.
+    # In chunks that are computed again in the backward pass, so that no (N, V) matrix outlives its chunk.
+    chunks = [checkpoint(_assignment_sums, rows, codebook, use_reentrant=False) for rows in _chunks(z, codebook)]
+    sample_entropy, assignments = (sum(parts) / len(z) for parts in zip(*chunks, strict=True))
+    return sample_entropy + (assignments * torch.log(assignments + 1e-5)).sum()
 
 
 def _assignment_sums(rows, codebook):
@@ -108,48 +104,36 @@ def _squared_distances(rows, codebook):
     return torch.addmm(codebook.square().sum(1), rows, codebook.t(), alpha=-2)      # (n, V)
 
 
-def _rows_at_once(codebook, budget):
-    if budget is None:
-        budget = CPU_BUDGET if codebook.device.type == "cpu" else GPU_BUDGET
-    return max(1, budget // len(codebook))
+def _chunks(z, codebook):
+    budget = CPU_BUDGET if z.device.type == "cpu" else GPU_BUDGET
+    return z.split(max(1, budget // len(codebook)))
 
 
 @torch.no_grad()
-def nearest_codes(z, codebook, budget=None):
+def nearest_codes(z: Tensor, codebook: Tensor) -> Tensor:
     """Finds the nearest code of every vector, in float32 whatever autocast and TF32 settings are in force.
 
     Args:
         z: (N, E) float vectors.
         codebook: (V, E) float codes.
-        budget: most distances held at once (at least one row of V); None takes that of the device.
 
     Returns:
         (N,) int64: index of the code at the smallest Euclidean distance.
     """
     z, codebook = z.float(), codebook.float()
     with full_float32(z.device):
-        parts = [_squared_distances(rows, codebook).argmin(1) for rows in z.split(_rows_at_once(codebook, budget))]
-    return torch.cat(parts)
+        return torch.cat([_squared_distances(rows, codebook).argmin(1) for rows in _chunks(z, codebook)])
 
 
 @contextlib.contextmanager
-def full_float32(device):
+def full_float32(device: torch.device) -> Iterator[None]:
     """Computes float32 matrix products of the block in full float32: autocast off, TF32 and bfloat16 kernels off."""
-    with torch.autocast(device.type, enabled=False):
+    with torch.autocast(device.type, enabled=False), contextlib.ExitStack() as on_exit:
         if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-            switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-            before = [switch.fp32_precision for switch in switches]
-            try:
-                for switch in switches:
-                    switch.fp32_precision = "ieee"
-                yield
-            finally:
-                for switch, value in zip(switches, before, strict=True):
-                    switch.fp32_precision = value
+            for switch in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+                on_exit.callback(setattr, switch, "fp32_precision", switch.fp32_precision)
+                switch.fp32_precision = "ieee"
         else:                                                   # torch before 2.9 has one switch for all of them
-            before = torch.get_float32_matmul_precision()
-            try:
-                torch.set_float32_matmul_precision("highest")
-                yield
-            finally:
-                torch.set_float32_matmul_precision(before)
+            on_exit.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision("highest")
+        yield

@@ -2,11 +2,12 @@
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5                   # pixels
 
 
-def psnr(pictures, reconstructions):
+def psnr(pictures: Tensor, reconstructions: Tensor) -> Tensor:
     """Returns the peak signal-to-noise ratio of every picture.
 
     Args:
@@ -20,7 +21,7 @@ def psnr(pictures, reconstructions):
     return 10 * torch.log10(255**2 / error)
 
 
-def ssim(pictures, reconstructions):
+def ssim(pictures: Tensor, reconstructions: Tensor) -> Tensor:
     """Returns the structural similarity of every picture (Wang et al. 2004): Gaussian window of 11 pixels, sigma 1.5.
 
     Args:
@@ -47,7 +48,7 @@ def ssim(pictures, reconstructions):
     return similarity.mean((1, 2, 3)).view(len(pictures), 3).mean(1)
 
 
-def codebook_usage(counts):
+def codebook_usage(counts: Tensor) -> dict[str, float]:
     """Says how much of a codebook is used.
 
     Args:

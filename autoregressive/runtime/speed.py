@@ -10,20 +10,6 @@ import torch
 PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "V100": 125}
 
 
-def flops_per_token(config, num_parameters):
-    """Returns the floating-point operations of forward and backward of a GPT for one token.
-
-    Six for every weight that is multiplied (the token embedding is only looked up), and those of causal attention:
-    6 * layers * width * T, half of the full matrix.
-
-    Args:
-        config: GPTConfig.
-        num_parameters: of the model.
-    """
-    looked_up = (config.vocab_size + config.num_classes + 1) * config.width
-    return 6 * (num_parameters - looked_up) + 6 * config.num_layers * config.width * config.num_tokens
-
-
 def peak_memory_mib(device):
     """Returns the most memory this process has used: of the GPU, or resident."""
     if device.type == "cuda":
@@ -41,7 +27,7 @@ class Speedometer:
             device: of this process.
             world_size: processes, of equal devices.
             tokens: of an image; 0 if they are not counted.
-            flops: floating-point operations of an update for one token.
+            flops: floating-point operations of a step for one token.
         """
         self._tokens, self._device, self._flops = tokens, device, flops
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""

@@ -1,4 +1,4 @@
-"""torch.compile where it is wanted and can be had."""
+"""In which precision a model computes, and whether it is compiled."""
 
 import importlib.util
 
@@ -6,8 +6,15 @@ import torch
 
 from autoregressive.runtime.log import LOGGER
 
+PRECISIONS = {"none": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-def can_compile(device, wanted):
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Returns a context that computes in one of PRECISIONS; "none" leaves everything as it is."""
+    return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "none")
+
+
+def can_compile(device: torch.device, wanted: bool) -> bool:
     """Says whether to compile: on a GPU, if it is wanted and Triton is there; its absence is said once, in the log."""
     if device.type != "cuda" or not wanted:
         return False

@@ -1,0 +1,121 @@
+"""Reading GPT files: what a file holds, whether it is what was asked for, and the model that its weights make."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autoregressive.models.gpt import GPT, GPT_MODELS, GPTConfig
+from autoregressive.runtime.checkpoint import find_checkpoint, load_strictly, model_state, read_checkpoint
+from autoregressive.runtime.log import LOGGER
+
+RECORDED = ("gpt_model", "image_size", "num_classes", "cluster_size")       # flags that a checkpoint's settings name
+
+
+@dataclass(frozen=True)
+class GPTFile:
+    """What a GPT checkpoint holds.
+
+    Attributes:
+        path: the file.
+        state: dict of name -> tensor, plain names.
+        settings: what was recorded with the weights; empty for published files.
+        payload: all that was saved.
+    """
+
+    path: Path
+    state: dict[str, Tensor]
+    settings: dict[str, Any]
+    payload: Any
+
+    def flags(self) -> dict[str, Any]:
+        """Returns the values of flags that the file records."""
+        flags = {name: self.settings[name] for name in RECORDED if name in self.settings}
+        if "vocab_size" in self.settings:
+            flags["codebook_size"] = self.settings["vocab_size"]
+        if "image_size" in self.settings and "grid" in self.settings:
+            flags["downsample_size"] = self.settings["image_size"] // self.settings["grid"]
+        return flags
+
+
+def read_gpt(path: str | Path | None, weights: str = "raw", bare: bool = False) -> GPTFile:
+    """Reads the weights of a GPT, and what is recorded with them.
+
+    Args:
+        path: checkpoint, or a folder whose newest is taken.
+        weights: "raw", or "ema" for their moving average.
+        bare: whether the file must be a bare state dict, as --from-fsdp promises.
+
+    Raises:
+        ValueError: no path, an unreadable file, or one without what was asked for.
+    """
+    if path is None:
+        raise ValueError("--gpt-ckpt: expected a checkpoint of the GPT or its folder, got none")
+    path = find_checkpoint(path)
+    payload = read_checkpoint(path)
+    parts = payload if isinstance(payload, dict) else {}
+    if bare and not (parts and all(map(torch.is_tensor, parts.values()))):
+        raise ValueError(f"{path}: expected a bare state dict for --from-fsdp, found {', '.join(map(str, payload))}; "
+                         "leave the flag out")
+    if weights == "ema" and not parts.get("ema"):
+        raise ValueError(f"{path}: expected an average of the weights for --weights ema, found none; train with --ema")
+    state = model_state({"model": payload["ema"]} if weights == "ema" else payload, path)
+    settings = parts.get("settings", {}) if isinstance(parts.get("model"), dict) else {}
+    return GPTFile(path, state, settings, payload)
+
+
+def build_gpt(file: GPTFile, config: GPTConfig) -> GPT:
+    """Makes the model of a file's weights, which are not copied.
+
+    Returns:
+        GPT on the CPU, in evaluation mode.
+
+    Raises:
+        ValueError: weights of another model, or trained for another grid.
+    """
+    with torch.device("meta"):
+        model = GPT(config)
+    load_strictly(model, file.state, file.path, f"{describe_gpt(file.state)}; asked for {config.name} with "
+                  f"{config.vocab_size} codes and {config.num_classes} classes")
+    trained_grid = file.settings.get("grid", config.grid)
+    if trained_grid != config.grid:
+        raise ValueError(f"{file.path}: expected weights trained on a grid of {config.grid}, got {trained_grid}; "
+                         "give the --image-size and --downsample-size of the training")
+    if "grid" not in file.settings:
+        LOGGER.warning("%s: names no grid; %d x %d tokens are assumed", file.path, config.grid, config.grid)
+    return model.eval().requires_grad_(False)
+
+
+def describe_gpt(state: dict[str, Tensor]) -> str:
+    """Says in words which GPT a state dict holds: size, codes, classes. Returns "" if it is none."""
+    if "tok_embeddings.weight" not in state or "cls_embedding.embedding_table.weight" not in state:
+        return ""
+    vocab_size, width = state["tok_embeddings.weight"].shape
+    num_layers = len({name.split(".")[1] for name in state if name.startswith("layers.")})
+    size = next((name for name, (layers, _, size) in GPT_MODELS.items() if (layers, size) == (num_layers, width)),
+                f"a GPT of no listed size ({num_layers} layers, width {width})")
+    num_classes = len(state["cls_embedding.embedding_table.weight"]) - 1
+    return f"the file holds {size} with {vocab_size} codes and {num_classes} classes"
+
+
+def move_rows_to_tokens(state: dict[str, Tensor], mapping: np.ndarray, path: Path) -> dict[str, Tensor]:
+    """Returns the weights of a GPT over codes in their original order as those of a GPT over tokens.
+
+    Args:
+        state: dict of name -> tensor.
+        mapping: (V,) int64, code -> token: where the rows of embedding and head go.
+        path: named in the error.
+
+    Raises:
+        ValueError: the weights are not of this codebook.
+    """
+    moved = dict(state)
+    for name in ("tok_embeddings.weight", "output.weight"):
+        num_codes = len(state.get(name, ()))
+        if num_codes != len(mapping):
+            raise ValueError(f"{path}: expected {name} of {len(mapping)} codes, as the mapping has, found {num_codes}")
+        moved[name] = state[name][torch.from_numpy(mapping).argsort()]
+    return moved

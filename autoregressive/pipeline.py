@@ -1,0 +1,189 @@
+"""A GPT and the VQ model that decodes its tokens, as one pipeline that draws; parts of different runs are refused.
+
+The chain of hashes: the codes' manifest names the codebook they index (original order); the mapping's side file names
+that codebook and the reordered one; a GPT checkpoint names the reordered one; the VQ checkpoint that decodes is hashed
+when it is read. Published files carry no hashes: what is unknown is a warning, what differs is an error.
+
+Letters: B pictures, T tokens, P pixels.
+"""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autoregressive.models.generate import CompiledSteps, Sampler, add_sampler_args, generate
+from autoregressive.models.gpt import GPT, add_gpt_args, gpt_config, grid_of
+from autoregressive.models.loading import GPTFile, build_gpt
+from autoregressive.models.packed import can_pack, pack_linears
+from autoregressive.runtime.compute import PRECISIONS
+from autoregressive.runtime.entry import Parser, at_least, free
+from autoregressive.runtime.files import weights_sha256
+from autoregressive.runtime.log import LOGGER
+from autoregressive.sample.presets import PRESETS
+from tokenizer.tokenizer_image.encoding import default_batch_size
+from tokenizer.tokenizer_image.images import to_uint8
+from tokenizer.tokenizer_image.loading import default_vq_path, load_vq
+from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel, add_vq_args
+
+LARGEST_TILE = 32               # pictures decoded together
+
+
+def check_recorded(flag: str, given: Any, recorded: Any, source: str | Path) -> None:
+    """Raises ValueError if a flag is given as another value than file `source` has recorded; None is unknown."""
+    if recorded not in (None, given):
+        raise ValueError(f"{flag}: expected {recorded} as in {source}, got {given}")
+
+
+def check_codebook(expected: str | None, found: str | None, expected_source: str | Path,
+                   found_source: str | Path) -> None:
+    """Compares the hashes of the codebook in two files: differing ones are an error, unknown ones a warning.
+
+    Raises:
+        ValueError: both are known and differ.
+    """
+    if expected is None or found is None:
+        unknown = expected_source if expected is None else found_source
+        LOGGER.warning("%s: carries no hash of its codebook, so it cannot be checked", unknown)
+    elif expected != found:
+        raise ValueError(f"{found_source}: expected the codebook {expected[:12]} of {expected_source}, got "
+                         f"{found[:12]}; these files come from different runs, take those of one run of "
+                         "balance_k_means.py on the checkpoint of the extraction")
+
+
+@dataclass(frozen=True)
+class PipelineSettings:
+    """The flags of add_pipeline_args that a Pipeline is built from, under their names."""
+
+    gpt_model: str
+    num_classes: int
+    cluster_size: int
+    downsample_size: int
+    image_size: int
+    image_size_eval: int
+    resize: str
+    precision: str
+    vq_precision: str
+    vq_ckpt: str | None
+    compile: bool
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A GPT and the VQ model that decodes its tokens, ready to draw.
+
+    Attributes:
+        gpt, vq: on their device, in their precision.
+        sampler: Sampler.
+        image_size: side of the pictures in pixels, after the resize.
+        antialias: whether the resize filters.
+        tile: pictures decoded together, always so many: a picture then has the same bits in every batch.
+        class_names: list of the names of all classes, or None if they are not known.
+        hashes: dict of codebook_sha256, vq_sha256 and gpt_sha256.
+        steps: CompiledSteps or None.
+    """
+
+    gpt: GPT
+    vq: VQModel
+    sampler: Sampler
+    image_size: int
+    antialias: bool
+    tile: int
+    class_names: list[str] | None
+    hashes: dict[str, str]
+    steps: CompiledSteps | None = None
+
+    def draw_tokens(self, labels: np.ndarray, uniforms: np.ndarray) -> Tensor:
+        """Returns tokens (B, T) int64 on the device, of labels (B,) and uniforms (B, T)."""
+        device = self.gpt.norm.weight.device
+        return generate(self.gpt, torch.from_numpy(labels).to(device), torch.from_numpy(uniforms).to(device),
+                        self.sampler, self.steps)
+
+    @torch.inference_mode()
+    def decode(self, tokens: Tensor) -> np.ndarray:
+        """Returns the pictures (B, P, P, 3) uint8 of tokens (B, T) int64 on the device, tile by tile."""
+        pictures = []
+        for tile in tokens.split(self.tile):
+            missing = self.tile - len(tile)
+            full = torch.cat([tile, tile[:1].expand(missing, -1)])
+            images = self.vq.decode_codes(full, self.gpt.config.grid)               # (tile, 3, P, P)
+            pictures.append(to_uint8(images, self.image_size, self.antialias)[:len(tile)])
+        return torch.cat(pictures).cpu().numpy()
+
+    def draw(self, labels: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
+        """Returns the pictures (B, P, P, 3) uint8 of labels (B,) and uniforms (B, T)."""
+        return self.decode(self.draw_tokens(labels, uniforms))
+
+    def label_names(self, labels: np.ndarray) -> list[str]:
+        """Returns what to call the labels (B,): names where they are known."""
+        return [self.class_names[label] if self.class_names else f"class {label}" for label in labels]
+
+
+def add_pipeline_args(parser: Parser) -> None:
+    """Declares the flags of drawing pictures with a GPT and a VQ model: shared by the sampling scripts."""
+    add_gpt_args(parser)
+    add_vq_args(parser)
+    add_sampler_args(parser)
+    group = parser.add_argument_group("drawing")
+    group.add_argument("--weights", default="raw", choices=("raw", "ema"), help="of the GPT: as trained, or averaged")
+    group.add_argument("--from-fsdp", action="store_true", help="the checkpoint is a bare state dict")
+    group.add_argument("--precision", default="bf16", choices=tuple(PRECISIONS), help="of the GPT's weights and cache")
+    group.add_argument("--vq-precision", default="none", choices=tuple(PRECISIONS), help="of the VQ decoder")
+    group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
+                       help="compile the decode step, as CUDA graphs on a GPU (minutes at the start)")
+    group.add_argument("--image-size", type=at_least(1), default=384, help="pixels of a generated picture's side")
+    group.add_argument("--image-size-eval", type=at_least(1), default=256, help="pixels of a stored picture's side")
+    group.add_argument("--resize", default="bicubic", choices=("bicubic", "antialias"),
+                       help="bicubic as published, or with antialiasing")
+    free(parser.add_argument("--preset", choices=PRESETS, help="settings of a published row"))  # what is given wins
+
+
+def load_decoder(path: str | Path, config: VQConfig, codebook_sha256: str | None,
+                 source: str | Path) -> tuple[VQModel, dict[str, str]]:
+    """Loads a VQ model, with its hashes; its codebook must be the one of `codebook_sha256`, which `source` records."""
+    vq, hashes = load_vq(path, config)
+    check_codebook(codebook_sha256, hashes["codebook_sha256"], source, path)
+    return vq, hashes
+
+
+def load_pipeline(file: GPTFile, settings: PipelineSettings, sampler: Sampler, vq_config: VQConfig,
+                  device: torch.device) -> Pipeline:
+    """Loads what the settings describe, after comparing them with each other and with the files.
+
+    Args:
+        file: the GPT's.
+        settings: PipelineSettings.
+        sampler: Sampler.
+        vq_config: VQConfig of the decoder; its codes are those of the GPT.
+        device: where to draw.
+
+    Raises:
+        ValueError: a setting without a meaning, or parts that do not belong together.
+    """
+    sampler.check(vq_config.codebook_size)
+    gpt = build_gpt(file, gpt_config(settings.gpt_model, grid=grid_of(settings.image_size, settings.downsample_size),
+                                     vocab_size=vq_config.codebook_size, num_classes=settings.num_classes))
+    check_recorded("--cluster-size", settings.cluster_size, file.settings.get("cluster_size"), file.path)
+    if sampler.cfg_scale > 1 and file.settings.get("label_dropout") == 0:
+        raise ValueError(f"--cfg-scale: expected at most 1 for {file.path}, which was trained without label dropout "
+                         f"and knows no null label, got {sampler.cfg_scale}")
+    vq, vq_hashes = load_decoder(settings.vq_ckpt or default_vq_path(settings.cluster_size), vq_config,
+                                 file.settings.get("codebook_sha256"), file.path)
+    check_recorded("--downsample-size", settings.downsample_size, vq.downsampling, vq_config.vq_model)
+    hashes = {"codebook_sha256": vq_hashes["codebook_sha256"], "vq_sha256": vq_hashes["weights_sha256"],
+              "gpt_sha256": weights_sha256(gpt.state_dict())}
+
+    dtype, vq_dtype = PRECISIONS[settings.precision], PRECISIONS[settings.vq_precision]
+    gpt = gpt.to(device).cast(dtype)
+    if can_pack(device, dtype) and not settings.compile:
+        pack_linears(gpt)
+    vq.to(device)
+    for part in (vq.post_quant_conv, vq.decoder):                # the codebook stays float32
+        part.to(vq_dtype, memory_format=torch.channels_last)
+    tile = min(LARGEST_TILE, default_batch_size(vq_config.vq_model, settings.image_size, vq_dtype, device))
+    return Pipeline(gpt, vq, sampler, settings.image_size_eval, settings.resize == "antialias", tile,
+                    file.settings.get("class_names"), hashes, CompiledSteps(gpt) if settings.compile else None)

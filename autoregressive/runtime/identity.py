@@ -1,0 +1,97 @@
+"""What a result depends on, as one plain dict: written before the work, compared by whatever continues or reads it.
+
+An identity holds the flags that matter (Flags.identity) and the hashes of weights, codebook, mapping and data. Training
+keeps it in config.json, a code store in manifest.json, samples beside their rows and inside the npz.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autoregressive.runtime.files import check_writable_folder, read_json, write_json
+
+
+def find_difference(expected: dict[str, Any], found: dict[str, Any], keys: Iterable[str] | None = None) -> str | None:
+    """Returns the first difference of two identities as text, `key value, found one with value`; None if equal.
+
+    Args:
+        expected, found: plain dicts; a key that one of them lacks counts as None.
+        keys: the keys to compare; None compares all of both.
+    """
+    for key in dict.fromkeys([*expected, *found]) if keys is None else keys:
+        if found.get(key) != expected.get(key):
+            return f"{key} {_shorten(expected.get(key))}, found one with {_shorten(found.get(key))}"
+    return None
+
+
+def _shorten(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A folder {results_dir}/{index:03d}-{name} of one training run.
+
+    Attributes:
+        path: the folder.
+    """
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """What mark_finished recorded; None while the run has not come to its end."""
+        path = self.path / "finished.json"
+        return read_json(path) if path.is_file() else None
+
+    def start(self, config: dict[str, Any]) -> None:
+        """Creates the folder if it is new and records `config` in it (rank 0 alone calls this)."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / "config.json", config)
+
+    def is_finished(self, num_steps: int) -> bool:
+        """Says whether the run came to its end after at least `num_steps` steps."""
+        return self.result is not None and self.result["steps"] >= num_steps
+
+    def mark_finished(self, result: dict[str, Any]) -> None:
+        """Records that the run came to its end, with its result (plain data)."""
+        write_json(self.path / "finished.json", result)
+
+
+def find_run_folder(results_dir: str | Path, name: str, identity: dict[str, Any], defaults: dict[str, Any],
+                    new_run: bool = False) -> RunFolder:
+    """Finds the run folder that the same command should continue, or names a new one. Writes nothing but results_dir.
+
+    Args:
+        results_dir: where run folders lie; created if missing.
+        name: what follows the index in the folder's name.
+        identity: of the run. What else a config.json records may differ.
+        defaults: default of every flag: it stands for a flag that an older config.json does not know.
+        new_run: whether to name a new folder even if one could be continued.
+
+    Returns:
+        RunFolder: the newest of the same identity; if there is none, one that does not exist yet.
+
+    Raises:
+        ValueError: results_dir cannot be written.
+    """
+    check_writable_folder(results_dir)
+    numbered = [(int(match.group(1)), path) for path in Path(results_dir).iterdir()
+                if (match := re.match(r"(\d{3,})-", path.name))]
+    expected = json.loads(json.dumps(identity))                 # as a file gives it back
+    for _, path in sorted(numbered, reverse=True):
+        if new_run or path.name.split("-", 1)[1] != name or not (path / "config.json").is_file():
+            continue
+        found = json.loads(json.dumps(defaults)) | read_json(path / "config.json")
+        if not find_difference(expected, found, expected):
+            return RunFolder(path)
+    index = max((index for index, _ in numbered), default=-1) + 1
+    return RunFolder(Path(results_dir) / f"{index:03d}-{name}")

@@ -1,0 +1,76 @@
+"""In which order the rows of a data set come, and how their batches are read ahead of the work."""
+
+import atexit
+import multiprocessing
+import signal
+from collections.abc import Iterable
+
+import numpy as np
+from torch import Generator
+from torch.utils.data import DataLoader, Dataset
+
+from autoregressive.runtime.distributed import cores_per_process, keyed_random
+
+ORDER = 0               # stream of random numbers of an epoch: the order of its rows
+
+
+class BatchOrder:
+    """Which rows are in the batch of which step: an epoch visits every row once, in an order of its own.
+
+    The order follows from (seed, epoch) alone; the last incomplete batch of an epoch is dropped.
+
+    Attributes:
+        per_epoch: batches of an epoch.
+    """
+
+    def __init__(self, num_rows: int, batch_size: int, seed: int):
+        """`num_rows` is at least `batch_size`, the images of a step over all processes."""
+        self.num_rows, self.batch_size, self.seed = num_rows, batch_size, seed
+        self.per_epoch = num_rows // batch_size
+        self._epoch, self._order = -1, None
+
+    def rows(self, step: int, part: range | None = None) -> tuple[int, np.ndarray]:
+        """Returns the epoch of a step and the rows (B,) int64 of its batch.
+
+        Args:
+            step: number of the step, from 0; epochs follow one another.
+            part: range of places in the batch; None takes all of it.
+        """
+        epoch, index = divmod(step, self.per_epoch)
+        if epoch != self._epoch:
+            self._order = keyed_random(self.seed, epoch, ORDER).permutation(self.num_rows)
+            self._epoch = epoch
+        batch = self._order[index * self.batch_size:][:self.batch_size]
+        return epoch, batch if part is None else batch[part.start:part.stop]
+
+
+def read_ahead(dataset: Dataset, keys: Iterable, num_workers: int, pinned: bool = False) -> DataLoader:
+    """Returns an iterable of dataset[key] for every key, in order; arrays become tensors.
+
+    The global random numbers are left alone: the loader draws the seeds of its workers from a generator of its own.
+
+    Args:
+        dataset: maps a key to a whole batch.
+        keys: of the batches.
+        num_workers: processes that read, as given by the user; no more are started than there are cores.
+        pinned: whether to put tensors into pinned memory, for copies to a GPU that do not wait.
+    """
+    return DataLoader(dataset, batch_size=None, sampler=keys, num_workers=min(num_workers, cores_per_process()),
+                      generator=Generator(), pin_memory=pinned, worker_init_fn=_ignore_signals)
+
+
+def _ignore_signals(_worker: int) -> None:
+    """Keeps from a worker the signals that a cluster or a terminal sends to all processes of a run at once.
+
+    They would end the worker, and with it the run, before it has saved; the run ends its workers itself.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Ends workers that are still there at the end of the process, where Python would send SIGTERM and wait."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)               # torch's handler would call this an error
+    for worker in multiprocessing.active_children():
+        worker.kill()

@@ -1,0 +1,173 @@
+"""AdamW, its learning rate, the moving average, and the guarded step that all training shares."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autoregressive.runtime.distributed import gather_state, scatter_state, shard_like, whole_tensor
+from autoregressive.runtime.entry import Parser, at_least, share
+
+SCHEDULES = ("constant", "cosine", "linear")
+EMA_DECAY = 0.9999
+
+
+def add_optim_args(parser: Parser) -> None:
+    """Declares the flags of the optimizer and its learning rate."""
+    group = parser.add_argument_group("optimizer")
+    group.add_argument("--lr", type=at_least(0.0), default=1e-4,
+                       help="peak learning rate (1e-4 per 256 images of a batch)")
+    group.add_argument("--lr-schedule", default="constant", choices=SCHEDULES, help="what follows the warm-up")
+    group.add_argument("--warmup", type=at_least(0), default=0, help="steps of linear warm-up")
+    group.add_argument("--weight-decay", type=at_least(0.0), default=0.05,
+                       help="on tensors of two or more dimensions only")
+    group.add_argument("--beta1", type=share, default=0.9, help="first AdamW beta")
+    group.add_argument("--beta2", type=share, default=0.95, help="second AdamW beta")
+    group.add_argument("--max-grad-norm", type=at_least(0.0), default=1.0, help="clip the gradient's norm; 0 is off")
+    group.add_argument("--ema", action="store_true", help="keep an exponential moving average of the weights")
+
+
+@dataclass(frozen=True)
+class OptimSettings:
+    """Settings of AdamW: the flags of add_optim_args that stay as they are during a run.
+
+    Attributes:
+        lr: learning rate, until a step says another.
+        beta1, beta2, weight_decay: of AdamW.
+        max_grad_norm: bound of the gradient's norm; 0 is none.
+        ema: whether a moving average of the weights is kept.
+    """
+
+    lr: float
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    ema: bool = False
+
+
+def build_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.AdamW:
+    """Returns AdamW (eps 1e-8) with weight decay on tensors of two or more dimensions only."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
+              {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=1e-8, fused=True)
+
+
+def learning_rate(step: int, num_steps: int, peak: float, warmup: int, schedule: str) -> float:
+    """Returns the learning rate of a step: linear warm-up, then constant, or down to 0 by cosine or line.
+
+    Args:
+        step: 0 .. num_steps - 1.
+        num_steps: length of the run.
+        peak: the rate after the warm-up.
+        warmup: number of steps of the warm-up.
+        schedule: one of SCHEDULES.
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if schedule == "constant":
+        return peak
+    progress = (step - warmup) / max(num_steps - warmup, 1)
+    return peak * (1 - progress if schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2)
+
+
+class MovingAverage:
+    """Exponential moving average of weights in float32; its decay warms up as min(EMA_DECAY, (1 + n) / (10 + n))."""
+
+    def __init__(self, model: nn.Module):
+        self.weights = {name: weight.detach().clone().float() for name, weight in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, num_steps: int, skip: Tensor) -> None:
+        """Moves towards the weights after `num_steps` steps; not at all where the scalar tensor `skip` is 1."""
+        share_of_new = (1 - min(EMA_DECAY, (1 + num_steps) / (10 + num_steps))) * (1 - skip)
+        for name, weight in model.named_parameters():
+            average = self.weights[name]
+            average.add_((weight - average) * share_of_new)
+
+
+class ModelOptimizer:
+    """A model, the AdamW of its weights and perhaps their moving average: one guarded step, one state.
+
+    A step whose gradient is not finite changes nothing: not the weights, not the moments, not the average. That is
+    decided on the device, so that no step waits for it.
+    """
+
+    def __init__(self, model: nn.Module, settings: OptimSettings, device: torch.device, uses_scaler: bool = False):
+        """
+        Args:
+            model: on its device, sharded if it is to be.
+            settings: OptimSettings.
+            device: where to compute.
+            uses_scaler: whether losses are scaled, as float16 needs.
+        """
+        self.model, self.device = model, device
+        self.max_grad_norm = settings.max_grad_norm or float("inf")
+        self.optimizer = build_optimizer(model, settings)
+        self.ema = MovingAverage(model) if settings.ema else None
+        self.scaler = torch.amp.GradScaler(device.type, enabled=uses_scaler)
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of a loss."""
+        self.scaler.scale(loss).backward()
+
+    def step(self, step: int, lr: float, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """Clips the gradient and applies it, unless it is not finite.
+
+        Args:
+            step: number of the step, from 0.
+            lr: its learning rate.
+            loss: of the step; with a scaler, which finds gradients that overflow by itself, it says what is finite.
+
+        Returns:
+            the gradient's norm before clipping, and whether something was not finite, both scalars on the device.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.scaler.unscale_(self.optimizer)
+        norm = whole_tensor(nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm))
+        is_bad = ~(loss if self.scaler.is_enabled() else norm).isfinite()
+        skip = is_bad.float()
+        if self.scaler.is_enabled():                # skips by itself, and lowers its scale, where a gradient overflowed
+            before = self.scaler.get_scale()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            skip = torch.tensor(float(self.scaler.get_scale() < before), device=self.device)
+        else:
+            self.optimizer.found_inf, self.optimizer.grad_scale = skip, None        # of fused optimizers: step or not
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema:
+            self.ema.update(self.model, step + 1, skip)
+        return norm.detach(), is_bad
+
+    def best_weights(self) -> dict[str, Tensor]:
+        """Returns copies of the whole weights, averaged ones where there are any (all processes call this)."""
+        weights = self.model.state_dict() | (self.ema.weights if self.ema else {})
+        return {name: whole_tensor(weight).detach().cpu().clone() for name, weight in weights.items()}
+
+    def state(self) -> dict[str, Any]:
+        """Returns all that training continues from, as plain containers, on rank 0 (all processes call this)."""
+        model, optimizer = gather_state(self.model, self.optimizer)
+        state = {"model": model, "optimizer": optimizer, "scaler": self.scaler.state_dict()}
+        if self.ema:
+            state["ema"] = {name: whole_tensor(weight).cpu() for name, weight in self.ema.weights.items()}
+        return state
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Loads what `state` returned, read on every process.
+
+        Raises:
+            ValueError: it holds no average but one is kept.
+        """
+        if self.ema and "ema" not in state:
+            raise ValueError("--ema: expected a checkpoint with an average of the weights, found none; start without "
+                             "--ema")
+        scatter_state(self.model, state["model"], self.optimizer, state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema:
+            for name, weight in self.ema.weights.items():
+                weight.copy_(shard_like(state["ema"][name], weight))

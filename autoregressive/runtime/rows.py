@@ -1,0 +1,157 @@
+"""Arrays of many rows that any number of processes fill at once: codes of images, sampled pictures.
+
+A folder holds one .npy file for each array, whose space is reserved at the start, and status.npy, a byte for each row.
+Rows are written at their own place with os.pwrite, first the arrays, then the status that makes them count. So a kill
+loses at most the batch at hand, nothing needs twice the disk, and there are no millions of small files. A record beside
+the arrays holds the identity of the run; it is written first and removed last, and rows without it count for nobody.
+
+A map would be killed by SIGBUS on a full disk; a write raises OSError. O_DSYNC puts rows on the disk before their
+status, and keeps a network file system from widening a write to whole pages, over what another machine wrote beside it.
+"""
+
+import contextlib
+import errno
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from autoregressive.runtime.files import read_json, write_json
+from autoregressive.runtime.identity import find_difference
+
+TO_DO, WRITTEN, FAILED = 0, 1, 2
+POLL_SECONDS = 1                                    # between two looks at what the other processes have written
+
+
+class RowWriter:
+    """The arrays of one run while they are filled; every process opens its own.
+
+    Attributes:
+        path: the folder.
+        identity: plain dict of everything that the rows depend on.
+        num_rows: rows of every array.
+        arrays: name -> dtype and shape of a row.
+    """
+
+    def __init__(self, path: str | Path, identity: dict[str, Any], num_rows: int,
+                 arrays: dict[str, tuple[np.dtype, tuple[int, ...]]], record: str = "identity.json"):
+        """
+        Args:
+            path: the folder.
+            identity: plain dict of everything that the rows depend on.
+            num_rows: rows of every array.
+            arrays: name -> dtype and shape of a row; the files are called {name}.npy.
+            record: name of the file that holds the identity.
+        """
+        self.path, self.identity, self.num_rows = Path(path), identity, num_rows
+        self.arrays = arrays
+        self._files = arrays | {"status": (np.dtype(np.uint8), ())}
+        self._record = self.path / record
+
+    def create(self) -> None:
+        """Lays out the arrays, or finds what an earlier start of the same run left (one process calls this).
+
+        Raises:
+            ValueError: rows of another run lie there, or the disk is too small.
+        """
+        if self._record.is_file():
+            difference = find_difference(self.identity, read_json(self._record), self.identity)
+            if difference:
+                raise ValueError(f"{self.path}: expected rows with {difference}; name another folder, or remove it")
+        else:
+            self.remove()                           # rows of nobody
+            write_json(self._record, self.identity | {"complete": False})
+        for name, (dtype, shape) in self._files.items():
+            _preallocate(self._file(name), (self.num_rows, *shape), np.dtype(dtype))
+
+    def remove(self) -> None:
+        """Removes the arrays, the status first: whenever this is interrupted, no row is left that counts."""
+        for name in reversed(self._files):
+            self._file(name).unlink(missing_ok=True)
+        for unfinished in self.path.glob(".*.tmp"):
+            unfinished.unlink()
+        self._record.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):          # it is not there, or holds something else
+            self.path.rmdir()
+
+    def _file(self, name: str) -> Path:
+        return self.path / f"{name}.npy"
+
+    def array(self, name: str) -> np.ndarray:
+        """Returns an array (num_rows, ...), mapped for reading; "status" is one of them."""
+        return np.load(self._file(name), mmap_mode="r", allow_pickle=False)
+
+    def read(self, name: str, rows_at_once: int) -> Iterator[np.ndarray]:
+        """Yields the rows of an array in order, `rows_at_once` or fewer together; unlike a map, it holds no more."""
+        dtype, shape = self.arrays[name]
+        row_size = math.prod(shape)
+        with open(self._file(name), "rb") as file:
+            file.seek(self.array(name).offset)
+            for first in range(0, self.num_rows, rows_at_once):
+                count = min(rows_at_once, self.num_rows - first)
+                yield np.fromfile(file, dtype, count * row_size).reshape(count, *shape)
+
+    @property
+    def num_done(self) -> int:
+        """Rows that were written, or recorded as failed, by all processes together."""
+        return int(np.count_nonzero(self.array("status")))
+
+    def missing(self, rows_per_batch: int) -> list[range]:
+        """Returns the batches that are not written yet, as ranges of rows cut at multiples of rows_per_batch."""
+        is_missing = self.array("status") == TO_DO
+        batches = [range(first, min(first + rows_per_batch, self.num_rows))
+                   for first in range(0, self.num_rows, rows_per_batch)]
+        return [rows for rows in batches if is_missing[rows.start:rows.stop].any()]
+
+    def write(self, rows: range, **arrays: np.ndarray) -> None:
+        """Writes consecutive rows: every array, then, as "status" or as WRITTEN, the status that makes them count.
+
+        Args:
+            rows: range of rows.
+            arrays: by name, (len(rows), ...).
+        """
+        status = arrays.pop("status", np.full(len(rows), WRITTEN))
+        for name, array in (arrays | {"status": status}).items():
+            _write_rows(self._file(name), rows.start, array.astype(self._files[name][0]))
+
+    def wait_for_others(self) -> None:
+        """Waits until every row is written by someone: by a look at the file, so that no collective can time out."""
+        while self.num_done < self.num_rows:
+            time.sleep(POLL_SECONDS)
+
+
+def _preallocate(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """Makes a .npy file of zeros whose space on the disk is reserved; an existing one is kept."""
+    if path.exists():
+        return
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape)
+        if hasattr(os, "posix_fallocate"):                          # not on every system
+            with open(temporary, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        needed, free = np.prod(shape) * dtype.itemsize / 2**20, shutil.disk_usage(path.parent).free / 2**20
+        raise ValueError(f"{path}: expected room for {needed:.1f} MiB, {error.strerror} ({free:.1f} MiB are free); "
+                         "choose a folder on another disk") from error
+    os.replace(temporary, path)
+
+
+def _write_rows(path: Path, first_row: int, rows: np.ndarray) -> None:
+    offset = np.load(path, mmap_mode="r").offset + first_row * rows[0].nbytes
+    data = memoryview(np.ascontiguousarray(rows)).cast("B")
+    handle = os.open(path, os.O_WRONLY | getattr(os, "O_DSYNC", 0))
+    try:
+        while len(data):
+            written = os.pwrite(handle, data, offset)
+            data, offset = data[written:], offset + written
+    finally:
+        os.close(handle)

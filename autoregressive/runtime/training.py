@@ -1,0 +1,367 @@
+"""The training loop, of whatever is trained: log, metrics, curves, validation, pictures, checkpoints, signals, resume.
+
+What differs between one thing and another is a Trainable. The loop numbers steps as they are counted afterwards: step 1
+is the first, and everything that is kept after it (a line of the log, a checkpoint) bears the number 1.
+"""
+
+import signal
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autoregressive.runtime.checkpoint import delete_old_checkpoints, newest_whole_checkpoint, save_checkpoint
+from autoregressive.runtime.compute import PRECISIONS
+from autoregressive.runtime.distributed import Session
+from autoregressive.runtime.entry import Parser, at_least, free
+from autoregressive.runtime.identity import RunFolder
+from autoregressive.runtime.loader import read_ahead
+from autoregressive.runtime.log import (
+    LOGGER,
+    MetricsFile,
+    cut_log,
+    draw_metrics,
+    open_logger,
+    progress,
+    read_metrics,
+)
+from autoregressive.runtime.optim import learning_rate
+from autoregressive.runtime.speed import Speedometer, peak_memory_mib
+
+DRAW_SECONDS = 60               # between two pictures of the curves, which take half a second each
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)     # which clusters send before they take a node
+
+
+class Meter:
+    """Means over the steps since the last reading, and the first step that was not finite; all kept on the device."""
+
+    def __init__(self, names: tuple[str, ...], device: torch.device):
+        """`names` are those of the values that every step adds."""
+        self.names, self.device = names, device
+        self.sums, self.count = torch.zeros(len(names), device=device), 0
+        self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
+
+    def add(self, step: int, values: Tensor, is_bad: Tensor) -> None:
+        """Adds the values (len(names),) of a step, and whether something in it was not finite, a bool scalar."""
+        self.sums += values
+        self.count += 1
+        self._first_bad = torch.where(is_bad & (self._first_bad < 0), step, self._first_bad)
+
+    def read(self, session: Session) -> dict[str, float]:
+        """Returns the means since the last reading over all processes, and starts anew."""
+        means = session.sum(self.sums / self.count) / session.world_size
+        self.sums, self.count = torch.zeros_like(self.sums), 0
+        return dict(zip(self.names, means.tolist(), strict=True))
+
+    def first_bad_step(self, session: Session) -> int:
+        """Returns the first step that was not finite on any process, from 0; -1 if all were. Waits for the device."""
+        found = [step for step in session.gather(int(self._first_bad)) if step >= 0]
+        return min(found, default=-1)
+
+
+class Trainable(Protocol):
+    """What the loop trains.
+
+    Attributes:
+        meter: means of what the steps report.
+    """
+
+    meter: Meter
+
+    def step(self, step: int, batch: Any, lr: float) -> None:
+        """Applies step number `step`, from 0, with this process's part of the batch, and adds it to the meter."""
+
+    def validate(self) -> dict[str, float]:
+        """Returns numbers on images that are held out; none if there are no such images (all processes call this)."""
+
+    def draw(self, path: Path) -> None:
+        """Saves a picture of what the present weights can do (all processes call this)."""
+
+    def state(self) -> dict[str, Any]:
+        """Returns all that training continues from, as plain containers, on rank 0 (all processes call this)."""
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Loads what `state` returned, read on every process."""
+
+
+class Batches(Protocol):
+    """What a Trainable is trained on; which rows come in which step follows from the seed alone.
+
+    Attributes:
+        per_epoch: steps of an epoch.
+    """
+
+    per_epoch: int
+
+    def rows(self, step: int) -> np.ndarray:
+        """Returns the rows of the data set in the batch of a step, from 0."""
+
+    def __getitem__(self, key: tuple[int, range]) -> Any:
+        """Returns the batch of a step, from 0, or rather the part of it at a range of places."""
+
+
+def add_training_args(parser: Parser, results_dir: str | None = None,
+                      precisions: Iterable[str] = tuple(PRECISIONS)) -> None:
+    """Declares the flags of a training run.
+
+    Args:
+        parser: the parser.
+        results_dir: default of --results-dir; without one the flag is required.
+        precisions: those that the model can be trained in.
+    """
+    group = parser.add_argument_group("run")
+    free(group.add_argument("--results-dir", default=results_dir, required=results_dir is None,
+                            help="where run folders lie"))
+    free(group.add_argument("--new-run", action="store_true", help="start anew even if a run could be continued"))
+    free(group.add_argument("--no-local-save", action="store_true", help="write metrics, but no checkpoints"))
+    free(group.add_argument("--epochs", type=at_least(1), default=300, help="length of the run"))
+    free(group.add_argument("--max-steps", type=at_least(0), default=0, help="length of the run in steps; 0: by "
+                            "--epochs"))
+    free(group.add_argument("--log-every", type=at_least(1), default=100, help="steps between two lines of the log"))
+    free(group.add_argument("--ckpt-every", type=at_least(0), default=5, help="epochs between two checkpoints; 0: off"))
+    free(group.add_argument("--ckpt-steps", type=at_least(0), default=0, help="steps between two checkpoints; 0: off"))
+    free(group.add_argument("--ckpt-minutes", type=at_least(0.0), default=0.0, help="minutes between two checkpoints; "
+                            "0: off"))
+    free(group.add_argument("--keep-checkpoints", type=at_least(0), default=0, help="newest checkpoints to keep; 0 "
+                            "keeps all"))
+    free(group.add_argument("--val-every", type=at_least(0), default=0, help="steps between two validations; 0: off, "
+                            "but a tokenizer with --val-path is validated at its end"))
+    group.add_argument("--global-batch-size", type=at_least(1), default=256,
+                       help="images of a step, over all processes")
+    free(group.add_argument("--gradient-accumulation-steps", type=at_least(1), default=1,
+                            help="micro-batches of a step: global batch = processes x micro-batch x this"))
+    free(group.add_argument("--num-workers", type=at_least(0), default=24, help="processes that read batches ahead, at "
+                            "most as many as there are cores; 0: none, for small sets"))
+    group.add_argument("--mixed-precision", default="bf16", choices=tuple(precisions), help="of the forward pass")
+
+
+def check_batch(global_batch_size: int, accumulation: int, session: Session) -> None:
+    """Raises ValueError unless a batch can be divided among processes and micro-batches."""
+    parts = session.world_size * accumulation
+    if global_batch_size % parts:
+        below = global_batch_size // parts * parts
+        fitting = f"{below} or {below + parts}" if below else parts
+        raise ValueError(f"--global-batch-size: expected a multiple of {parts} ({session.world_size} processes x "
+                         f"{accumulation} micro-batches), for example {fitting}, got {global_batch_size}")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """The flags of add_training_args and add_optim_args that say how long a run is and when something happens."""
+
+    global_batch_size: int
+    lr: float
+    lr_schedule: str
+    warmup: int
+    epochs: int
+    max_steps: int
+    log_every: int
+    val_every: int
+    ckpt_every: int
+    ckpt_steps: int
+    ckpt_minutes: float
+    keep_checkpoints: int
+    no_local_save: bool
+    num_workers: int
+
+    def num_steps(self, batches: Batches) -> int:
+        """Returns the length of the run."""
+        return self.max_steps or self.epochs * batches.per_epoch
+
+
+class TrainingRun:
+    """One run: it finds where it stands, runs the steps that are missing, and leaves everything in its folder.
+
+    Attributes:
+        folder: RunFolder.
+        num_steps: length of the run.
+        steps: how many were applied.
+    """
+
+    def __init__(self, folder: RunFolder, trainable: Trainable, batches: Batches, settings: RunSettings,
+                 session: Session, *, record: dict[str, Any], speed: Speedometer, curves: tuple[str, ...],
+                 result: tuple[str, ...], draw_every: int = 0):
+        """
+        Args:
+            folder: RunFolder.
+            trainable: what is trained.
+            batches: what it is trained on.
+            settings: RunSettings.
+            session: Session.
+            record: plain dict that travels in the checkpoints: what a reader must know of the weights.
+            speed: Speedometer.
+            curves: values of the metrics that are drawn; the first two stand beside the progress bar.
+            result: values of the metrics that the end of the run records.
+            draw_every: steps between two pictures; 0 is never.
+        """
+        self.folder, self.trainable, self.batches, self.session = folder, trainable, batches, session
+        self.settings, self.record, self.curves, self.result_names = settings, record, curves, result
+        self.speed, self.draw_every = speed, draw_every
+        self.num_steps = settings.num_steps(batches)
+        self.steps = 0
+        self._received_signal = 0
+
+    def resume(self, config: dict[str, Any], start: Any = None) -> None:
+        """Opens the run folder and continues from its newest whole checkpoint, else from `start`, else from nothing.
+
+        Args:
+            config: what is recorded in config.json.
+            start: path and payload of a file: another run's checkpoint if it holds an optimizer's state; or None.
+        """
+        if self.session.is_main:
+            self.folder.start(config)
+        self.session.barrier()
+        path, payload = newest_whole_checkpoint(self.folder.checkpoints)
+        if path is None and start and "optimizer" in start.payload:
+            path, payload = start.path, start.payload
+        if path is not None:
+            self._load(path, payload)
+            self.steps = payload["steps"]
+        if self.session.is_main:
+            cut_log(self.folder.path / "log.txt", self.steps)
+        open_logger(self.session, self.folder.path / "log.txt")
+        if path is not None:
+            LOGGER.info("continuing from %s", path)
+
+    def train(self) -> None:
+        """Runs the steps that are missing.
+
+        Raises:
+            FloatingPointError: a loss or gradient was not finite.
+            SystemExit: a signal asked to leave; everything is saved.
+        """
+        settings, session, first = self.settings, self.session, self.steps
+        batch_size, is_cpu = settings.global_batch_size, session.device.type == "cpu"
+        for number in STOP_SIGNALS:                             # before the workers start, which inherit this
+            signal.signal(number, self._remember_signal)
+        self.speed.read()                                       # what came before does not count
+        if session.is_main:
+            self._metrics = MetricsFile(self.folder.path / "metrics.jsonl", first)
+        self._saved = self._drawn = time.monotonic()
+        self._bar = progress(session, self.num_steps * batch_size, self.folder.path.name, "image",
+                             initial=first * batch_size)
+        part = session.share_of(batch_size)
+        batches = read_ahead(self.batches, ((step, part) for step in range(first, self.num_steps)),
+                             settings.num_workers, pinned=not is_cpu)
+        for step, batch in enumerate(batches, first):
+            lr = learning_rate(step, self.num_steps, settings.lr, settings.warmup, settings.lr_schedule)
+            self.trainable.step(step, batch, lr)
+            self.steps = step + 1
+            is_last = self.steps == self.num_steps
+            self._bar.update(batch_size)
+            self.speed.add(batch_size)
+            if step == first:
+                LOGGER.info("peak memory of the first step: %.0f MiB", peak_memory_mib(session.device))
+
+            is_logged = is_last or self._is_due(settings.log_every)
+            if is_logged or is_cpu:                             # where looking costs no wait for the device
+                self._check_finite()
+            if is_logged:
+                means = self.trainable.meter.read(session)
+                self._write(means | {"lr": lr, "images_seen": self.steps * batch_size} | self.speed.read())
+            if is_last or self._is_due(settings.val_every):
+                self._write({f"val_{name}": value for name, value in self.trainable.validate().items()})
+                self.speed.read()                                    # the validation's time is not the training's
+            if self._is_due(self.draw_every):
+                self.trainable.draw(self.folder.path / "pictures" / f"{self.steps:07d}.png")
+            self._save_or_leave()
+        self._bar.close()
+
+    def _write(self, values: dict[str, float]) -> None:
+        """Writes numbers into the log and the metrics, and now and then the curves."""
+        if not values:
+            return
+        LOGGER.info("step %d: %s", self.steps, _as_text(values, ".4g"))
+        if self.session.is_main:
+            self._metrics.write(self.steps, **values)
+            self._bar.set_postfix({name: f"{values[name]:.3f}" for name in self.curves[:2] if name in values},
+                                  refresh=False)
+            if time.monotonic() - self._drawn > DRAW_SECONDS:
+                self._draw_curves()
+                self._drawn = time.monotonic()
+
+    def _save_or_leave(self) -> None:
+        """Saves a checkpoint if one is due; leaves if a signal asked to."""
+        settings = self.settings
+        is_late = 0 < settings.ckpt_minutes * 60 <= time.monotonic() - self._saved
+        votes = self.session.gather((is_late, self._received_signal))
+        is_late, _ = votes[0]                                   # by the clock of rank 0
+        received = max(number for _, number in votes)           # whoever received it, all leave
+        is_last = self.steps == self.num_steps
+        is_due = self._is_due(settings.ckpt_steps) or self._is_due(settings.ckpt_every * self.batches.per_epoch)
+        if is_last or is_late or received or is_due:
+            self._save()
+            self._saved = time.monotonic()
+        if received:
+            LOGGER.info("signal %d after step %d: the same command continues", received, self.steps)
+            raise SystemExit(128 + received)
+
+    def result(self) -> dict[str, float]:
+        """Returns the last values in the metrics of what the end of the run records."""
+        last = {}
+        for row in read_metrics(self.folder.path / "metrics.jsonl"):
+            last |= row
+        return {name: last[name] for name in self.result_names if name in last}
+
+    def finish(self, **more: Any) -> None:
+        """Draws the curves and records that the run came to its end, with `more` plain data (rank 0 alone does)."""
+        if not self.session.is_main:
+            return
+        self._draw_curves()
+        result = self.result()
+        self.folder.mark_finished({"steps": self.num_steps} | result | more)
+        LOGGER.info("%s; checkpoints in %s", _as_text(result, ".3f"), self.folder.checkpoints)
+
+    def _is_due(self, every: int) -> bool:
+        return every > 0 and self.steps % every == 0
+
+    def _remember_signal(self, number: int, _frame: Any) -> None:
+        self._received_signal = self._received_signal or number
+
+    def _check_finite(self) -> None:
+        bad = self.trainable.meter.first_bad_step(self.session)
+        if bad >= 0:
+            raise FloatingPointError(f"step {bad + 1}: loss or gradient is not finite, in rows "
+                                     f"{self.batches.rows(bad).tolist()}; it changed no weight. Lower --lr, or look at "
+                                     "these rows")
+
+    def _draw_curves(self) -> None:
+        draw_metrics(self.folder.path / "curves.png", {self.folder.path.name: self.folder.path / "metrics.jsonl"},
+                     self.curves)
+
+    def _save(self) -> None:
+        if self.settings.no_local_save:
+            return
+        state, meter = self.trainable.state(), self.trainable.meter
+        is_cuda = self.session.device.type == "cuda"
+        processes = self.session.gather({"cpu": torch.get_rng_state(), "sums": meter.sums.cpu(), "count": meter.count,
+                                         "cuda": torch.cuda.get_rng_state() if is_cuda else None})
+        if self.session.is_main:
+            images_seen = self.steps * self.settings.global_batch_size
+            save_checkpoint(self.folder.checkpoints / f"{self.steps:07d}.pt", state | {
+                "steps": self.steps, "processes": processes, "settings": self.record, "images_seen": images_seen})
+            delete_old_checkpoints(self.folder.checkpoints, self.settings.keep_checkpoints)
+
+    def _load(self, path: Path, payload: dict[str, Any]) -> None:
+        self.trainable.load(payload)
+        processes, meter = payload["processes"], self.trainable.meter
+        if len(processes) == self.session.world_size:
+            own = processes[self.session.rank]
+            meter.sums, meter.count = own["sums"].to(meter.device), own["count"]
+            torch.set_rng_state(own["cpu"])
+            if own["cuda"] is not None and self.session.device.type == "cuda":
+                torch.cuda.set_rng_state(own["cuda"])
+        else:
+            LOGGER.warning("%s: written by %d processes, continued by %d: the data go on where they were, dropout "
+                           "draws other numbers", path, len(processes), self.session.world_size)
+            meter.sums = (sum(process["sums"] for process in processes) / len(processes)).to(meter.device)
+            meter.count = processes[0]["count"]
+
+
+def _as_text(values: dict[str, float], style: str) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value:{style}}" for name, value in values.items())

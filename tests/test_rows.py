@@ -1,0 +1,201 @@
+"""Arrays that several processes fill at once: one result in any order, and whatever is killed leaves nothing wrong."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from autoregressive.data.code_writer import CodeWriter
+from autoregressive.data.codes import open_codes
+from autoregressive.runtime import rows as rows_module
+from autoregressive.runtime.files import read_json
+from autoregressive.runtime.rows import FAILED, RowWriter
+
+IDENTITY = {"seed": 3, "weights_sha256": "1" * 64}
+ARRAYS = {"pictures": (np.dtype(np.uint8), (2, 2)), "labels": (np.dtype(np.int64), ())}
+NUM_ROWS = 11
+PICTURES = np.random.default_rng(0).integers(1, 256, size=(NUM_ROWS, 2, 2))
+LABELS = np.arange(NUM_ROWS) - 4
+FILES = ["identity.json", "labels.npy", "pictures.npy", "status.npy"]
+
+
+class Killed(BaseException):
+    """Ends the code at a chosen place, as a kill would."""
+
+
+def writer_of(path, identity=IDENTITY):
+    return RowWriter(path, identity, NUM_ROWS, ARRAYS)
+
+
+def write(writer, rows, **more):
+    writer.write(rows, pictures=PICTURES[rows.start:rows.stop], labels=LABELS[rows.start:rows.stop], **more)
+
+
+def names(path):
+    return sorted(item.name for item in path.iterdir())
+
+
+def killed_at(monkeypatch, target, name, count):
+    """Lets a function be killed when it is called after `count` calls."""
+    original, calls = getattr(target, name), []
+
+    def counted(*args, **kwargs):
+        if len(calls) == count:
+            raise Killed
+        calls.append(args)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(target, name, counted)
+
+
+@pytest.fixture
+def full(tmp_path):
+    """A folder whose rows are all written."""
+    writer = writer_of(tmp_path / "full")
+    writer.create()
+    write(writer, range(NUM_ROWS))
+    return writer
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_of_two_writers_in_any_order_make_one_array(tmp_path, seed):
+    first, second = writer_of(tmp_path / "rows"), writer_of(tmp_path / "rows")
+    first.create()
+    batches = first.missing(2)
+    assert batches == second.missing(2) == [*(range(row, row + 2) for row in range(0, 10, 2)), range(10, 11)]
+    order = np.random.default_rng(seed)
+    for count, place in enumerate(order.permutation(len(batches)).tolist()):
+        assert len(first.missing(2)) == len(second.missing(2)) == len(batches) - count
+        write((first, second)[order.integers(2)], batches[place])
+    assert first.missing(2) == second.missing(3) == [] and second.num_done == NUM_ROWS
+    first.wait_for_others()                                      # there is nothing to wait for
+    for writer in (first, second):
+        assert np.array_equal(writer.array("pictures"), PICTURES) and np.array_equal(writer.array("labels"), LABELS)
+    assert first.array("pictures").dtype == np.uint8 and names(tmp_path / "rows") == FILES
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 4, 11, 100])
+def test_rows_are_read_in_order_and_never_more_together_than_asked_for(full, rows_at_once):
+    chunks = list(full.read("pictures", rows_at_once))
+    assert max(map(len, chunks)) == min(rows_at_once, NUM_ROWS)
+    assert np.array_equal(np.concatenate(chunks), PICTURES)
+    assert np.array_equal(np.concatenate(list(full.read("labels", rows_at_once))), LABELS)
+
+
+def test_missing_batches_are_cut_at_absolute_rows(tmp_path):
+    writer = writer_of(tmp_path)
+    writer.create()
+    write(writer, range(4, 6))
+    assert writer.missing(3) == [range(3), range(3, 6), range(6, 9), range(9, 11)]          # row 3 is missing
+    assert writer.missing(2) == [range(2), range(2, 4), range(6, 8), range(8, 10), range(10, 11)]
+
+
+def test_a_status_that_is_given_is_the_one_that_counts(tmp_path):
+    writer = writer_of(tmp_path)
+    writer.create()
+    write(writer, range(2), status=np.array([FAILED, 0]))
+    assert writer.num_done == 1 and writer.missing(1)[0] == range(1, 2)
+
+
+@pytest.mark.parametrize("other", [{"seed": 4}, {"weights_sha256": "2" * 64}, {"torch": "2.9"}])
+def test_rows_of_another_identity_are_refused_and_left_alone(full, other):
+    before = {path.name: path.read_bytes() for path in full.path.iterdir()}
+    name, = other
+    with pytest.raises(ValueError, match=f"full: expected rows with {name} .*, found one with .*name another folder"):
+        writer_of(full.path, IDENTITY | other).create()
+    assert {path.name: path.read_bytes() for path in full.path.iterdir()} == before
+
+
+def test_rows_of_the_same_identity_are_found_again(full):
+    again = writer_of(full.path)
+    again.create()
+    assert again.num_done == NUM_ROWS and np.array_equal(again.array("pictures"), PICTURES)
+
+
+@pytest.mark.parametrize("identity", [IDENTITY, IDENTITY | {"seed": 4}])
+def test_rows_without_their_record_count_for_nobody(full, identity):
+    (full.path / "identity.json").unlink()
+    writer = writer_of(full.path, identity)
+    writer.create()
+    assert writer.num_done == 0 and not writer.array("pictures").any() and names(full.path) == FILES
+    assert read_json(full.path / "identity.json") == identity | {"complete": False}
+
+
+def test_removal_leaves_files_of_others_and_no_folder_without_them(full):
+    (full.path / ".pictures.npy.tmp").touch()                    # left by a kill
+    (full.path / "thesis.txt").write_text("mine")
+    full.remove()
+    assert names(full.path) == ["thesis.txt"]
+    (full.path / "thesis.txt").unlink()
+    full.remove()
+    assert not full.path.exists()
+    full.remove()                                                # there is nothing to remove
+
+
+@pytest.mark.parametrize("count", range(1, 5))
+def test_interrupted_removal_leaves_nothing_that_counts(full, monkeypatch, count):
+    (full.path / ".labels.npy.tmp").touch()
+    killed_at(monkeypatch, Path, "unlink", count)
+    with pytest.raises(Killed):
+        full.remove()
+    monkeypatch.undo()
+    assert "status.npy" not in names(full.path) and "identity.json" in names(full.path)
+    with pytest.raises(ValueError, match="expected rows with seed 4"):
+        writer_of(full.path, IDENTITY | {"seed": 4}).create()
+    full.create()
+    assert full.num_done == 0 and len(full.missing(1)) == NUM_ROWS
+    write(full, range(NUM_ROWS))
+    assert np.array_equal(full.array("pictures"), PICTURES) and np.array_equal(full.array("labels"), LABELS)
+
+
+@pytest.mark.parametrize("count", range(3))
+def test_interrupted_layout_is_completed_by_the_next_start(tmp_path, monkeypatch, count):
+    writer = writer_of(tmp_path / "rows")
+    killed_at(monkeypatch, np.lib.format, "open_memmap", count)
+    with pytest.raises(Killed):
+        writer.create()
+    monkeypatch.undo()
+    writer.create()
+    assert writer.num_done == 0 and names(writer.path) == FILES
+
+
+@pytest.mark.parametrize("count", range(3))
+def test_rows_killed_before_their_status_are_still_to_do(tmp_path, monkeypatch, count):
+    writer = writer_of(tmp_path)
+    writer.create()
+    write(writer, range(3))
+    killed_at(monkeypatch, rows_module, "_write_rows", count)    # the arrays, then the status, each by one call
+    with pytest.raises(Killed):
+        writer.write(range(3, 6), status=np.ones(3), pictures=np.full((3, 2, 2), 7), labels=np.full(3, 7))
+    monkeypatch.undo()
+    again = writer_of(tmp_path)
+    again.create()
+    assert again.num_done == 3 and again.missing(3) == [range(3, 6), range(6, 9), range(9, 11)]
+    for rows in again.missing(3):
+        write(again, rows)
+    assert np.array_equal(again.array("pictures"), PICTURES) and np.array_equal(again.array("labels"), LABELS)
+
+
+MANIFEST = {"num_images": 5, "num_crops": 2, "num_tokens": 4, "codebook_size": 24}
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("count", range(6))
+def test_interrupted_replacement_of_a_store_is_done_by_the_next_start(tmp_path, monkeypatch, finished, count):
+    writer = CodeWriter(tmp_path / "codes", MANIFEST)
+    writer.create(np.arange(5))
+    writer.write(range(5), np.ones((5, 2, 4)), {} if finished else {2: ("a.jpg", "broken")})
+    if finished:
+        writer.finish(0)
+    other = CodeWriter(tmp_path / "codes", MANIFEST | {"num_tokens": 9})
+    killed_at(monkeypatch, Path, "unlink", count)
+    with pytest.raises(Killed):
+        other.create(np.arange(5), overwrite=True)
+        raise Killed                                             # it came later than the last unlink
+    monkeypatch.undo()
+    if count > finished:                                         # a finished store has no status to remove
+        with pytest.raises(ValueError):
+            open_codes(tmp_path / "codes")
+    other.create(np.arange(5), overwrite=True)
+    assert other.rows.num_done == 0 and other.rows.array("codes").shape == (5, 2, 9)
+    assert "failures" not in names(tmp_path / "codes")

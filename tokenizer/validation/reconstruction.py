@@ -1,0 +1,99 @@
+"""A look at a VQ model through a set of pictures: it reconstructs them, and we say how well."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autoregressive.runtime.distributed import Session
+from autoregressive.runtime.log import progress
+from autoregressive.runtime.pictures import save_grid
+from tokenizer.tokenizer_image.crops import CenterCrops, load_crops
+from tokenizer.tokenizer_image.images import ImageSet, to_float, to_uint8
+from tokenizer.tokenizer_image.vq_model import VQModel
+from tokenizer.validation.metrics import codebook_usage, psnr
+
+NUM_SHOWN = 16                                      # pictures in the picture of reconstructions
+
+
+class ReconstructionMeter:
+    """Means over images of what measures say of their reconstructions, and the use of the codebook."""
+
+    def __init__(self, measures: dict[str, Callable[[Tensor, Tensor], Tensor]], codebook_size: int,
+                 device: torch.device):
+        """Every one of `measures` maps pictures and reconstructions, both (B, P, P, 3) uint8, to values (B,)."""
+        self.measures, self.num_images = measures, 0
+        self.sums = torch.zeros(len(measures), dtype=torch.float64, device=device)
+        self.counts = torch.zeros(codebook_size, dtype=torch.float64, device=device)
+
+    def add(self, codes: Tensor, pictures: Tensor, reconstructions: Tensor) -> None:
+        """Adds a batch: its codes (B, T) int64, and what they come from and lead to, both (B, P, P, 3) uint8."""
+        values = [measure(pictures, reconstructions).double().sum() for measure in self.measures.values()]
+        self.sums += torch.stack(values)
+        self.counts += torch.bincount(codes.flatten(), minlength=len(self.counts))
+        self.num_images += len(pictures)
+
+    def read(self, session: Session) -> dict[str, float]:
+        """Returns the means over the images of all processes, and what codebook_usage says."""
+        means = session.sum(self.sums) / sum(session.gather(self.num_images))
+        return dict(zip(self.measures, means.tolist(), strict=True)) | codebook_usage(session.sum(self.counts))
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What a VQ model is judged by.
+
+    Attributes:
+        dataset: the pictures.
+        image_size: side of their centre crops in pixels.
+        batch_size: pictures reconstructed together by a process.
+        num_workers: processes that read them.
+    """
+
+    dataset: ImageSet
+    image_size: int
+    batch_size: int
+    num_workers: int
+
+    @torch.inference_mode()
+    def reconstruct(self, model: VQModel, meter: ReconstructionMeter, session: Session,
+                    description: str) -> Iterator[np.ndarray]:
+        """Yields the reconstructions (B, P, P, 3) uint8 of this process's share of the pictures, and measures them.
+
+        Args:
+            model: on the session's device.
+            meter: what every batch is added to.
+            session: Session.
+            description: of the work, for the progress bar.
+
+        Raises:
+            ValueError: a file is broken.
+        """
+        rows = session.share_of(len(self.dataset))
+        ranges = [rows[first:first + self.batch_size] for first in range(0, len(rows), self.batch_size)]
+        with progress(session, len(rows), description, "image") as bar:
+            for batch in load_crops(self.dataset, self.image_size, ranges, self.num_workers):
+                pictures = torch.from_numpy(batch.whole()).to(session.device)
+                images, _, codes = model(to_float(pictures))
+                reconstructions = to_uint8(images)
+                meter.add(codes, pictures, reconstructions)
+                yield reconstructions.cpu().numpy()
+                bar.update(len(pictures))
+
+    def measure(self, model: VQModel, session: Session) -> dict[str, float]:
+        """Returns psnr, the mean over the images, and what codebook_usage says (all processes call this)."""
+        meter = ReconstructionMeter({"psnr": psnr}, model.quantize.embedding.num_embeddings, session.device)
+        for _ in self.reconstruct(model, meter, session, "validate"):
+            pass
+        return meter.read(session)
+
+    @torch.inference_mode()
+    def save_pictures(self, path: Path, model: VQModel, device: torch.device) -> None:
+        """Saves the first pictures above their reconstructions."""
+        first = CenterCrops(self.dataset, self.image_size)[range(min(NUM_SHOWN, len(self.dataset)))]
+        originals = torch.from_numpy(first.whole())
+        reconstructions = to_uint8(model(to_float(originals.to(device)))[0]).cpu()
+        save_grid(path, torch.cat([originals, reconstructions]), columns=len(originals))
