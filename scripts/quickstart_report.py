@@ -74,8 +74,7 @@ def save_digits(folder: Path, config: dict) -> None:
     """Saves a grid with a row for each digit: real ones of the split val, their reconstructions, and generated ones."""
     dataset = open_dataset("digits", "val")
     real = np.stack([center_crop(dataset.read(row), SIDE) for row in first_of_each_class(dataset.labels)])
-    vq_config = VQConfig(config["vq_model"], config["codebook_size"], config["codebook_embed_dim"])
-    vq, _ = load_vq(folder / "vq.pt", vq_config)
+    vq, _ = load_vq(folder / "vq.pt", VQConfig.recorded_in(config))
     codes = vq.quantize.codes(vq.encode(to_float(real)))
     sources = {"real": real, "rebuilt": to_uint8(vq.decode_codes(codes, SIDE // vq.downsampling))}
     for weight in LAMBDAS:

@@ -127,8 +127,7 @@ def main(args: Flags, session: Session) -> None:
         if len(dataset) != len(store.labels):
             raise ValueError(f"--data-path: expected the {len(store.labels)} images of {args.code_path}, "
                              f"found {len(dataset)}")
-        vq, hashes = load_vq(args.vq_ckpt, VQConfig(manifest["vq_model"], manifest["codebook_size"],
-                                                      manifest["codebook_embed_dim"]))
+        vq, hashes = load_vq(args.vq_ckpt, VQConfig.recorded_in(manifest))
     random = keyed_random(args.global_seed, 0, 0)
     rows = np.sort(random.choice(store.rows, min(args.num_rows, len(store.rows)), replace=False))
     crops = random.integers(store.codes.shape[1], size=len(rows))

@@ -9,8 +9,9 @@ Attributes that appear in state-dict keys (conv_blocks, res, attn, nin_shortcut,
 """
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -54,6 +55,11 @@ class VQConfig:
     vq_model: str = "VQ-16"
     codebook_size: int = 16384
     codebook_embed_dim: int = 8
+
+    @classmethod
+    def recorded_in(cls, record: dict[str, Any]) -> "VQConfig":
+        """Returns the config that a record holds, such as a manifest of codes."""
+        return cls(**{field.name: record[field.name] for field in fields(cls) if field.name in record})
 
 
 def downsampling(name: str) -> int:

@@ -111,9 +111,8 @@ def build_trainer(args: Flags, perceptual: LPIPS | None, start: VQModel | None, 
 
 def describe(args: Flags, crops: TrainingCrops, validation: Validation | None) -> dict:
     """Returns what a reader of a checkpoint must know of it."""
-    names = ("vq_model", "codebook_size", "codebook_embed_dim", "image_size", "dataset", "global_seed",
-             "global_batch_size")
-    return {name: getattr(args, name) for name in names} | {
+    names = ("image_size", "dataset", "global_seed", "global_batch_size")
+    return args.pick(VQConfig) | {name: getattr(args, name) for name in names} | {
         "num_classes": len(crops.dataset.class_names), "num_images": len(validation.dataset) if validation else 0,
         "python": platform.python_version(), "torch": str(torch.__version__)}
 
