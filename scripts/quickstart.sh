@@ -41,7 +41,8 @@ joined() {
 train_gpt() {       # train_gpt LAMBDA
     python autoregressive/train/train_c2i.py $gpt $vq --vocab-size 512 --lambda-cce "$1" \
         --code-path $out/codes --mapping-path "$mapping" --vq-ckpt "$reordered" --results-dir $out/gpt-lambda$1 \
-        --mixed-precision none --max-steps 1500 --global-batch-size 64 --lr 3e-3 --warmup 100 --lr-schedule linear
+        --mixed-precision none --max-steps 1500 --global-batch-size 64 --lr 3e-3 --warmup 100 --lr-schedule linear \
+        --num-workers 0
 }
 
 sample() {          # sample LAMBDA
