@@ -266,7 +266,7 @@ class TrainingRun:
                 self._write(means | {"lr": lr, "images_seen": self.steps * batch_size} | self.speed.read())
             if is_last or self._is_due(settings.val_every):
                 self._write({f"val_{name}": value for name, value in self.trainable.validate().items()})
-                self.speed.read()                                    # the validation's time is not the training's
+                self.speed.read()                               # the validation's time is not the training's
             if self._is_due(self.draw_every):
                 self.trainable.draw(self.folder.path / "pictures" / f"{self.steps:07d}.png")
             self._save_or_leave()
@@ -308,13 +308,13 @@ class TrainingRun:
             last |= row
         return {name: last[name] for name in self.result_names if name in last}
 
-    def finish(self, **more: Any) -> None:
-        """Draws the curves and records that the run came to its end, with `more` plain data (rank 0 alone does)."""
+    def finish(self) -> None:
+        """Draws the curves and records that the run came to its end, with its last numbers (rank 0 alone does)."""
         if not self.session.is_main:
             return
         self._draw_curves()
         result = self.result()
-        self.folder.mark_finished({"steps": self.num_steps} | result | more)
+        self.folder.mark_finished({"steps": self.num_steps} | result)
         LOGGER.info("%s; checkpoints in %s", _as_text(result, ".3f"), self.folder.checkpoints)
 
     def _is_due(self, every: int) -> bool:
