@@ -83,16 +83,27 @@ def write_json(path, content):
         file.write(json.dumps(content, indent=2).encode() + b"\n")
 
 
-def read_json(path):
-    """Reads a JSON file.
+def read_json(path: str | Path, kinds: dict[str, type | tuple[type, ...]] | None = None) -> dict[str, Any]:
+    """Reads a JSON file that holds one object.
+
+    Args:
+        path: the file.
+        kinds: keys that must be there, with the types that their values may have.
 
     Raises:
-        ValueError: the file is not JSON.
+        ValueError: the file is not JSON, no object, or lacks a key or holds another type under it, which is named.
     """
     try:
-        return json.loads(Path(path).read_text())
-    except json.JSONDecodeError as error:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:                     # of JSON and of UTF-8
         raise ValueError(f"{path}: expected JSON, {error}; the file is damaged, make it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, found a {type(content).__name__}; make the file again")
+    for key, kind in (kinds or {}).items():
+        if not isinstance(content.get(key), kind):
+            found = f"a {type(content[key]).__name__}" if key in content else "none"
+            raise ValueError(f"{path}: expected {key} of another kind, found {found}; make the file again")
+    return content
 
 
 def check_file(path, hint=""):
@@ -100,6 +111,13 @@ def check_file(path, hint=""):
     if not Path(path).is_file():
         raise ValueError(f"{path}: expected a file, found {'a folder' if Path(path).is_dir() else 'none'}"
                          + (f"; {hint}" if hint else ""))
+
+
+def check_output(path: str | Path) -> None:
+    """Raises ValueError unless a file can be written at `path`; its folder is created if it is missing."""
+    if Path(path).is_dir():
+        raise ValueError(f"{path}: expected the name of a file to write, found a folder; add a name")
+    check_writable_folder(Path(path).parent)
 
 
 def check_writable_folder(path):
