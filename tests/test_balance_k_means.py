@@ -30,6 +30,10 @@ def raw_codebook(num_codes=42, dimensions=5):
     return torch.randn(num_codes, dimensions, generator=random) * (1 + 4 * torch.rand(num_codes, 1, generator=random))
 
 
+def sha256(tensor):
+    return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+
+
 def balance(monkeypatch, *flags):
     monkeypatch.setattr(sys, "argv", ["balance_k_means.py", *map(str, flags)])
     run(balance_k_means.main, balance_k_means.build_parser())
@@ -63,9 +67,6 @@ def test_hashes_travel_with_both_files_and_fit_them(saved, tmp_path, monkeypatch
     balance(monkeypatch, "--vq-ckpt", saved, "--cluster-size", 7, "--output-dir", out, "--seed", 5)
     after, mapping = read_checkpoint(out / REORDERED), read_checkpoint(out / MAPPING)
     record = after["reordering"]
-
-    def sha256(tensor):
-        return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
 
     assert record == {"codebook_sha256": sha256(after["model"][CODEBOOK]), "mapping_sha256": sha256(mapping),
                       "original_codebook_sha256": sha256(raw_codebook()), "cluster_size": 7, "num_clusters": 6,
@@ -110,17 +111,19 @@ def test_greedy_from_the_published_start_reproduces_the_published_mapping(fixtur
     published = fixture("kmeans_sphere")
     save_checkpoint(tmp_path / "vq.pt", {"model": {CODEBOOK: published["embedding"]}})
     balance(monkeypatch, "--vq-ckpt", tmp_path / "vq.pt", "--cluster-size", 32, "--method", "greedy")
-    assert torch.equal(read_checkpoint(tmp_path / "mapping-kmeans+nearest-cluster_size=32.pt"), published["mapping"])
-    stem = "vq-reorder-kmeans+nearest-cluster_size=32.pt"
+    mapping = read_checkpoint(tmp_path / "mapping-kmeans+nearest-cluster_size=32-greedy.pt")
+    assert torch.equal(mapping, published["mapping"])
+    stem = "vq-reorder-kmeans+nearest-cluster_size=32-greedy.pt"
     assert torch.equal(read_checkpoint(tmp_path / stem)["model"][CODEBOOK], published["reordered"])
 
 
 def test_keep_best_never_gives_more_sse_than_the_last_greedy_round(fixture, tmp_path, monkeypatch):
     save_checkpoint(tmp_path / "vq.pt", {"model": {CODEBOOK: fixture("kmeans_sphere")["embedding"]}})
     found = []
-    for flags in ([], ["--keep-best"]):
+    for flags in ([], ["--keep-best", "--overwrite"]):
         balance(monkeypatch, "--vq-ckpt", tmp_path / "vq.pt", "--cluster-size", 32, "--method", "greedy", *flags)
-        found.append(json.loads((tmp_path / "report-kmeans+nearest-cluster_size=32.json").read_text())["sse"])
+        report = json.loads((tmp_path / "report-kmeans+nearest-cluster_size=32-greedy.json").read_text())
+        found.append(report["sse"])
     assert found[1] < found[0]
 
 
@@ -149,6 +152,11 @@ def test_every_layout_of_a_checkpoint_is_read(wrap, tmp_path, monkeypatch):
     (["--vq-ckpt", "gpt.pt"], "expected a VQ checkpoint with"),
     (["--vq-ckpt", "broken.pt"], "1 values not finite"),
     (["--output-dir", "in/vq.pt"], "expected a writable folder"),
+    (["--output-dir", "taken"], f"{MAPPING}: expected the name of a file to write, found a folder"),
+    (["--mapping", "nowhere.pt"], "nowhere.pt: expected a file"),
+    (["--mapping", "short.pt"], "expected a mapping of 42 codes, got shape (41,)"),
+    (["--mapping", "short.pt", "--seed", "1"], "--seed: expected none beside --mapping"),
+    (["--mapping", "other.pt"], "other.pt: expected a mapping with original_codebook_sha256"),
 ])
 def test_a_mistake_is_one_line_with_exit_code_2_and_nothing_is_written(flags, message, saved, monkeypatch, capsys):
     monkeypatch.chdir(saved.parents[1])
@@ -156,6 +164,11 @@ def test_a_mistake_is_one_line_with_exit_code_2_and_nothing_is_written(flags, me
     codebook = raw_codebook()
     codebook[3, 1] = torch.nan
     save_checkpoint("broken.pt", {"model": {CODEBOOK: codebook}})
+    (saved.parents[1] / "taken" / MAPPING).mkdir(parents=True)
+    save_checkpoint("short.pt", torch.arange(41))
+    save_checkpoint("other.pt", torch.arange(42))
+    record = {"mapping_sha256": sha256(torch.arange(42)), "original_codebook_sha256": "of another tokenizer"}
+    (saved.parents[1] / "other.pt.json").write_text(json.dumps(record))
     before = sorted(saved.parents[1].rglob("*"))
     with pytest.raises(SystemExit) as stopped:
         balance(monkeypatch, "--vq-ckpt", saved, "--cluster-size", "7", *flags)
@@ -172,3 +185,110 @@ def test_the_script_runs_with_no_flag_on_the_original_file_name(tmp_path, monkey
     suffix = "kmeans+nearest-cluster_size=128.pt"
     for name in (f"vq_ds16_c2i-reorder-{suffix}", f"mapping-{suffix}"):
         assert (tmp_path / "pretrained_models" / name).is_file()
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def other_decoder(saved):
+    payload = read_checkpoint(saved)
+    payload["model"] = payload["model"] | {"encoder.conv_in.weight": torch.zeros(2, 3)}
+    save_checkpoint(saved, payload)
+
+
+def other_codebook(saved):
+    save_checkpoint(saved, {"model": {CODEBOOK: raw_codebook() + 1}})
+
+
+def published_mapping(saved):
+    (saved.parent / f"{MAPPING}.json").unlink()
+
+
+def swapped_mapping(saved):
+    save_checkpoint(saved.parent / MAPPING, torch.arange(42))
+
+
+def published_tokenizer(saved):
+    save_checkpoint(saved.parent / REORDERED, {"model": {CODEBOOK: raw_codebook()}})
+
+
+@pytest.mark.parametrize("change, flags, message", [
+    (None, ["--seed", "7"], f"{MAPPING}.json: expected a mapping with seed 7, found one with 42"),
+    (None, ["--restarts", "1"], "expected a mapping with restarts 1, found one with None"),
+    (other_codebook, [], "expected a mapping with original_codebook_sha256"),
+    (other_decoder, [], f"{REORDERED}: expected the weights of the tokenizer, found another encoder.conv_in"),
+    (published_mapping, [], f"{MAPPING}: expected it with {MAPPING}.json, found a mapping of others"),
+    (swapped_mapping, [], f"{MAPPING}: expected what {MAPPING}.json describes, found another mapping"),
+    (published_tokenizer, [], f"{REORDERED}: expected a checkpoint of balance_k_means.py"),
+])
+def test_files_of_others_are_replaced_by_overwrite_alone(change, flags, message, saved, monkeypatch, capsys):
+    balance(monkeypatch, "--vq-ckpt", saved, "--cluster-size", 7)
+    if change:
+        change(saved)
+    before = contents(saved.parent)
+    with pytest.raises(SystemExit) as stopped:
+        balance(monkeypatch, "--vq-ckpt", saved, "--cluster-size", 7, *flags)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and message in line and line.endswith("replace it with --overwrite")
+    assert contents(saved.parent) == before
+    balance(monkeypatch, "--vq-ckpt", saved, "--cluster-size", 7, *flags, "--overwrite")
+    record = json.loads((saved.parent / f"{MAPPING}.json").read_text())
+    assert record["mapping_sha256"] == sha256(read_checkpoint(saved.parent / MAPPING))
+    assert record == read_checkpoint(saved.parent / REORDERED)["reordering"]
+    assert record["original_codebook_sha256"] == sha256(read_checkpoint(saved)["model"][CODEBOOK])
+
+
+@pytest.mark.parametrize("lost", [[], [REORDERED], [MAPPING], [f"report-{SUFFIX}.json"], [MAPPING, REORDERED]])
+def test_the_same_command_again_leaves_the_same_files(lost, saved, monkeypatch, capsys):
+    balance(monkeypatch, "--vq-ckpt", saved, "--cluster-size", 7)
+    before = contents(saved.parent)
+    for name in lost:
+        (saved.parent / name).unlink()
+    balance(monkeypatch, "--vq-ckpt", saved, "--cluster-size", 7)
+    after = contents(saved.parent)
+    assert before.keys() == after.keys()
+    assert not [name for name in after if after[name] != before[name] and not name.startswith("report")]
+    assert ("is finished" in capsys.readouterr().out) == (not lost)
+
+
+def test_methods_lie_side_by_side(saved, monkeypatch):
+    for method in ("optimal", "greedy"):
+        balance(monkeypatch, "--vq-ckpt", saved, "--cluster-size", 7, "--method", method)
+    greedy = {name.replace(SUFFIX, f"{SUFFIX}-greedy") for name in FILES}
+    assert set(contents(saved.parent)) == FILES | greedy | {"vq.pt"}
+
+
+def test_a_mapping_that_ships_alone_gets_its_reordered_checkpoint(saved, monkeypatch, capsys):
+    order = torch.randperm(42, generator=torch.Generator().manual_seed(1))
+    view = torch.cat([torch.arange(42), order])[42:]            # as IAR saved it: not its own storage
+    save_checkpoint(saved.parent / MAPPING, view)
+    assert read_checkpoint(saved.parent / MAPPING).storage_offset() == 42
+    before = contents(saved.parent)
+    for _ in range(2):                                          # the same command again is fine
+        balance(monkeypatch, "--vq-ckpt", saved, "--cluster-size", 7, "--mapping", saved.parent / MAPPING)
+        after = contents(saved.parent)
+        reordered = read_checkpoint(saved.parent / REORDERED)
+        for part, codes in (("model", raw_codebook()), ("ema", raw_codebook() + 0.25)):
+            assert torch.equal(reordered[part][CODEBOOK][order], codes)
+        assert after.pop(REORDERED) and after == before
+    record = reordered["reordering"]
+    assert record["mapping_sha256"] == sha256(order) and record["method"] is None
+    assert record["codebook_sha256"] == sha256(reordered["model"][CODEBOOK])
+    assert "carries no hash of its codebook" in capsys.readouterr().out
+
+
+def test_our_own_mapping_gives_the_checkpoint_that_it_came_with(saved, tmp_path, monkeypatch):
+    words = ["--vq-ckpt", saved, "--cluster-size", 7]
+    balance(monkeypatch, *words, "--method", "greedy")
+    name = REORDERED.replace(SUFFIX, f"{SUFFIX}-greedy")
+    mapping = saved.parent / MAPPING.replace(SUFFIX, f"{SUFFIX}-greedy")
+    balance(monkeypatch, *words, "--mapping", mapping, "--output-dir", tmp_path / "out")
+    assert (tmp_path / "out" / name).read_bytes() == (saved.parent / name).read_bytes()
+
+
+def test_a_codebook_of_one_code_is_drawn(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "vq.pt", {"model": {CODEBOOK: raw_codebook(1)}})
+    balance(monkeypatch, "--vq-ckpt", tmp_path / "vq.pt", "--cluster-size", 1)
+    assert (tmp_path / "codebook-kmeans+nearest-cluster_size=1.png").stat().st_size > 5000
+    assert read_checkpoint(tmp_path / "mapping-kmeans+nearest-cluster_size=1.pt").tolist() == [0]

@@ -67,6 +67,7 @@ FREE = {                        # no result depends on these, nor on device and 
     "autoregressive/sample/sample_c2i_ddp.py": {"preset", "sample_dir"},
     "autoregressive/sample/sample_c2i.py": {"preset"},
     "tokenizer/tokenizer_image/vq_train.py": RUN,
+    "balance_k_means.py": {"overwrite"},
 }
 
 
