@@ -8,6 +8,7 @@ import torch
 from evaluations.c2i import metrics
 from evaluations.c2i.metrics import (
     StreamingStatistics,
+    check_covariance,
     feature_statistics,
     frechet_distance,
     inception_score,
@@ -128,6 +129,35 @@ def test_features_that_are_not_finite_are_refused(bad):
 def test_a_covariance_of_one_picture_is_refused():
     with pytest.raises(ValueError, match="at least 2 images"):
         feature_statistics(random_features(1, 5))
+
+
+@pytest.mark.parametrize("eigenvalues, is_covariance", [
+    ((-1e-5, 0.5, 1), False), ((-2e-6, 0, 1), False), ((-1, -0.5, -0.1), False), ((-1, 0, 0), False),
+    ((-1e-8, 0.5, 1), True), ((0, 0, 0), True), ((0, 0, 1e-30), True), ((1e-9, 2, 3), True)])
+@pytest.mark.parametrize("place", ["reference", "samples", "beside a factor"])
+def test_a_matrix_that_is_no_covariance_is_refused(eigenvalues, is_covariance, place):
+    axes = np.linalg.qr(np.random.default_rng(5).normal(size=(3, 3)))[0]
+    sigma = axes * np.array(eigenvalues) @ axes.T
+    zero = np.zeros(3)
+    words = {"reference": (zero, sigma, zero, np.eye(3)), "samples": (zero, np.eye(3), zero, sigma),
+             "beside a factor": (zero, sigma, zero, np.eye(3), None, np.eye(3))}[place]
+    if is_covariance:
+        assert frechet_distance(*words) > -1e-6
+    else:
+        with pytest.raises(ValueError, match="expected a covariance, found a matrix with eigenvalues"):
+            frechet_distance(*words)
+
+
+def test_a_matrix_that_is_not_symmetric_is_no_covariance():
+    sigma = np.eye(3) + np.triu(np.ones((3, 3)), 1)             # Cholesky looks at one triangle
+    with pytest.raises(ValueError, match="asymmetric"):
+        check_covariance(sigma)
+
+
+def test_a_negative_distance_is_refused():
+    sigma, factor = np.eye(3), 2 * np.eye(3)                    # a factor that is not the covariance's
+    with pytest.raises(ValueError, match="at least 0 up to rounding, got -18; the means"):
+        frechet_distance(np.zeros(3), sigma, np.zeros(3), sigma, factor, factor)
 
 
 def test_statistics_of_different_sizes_are_refused():

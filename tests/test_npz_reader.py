@@ -63,3 +63,73 @@ def test_reader_notices_bytes_that_changed(folder):
     (folder / "changed.npz").write_bytes(content)
     with pytest.raises(ValueError, match="changed.npz: expected a whole npz, Bad CRC"):
         list(NpzImages("changed.npz").batches(50))
+
+
+def write_npz(path, method=zipfile.ZIP_STORED, **members):
+    """Writes arrays, or bytes as they are, as members of an npz."""
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, content in members.items():
+            with archive.open(f"{name}.npy", "w") as member:
+                if isinstance(content, bytes):
+                    member.write(content)
+                else:
+                    np.lib.format.write_array(member, content, allow_pickle=False)
+
+
+def header(descr, shape):
+    """Returns the beginning of an array that says whatever it likes."""
+    text = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}}}".ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+
+
+def with_field(path, offset_local, offset_central, value):
+    """Changes a two-byte field of the first member in both of its headers."""
+    content = bytearray(path.read_bytes())
+    central = content.index(b"PK\x01\x02")
+    for place in (offset_local, central + offset_central):
+        content[place:place + 2] = value.to_bytes(2, "little")
+    path.write_bytes(content)
+
+
+def damage(path, method):
+    """Writes an npz and changes bytes in the middle of its pictures."""
+    write_npz(path, method, arr_0=random_pictures(90, 0))
+    content = bytearray(path.read_bytes())
+    middle = content.index(b"PK\x01\x02") // 2
+    content[middle:middle + 40] = bytes(40)
+    path.write_bytes(content)
+
+
+PICTURES = random_pictures(3, 7)
+HOSTILE = {
+    "encrypted": ({"flag": (6, 8, 1)}, "encrypted"),
+    "unknown method": ({"flag": (8, 10, 99)}, "compression"),
+    "stored, damaged": ({"damaged": zipfile.ZIP_STORED}, "expected a whole npz, Bad CRC"),
+    "deflated, damaged": ({"damaged": zipfile.ZIP_DEFLATED}, "expected a whole npz"),
+    "bz2, damaged": ({"damaged": zipfile.ZIP_BZIP2}, "expected a whole npz"),
+    "lzma, damaged": ({"damaged": zipfile.ZIP_LZMA}, "expected a whole npz"),
+    "negative shape": ({"arr_0": header("|u1", (-3, -4, 12, 3)) + bytes(432)},
+                       "expected pictures, found arr_0 of shape"),
+    "absurd shape": ({"arr_0": header("|u1", (10**18, 12, 12, 3))}, "bytes of pictures"),
+    "no type": ({"arr_0": header("none", (3, 12, 12, 3))}, "as a numpy array"),
+    "negative labels": ({"labels": header("<i8", (-3,)) + bytes(24)}, "a plain array under labels"),
+    "absurd labels": ({"labels": header("<i8", (10**17,))}, "a plain array under labels"),
+    "deep settings": ({"settings": np.array("[" * 100_000)}, "settings as one JSON object"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_file_is_one_error_with_its_name(folder, case):
+    content, message = HOSTILE[case]
+    path = folder / "hostile.npz"
+    if "damaged" in content:
+        damage(path, content["damaged"])
+    else:
+        members = {name: array for name, array in content.items() if name != "flag"}
+        write_npz(path, **{"arr_0": PICTURES} | members)
+    if "flag" in content:
+        with_field(path, *content["flag"])
+    with pytest.raises(ValueError, match=f"^hostile.npz: .*{message}"):
+        images = NpzImages("hostile.npz")
+        images.labels()
+        list(images.batches(50))

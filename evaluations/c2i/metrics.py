@@ -15,6 +15,8 @@ SPLIT_SIZE = 5000       # images in a split of the Inception score
 NEIGHBOURS = 3          # the radius of a manifold ball is the distance to this neighbour
 STATISTICS_ROWS = 4096  # features taken at once: enough for the matrix product to be worth its while
 DISTANCE_ROWS = 2048    # side of a block of distances: 16 MiB of float32
+LEAST_EIGENVALUE = -1e-6        # of a covariance, as a share of its largest one
+LEAST_DISTANCE = -1e-3          # of two Gaussians; rounding stays above both
 
 
 class StreamingStatistics:
@@ -104,7 +106,8 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
         float; for equal arguments 0 up to rounding, of either sign.
 
     Raises:
-        ValueError: sizes differ, or a value is not finite.
+        ValueError: sizes differ, a value is not finite, a covariance is none, the result is
+            negative.
     """
     mu1, sigma1, mu2, sigma2 = (np.asarray(array, dtype=np.float64) for array in (mu1, sigma1, mu2, sigma2))
     for array in (mu1, sigma1, mu2, sigma2):
@@ -119,13 +122,41 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
         if factor1 is None and factor2 is not None:
             factor1, sigma2 = factor2, sigma1
             sigma1 = factor1.T @ factor1
+        check_covariance(sigma2)
         factor = covariance_factor(sigma1) if factor1 is None else factor1
         roots = np.sqrt(scipy.linalg.eigvalsh(factor @ sigma2 @ factor.T).clip(min=0))
-    return float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * roots.sum())
+    distance = np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * roots.sum()
+    if distance < LEAST_DISTANCE:
+        raise ValueError(f"expected a distance of at least 0 up to rounding, got {distance:g}; the "
+                         "means and covariances are not those of one network's features, or too large")
+    return float(distance)
+
+
+def check_covariance(sigma: np.ndarray) -> None:
+    """Raises ValueError unless (D, D) is symmetric and positive semidefinite up to rounding."""
+    sigma = np.asarray(sigma, dtype=np.float64)
+    asymmetry = np.abs(sigma - sigma.T).max(initial=0)
+    if asymmetry > -LEAST_EIGENVALUE * np.abs(sigma).max(initial=0):
+        raise ValueError(f"expected a covariance, found an asymmetric matrix ({asymmetry:g} apart)")
+    try:
+        scipy.linalg.cholesky(sigma)
+    except scipy.linalg.LinAlgError:                           # singular, or worse
+        _check_eigenvalues(scipy.linalg.eigvalsh(sigma))
+
+
+def _check_eigenvalues(values: np.ndarray) -> None:
+    """Raises ValueError unless the ascending eigenvalues (D,) are a covariance's."""
+    if values[0] < LEAST_EIGENVALUE * max(values[-1], 0):
+        raise ValueError(f"expected a covariance, found a matrix with eigenvalues {values[0]:g} to "
+                         f"{values[-1]:g}")
 
 
 def covariance_factor(sigma: np.ndarray) -> np.ndarray:
-    """Returns F (r, D) with F^T F = sigma (D, D) float64, r <= D, leaving out its null space."""
+    """Returns F (r, D) with F^T F = sigma (D, D) float64, r <= D, leaving out its null space.
+
+    Raises:
+        ValueError: an eigenvalue is negative by more than rounding.
+    """
     threshold = len(sigma) * np.finfo(np.float64).eps
     try:
         factor = scipy.linalg.cholesky(sigma)
@@ -134,6 +165,7 @@ def covariance_factor(sigma: np.ndarray) -> np.ndarray:
     except scipy.linalg.LinAlgError:
         pass                                                   # singular: fewer images than dimensions, dead features
     values, vectors = scipy.linalg.eigh(sigma)
+    _check_eigenvalues(values)
     kept = values > threshold * values[-1]
     return (vectors[:, kept] * np.sqrt(values[kept])).T
 

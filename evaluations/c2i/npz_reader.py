@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import lzma
 import math
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -13,7 +15,9 @@ import numpy as np
 from autoregressive.runtime.files import check_file
 
 IMAGES = "arr_0"
-DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError)
+# What zipfile raises on damage; RuntimeError is encryption, or an unknown method of compression.
+DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, struct.error, RuntimeError,
+           OSError, OverflowError)
 
 
 class NpzImages:
@@ -43,7 +47,7 @@ class NpzImages:
         if dtype != np.uint8 or len(self.shape) != 4 or self.shape[3] != 3 or is_fortran:
             raise ValueError(f"{path}: expected {IMAGES} as uint8 (N, P, P, 3) in C order, found {dtype} {self.shape} "
                              f"in {'Fortran' if is_fortran else 'C'} order")
-        if 0 in self.shape:
+        if min(self.shape) < 1:
             raise ValueError(f"{path}: expected pictures, found {IMAGES} of shape {self.shape}")
         if size < math.prod(self.shape):
             raise ValueError(f"{path}: expected {math.prod(self.shape)} bytes of pictures, found {size}; "
@@ -87,8 +91,9 @@ class NpzImages:
         with self._archive() as archive, archive.open(self._members[name]) as member:
             try:
                 return np.lib.format.read_array(member, allow_pickle=False)
-            except ValueError as error:
-                raise ValueError(f"{self.path}: expected a plain array under {name}, {error}") from error
+            except (ValueError, TypeError, OverflowError, MemoryError, SyntaxError) as error:
+                raise ValueError(f"{self.path}: expected a plain array under {name}, found other "
+                                 f"content ({error})") from error
 
     def labels(self) -> np.ndarray | None:
         """Returns the class index of each picture, (N,) int64, or None.
@@ -108,7 +113,7 @@ class NpzImages:
         stored = self.array("settings")
         if stored is None:
             return {}
-        with contextlib.suppress(ValueError, TypeError):        # not one text, not JSON
+        with contextlib.suppress(ValueError, TypeError, RecursionError):    # not one text, not JSON
             if isinstance(settings := json.loads(stored.item()), dict):
                 return settings
         raise ValueError(f"{self.path}: expected settings as one JSON object, found {stored.dtype} {stored.shape} "
@@ -120,6 +125,8 @@ class NpzImages:
             with zipfile.ZipFile(self.path) as archive:
                 yield archive
         except DAMAGED as error:
+            if isinstance(error, OSError) and error.filename is not None:
+                raise                           # of the operating system, which names the file
             raise ValueError(f"{self.path}: expected a whole npz, {error or 'its end is missing'}; "
                              "copy or make the file again") from error
 
@@ -128,6 +135,6 @@ class NpzImages:
             version = np.lib.format.read_magic(member)
             read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
             return read(member)
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, SyntaxError) as error:
             raise ValueError(f"{self.path}: expected {IMAGES} as a numpy array, found other content "
                              f"({error})") from error
