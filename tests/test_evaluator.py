@@ -174,6 +174,7 @@ def test_bad_samples_are_refused_in_one_line(files, capsys, case):
     (("ref.npz", "samples.npz", "--metrics", "fid,kid"), "expected some of is,fid,sfid,precision,recall"),
     (("ref.npz", "samples.npz", "--classifier", "ref.npz"), "ref.npz: expected"),
     (("ref.npz", "samples.npz", "--classifier", "other.pt"), "expected a classifier made by train_classifier.py"),
+    (("ref.npz", "samples.npz", "--classifier", "odd.pt"), "odd.pt: expected a classifier made by train_classifier.py"),
     (("ref.npz", "renamed.zip"), "expected a name ending in .npz"),
     (("ref.npz", "cut.npz"), "cut.npz: expected a whole npz"),
     (("ref.npz", "classifier.pt"), "expected pictures under arr_0"),
@@ -183,17 +184,118 @@ def test_bad_arguments_are_refused_in_one_line(files, capsys, words, message):
     (files / "renamed.zip").write_bytes(content)
     (files / "cut.npz").write_bytes(content[:len(content) // 2])
     torch.save({"model": {}}, "other.pt")
+    torch.save({"model": {}, "settings": SETTINGS | {"class_names": None}}, "odd.pt")
     assert message in refusal(capsys, evaluator, *words)
 
 
-def test_reconstructions_want_the_reference_of_their_originals(files, capsys):
-    def save(path, kind):
-        np.savez(path, arr_0=random_pictures(9, len(kind)), settings=np.array(json.dumps({"kind": kind})))
+def save(path, count=9, seed=0, size=SIZE, **settings):
+    arrays = {name: settings.pop(name) for name in ("labels", "mu", "sigma") if name in settings}
+    np.savez(path, arr_0=random_pictures(count, seed, size), settings=np.array(json.dumps(settings)), **arrays)
 
-    save("ref.npz", "fid reference")
-    save("samples.npz", "reconstructions")
+
+RECONSTRUCTIONS = {"kind": "reconstructions", "images_sha256": "one"}
+NAMES = SETTINGS["class_names"]
+LABELS = np.arange(9) % NUM_CLASSES
+PAIRS = {       # settings of the reference and of the samples
+    "samples as reference": ({"kind": "samples"}, {}, "ref.npz: expected a reference, found samples; the order is"),
+    "swapped": ({"kind": "samples"}, {"kind": "fid reference"}, "ref.npz: expected a reference, found samples"),
+    "swapped, rfid": (RECONSTRUCTIONS, {"kind": "rfid reference"}, "expected a reference, found reconstructions"),
+    "reference as samples": ({}, {"kind": "fid reference"}, "samples.npz: expected samples, found a fid reference"),
+    "reference of ADM as samples": ({}, {"mu": np.zeros(64)}, "samples.npz: expected samples, found a reference"),
+    "fid for rfid": ({"kind": "fid reference"}, RECONSTRUCTIONS, "expected a rfid reference, since samples.npz holds "
+                     "reconstructions; found a fid reference"),
+    "rfid for fid": ({"kind": "rfid reference"}, {"kind": "samples"}, "expected a fid reference, since samples.npz"),
+    "number": ({"kind": "rfid reference", "count": 8}, RECONSTRUCTIONS, "ref.npz: expected 9 pictures of 12 x 12"),
+    "number, unknown": ({"count": 8}, RECONSTRUCTIONS, "originals of samples.npz, found 8 pictures of 12 x 12"),
+    "set": ({"kind": "rfid reference", "images_sha256": "two"}, RECONSTRUCTIONS, "ref.npz: expected the originals of "
+            "samples.npz, found other images"),
+    "names of samples": ({}, {"labels": LABELS, "class_names": ["dog", "cat", "owl"]},
+                         "samples.npz: expected the 3 classes of small classifier classifier.pt (not Inception), in "
+                         "order, found dog instead of cat"),
+    "names of the reference": ({"class_names": ["cat", "dog", "hen"]}, {"labels": LABELS, "class_names": NAMES},
+                               "ref.npz: expected the 3 classes of small classifier"),
+    "number of names": ({}, {"labels": LABELS, "class_names": [*NAMES, "hen"]}, "in order, found 4 of them"),
+}
+
+
+@pytest.mark.parametrize("case", PAIRS)
+def test_files_that_do_not_belong_together_are_refused(files, capsys, case):
+    reference, samples, message = PAIRS[case]
+    save("ref.npz", **reference)
+    save("samples.npz", seed=1, **samples)
+    assert message in refusal(capsys, evaluator, "ref.npz", "samples.npz", "--classifier", "classifier.pt")
+
+
+@pytest.mark.parametrize("reference, samples", [
+    ({"kind": "rfid reference", "images_sha256": "one"}, RECONSTRUCTIONS),
+    ({"kind": "rfid reference"}, RECONSTRUCTIONS), ({}, RECONSTRUCTIONS),
+    ({"kind": "fid reference"}, {"kind": "fid reference"}),      # real pictures: the floor
+    ({"kind": "fid reference", "class_names": NAMES}, {"kind": "samples", "labels": LABELS, "class_names": NAMES}),
+    ({"class_names": ["other"]}, {"class_names": ["another"]}),                         # no labels to compare
+    ({"kind": ["odd"]}, {"kind": 7})])
+def test_files_that_may_belong_together_are_scored(files, reference, samples, capsys):
+    save("ref.npz", **reference)
+    save("samples.npz", seed=1, **samples)
+    call(evaluator, "ref.npz", "samples.npz", "--classifier", "classifier.pt", "--metrics", "precision")
+    assert "Precision: " in capsys.readouterr().out
+
+
+STATISTICS = {
+    "NaN": ((np.full(64, np.nan), np.eye(64)), "mu and sigma: expected finite numbers, found 64 NaN"),
+    "no covariance": ((np.zeros(64), -np.eye(64)), "mu and sigma: expected a covariance, found a matrix"),
+    "asymmetric": ((np.zeros(64), np.triu(np.ones((64, 64)))), "expected a covariance, found an asymmetric"),
+    "texts": ((np.full(64, "x"), np.eye(64)), "expected numbers under mu and sigma, found another type"),
+    "one alone": ((np.zeros(64), np.zeros(())), "with 64 features, found shapes (64,) and ()"),
+}
+
+
+@pytest.mark.parametrize("case", STATISTICS)
+def test_bad_statistics_of_a_reference_are_refused_with_its_name(files, capsys, case):
+    (mean, covariance), message = STATISTICS[case]
+    save("ref.npz", mu=mean, sigma=covariance)
     line = refusal(capsys, evaluator, "ref.npz", "samples.npz", "--classifier", "classifier.pt")
-    assert "expected a rfid reference, since samples.npz holds reconstructions; found a fid reference" in line
+    assert "ref.npz: " in line and message in line
+
+
+def test_damage_that_shows_while_pictures_are_read_is_one_line(files, capsys):
+    content = bytearray((files / "samples.npz").read_bytes())
+    content[len(content) // 2] ^= 255
+    (files / "samples.npz").write_bytes(content)
+    with pytest.raises(SystemExit) as stop:
+        call(evaluator, "ref.npz", "samples.npz", "--classifier", "classifier.pt")
+    assert stop.value.code == 2 and not (files / "samples.json").exists()
+    assert "error: samples.npz: expected a whole npz, Bad CRC" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["scores.json", "scores.txt"])
+def test_outputs_that_are_folders_are_found_before_the_work(files, capsys, name):
+    (files / name).mkdir()
+    line = refusal(capsys, evaluator, "ref.npz", "samples.npz", "--classifier", "classifier.pt", "--output",
+                   "scores.json")
+    assert f"{name}: expected the name of a file to write, found a folder" in line
+
+
+@pytest.mark.parametrize("change, words, is_reused", [
+    ({}, (), True), ({}, ("--metrics", "fid"), False), ({"cfg_scale": 3.0}, (), False), ({"global_seed": 7}, (), False),
+    ({"reference": 1}, (), False), ({"classifier": 1}, (), False), ({"damaged": 1}, (), False)])
+def test_a_record_is_reused_for_the_same_samples_reference_and_network(files, change, words, is_reused, capsys):
+    settings = {"cfg_scale": 2.0, "global_seed": 0}
+    save("samples.npz", seed=1, **settings)
+    call(evaluator, "ref.npz", "samples.npz", "--classifier", "classifier.pt", "--metrics", "recall")
+    printed = capsys.readouterr().out
+    if "reference" in change:
+        save("ref.npz", seed=2)
+    if "classifier" in change:
+        torch.manual_seed(1)
+        save_classifier("classifier.pt", SmallClassifier(NUM_CLASSES), SETTINGS)
+    if "damaged" in change:
+        (files / "samples.json").write_text("[]")
+    save("samples.npz", seed=1, **settings | {name: change[name] for name in change.keys() & settings.keys()})
+    call(evaluator, "ref.npz", "samples.npz", "--classifier", "classifier.pt", "--reuse",
+         *(words or ("--metrics", "recall")))
+    found = capsys.readouterr()
+    assert ("by an earlier start" in found.err) == is_reused
+    assert not is_reused or found.out == printed
 
 
 def test_ready_statistics_give_the_numbers_of_computed_ones(files, capsys):

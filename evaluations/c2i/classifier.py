@@ -15,7 +15,8 @@ from autoregressive.runtime.files import weights_sha256
 from evaluations.c2i.features import SPATIAL_CHANNELS
 
 SMALLEST_IMAGE = 8      # pixels
-SETTINGS = ("class_names", "image_size", "accuracy", "num_val", "dataset", "seed")
+SETTINGS = {"class_names": list, "image_size": int, "accuracy": float | int, "num_val": int,
+            "dataset": str, "seed": int}
 
 
 class SmallClassifier(nn.Module):
@@ -60,7 +61,9 @@ class ClassifierFeatures:
         """
         payload = read_checkpoint(path)
         settings = payload.get("settings") if isinstance(payload, dict) else None
-        if not isinstance(settings, dict) or not settings.keys() >= set(SETTINGS):
+        are_known = isinstance(settings, dict) and all(isinstance(settings.get(name), kind)
+                                                       for name, kind in SETTINGS.items())
+        if not are_known or not settings["class_names"] or settings["image_size"] < SMALLEST_IMAGE:
             raise ValueError(f"{path}: expected a classifier made by train_classifier.py, found a file that lacks "
                              f"{', '.join(SETTINGS)}")
         model = SmallClassifier(len(settings["class_names"]))

@@ -15,8 +15,11 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])      # the repository root instead of this folder
 
 import argparse
+import contextlib
+import json
 import platform
 import time
+from typing import Any
 
 import numpy as np
 import scipy
@@ -24,13 +27,14 @@ import torch
 
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.entry import Flags, Parser, at_least, check_one_process, checks, run
-from autoregressive.runtime.files import atomic_write, check_writable_folder, file_sha256, write_json
+from autoregressive.runtime.files import atomic_write, check_output, file_sha256, read_json, write_json
 from autoregressive.runtime.log import progress
 from evaluations.c2i.classifier import ClassifierFeatures
 from evaluations.c2i.features import STATISTICS, FeatureNetwork, Features, extract_features
 from evaluations.c2i.inception import BACKENDS, DEFAULT_INCEPTION, open_inception
 from evaluations.c2i.metrics import (
     NEIGHBOURS,
+    check_covariance,
     check_finite,
     feature_statistics,
     frechet_distance,
@@ -38,11 +42,11 @@ from evaluations.c2i.metrics import (
     precision_recall,
 )
 from evaluations.c2i.npz_reader import NpzImages
+from evaluations.c2i.pairing import check_class_names, check_pair
 
 TITLES = {"is": "Inception Score", "fid": "FID", "sfid": "sFID", "precision": "Precision", "recall": "Recall"}
 SPACES = {"fid": "pool", "sfid": "spatial"}     # the features whose Gaussians are compared
 MANIFOLDS = {"precision", "recall"}
-REFERENCE_OF = {"samples": "fid reference", "reconstructions": "rfid reference"}
 
 
 def metric_names(text: str) -> set[str]:
@@ -68,6 +72,8 @@ def build_parser() -> Parser:
                         help="what runs Inception; torch runs it on a GPU, too")
     parser.add_argument("--inception-path", default=DEFAULT_INCEPTION,
                         help="the frozen Inception graph; the default is downloaded once")
+    parser.add_argument("--reuse", action="store_true",
+                        help="take the numbers of the record if it is of the same samples, reference and network")
     return parser
 
 
@@ -76,8 +82,7 @@ def open_files(args: Flags) -> tuple[NpzImages, NpzImages, Path]:
     reference, samples = NpzImages(args.ref_batch), NpzImages(args.sample_batch)
     if samples.path.suffix != ".npz":
         raise ValueError(f"{samples.path}: expected a name ending in .npz, which results replace; rename the file")
-    if samples.path.samefile(reference.path):
-        raise ValueError(f"{samples.path}: expected two files, got the same as reference and as samples")
+    check_pair(reference, samples)
     output = Path(args.output or samples.path.with_suffix(".json"))
     if output.suffix != ".json":
         raise ValueError(f"--output: expected a name ending in .json, got {output}")
@@ -86,11 +91,8 @@ def open_files(args: Flags) -> tuple[NpzImages, NpzImages, Path]:
         if len(images) < fewest:
             raise ValueError(f"{images.path}: expected at least {fewest} pictures for these metrics, "
                              f"found {len(images)}")
-    wanted, kind = REFERENCE_OF.get(samples.settings.get("kind")), reference.settings.get("kind")
-    if wanted and kind and kind != wanted:
-        raise ValueError(f"{reference.path}: expected a {wanted}, since {samples.path.name} holds "
-                         f"{samples.settings['kind']}; found a {kind}")
-    check_writable_folder(output.parent)
+    for path in (output, output.with_suffix(".txt")):
+        check_output(path)
     return reference, samples, output
 
 
@@ -106,25 +108,64 @@ def read_statistics(reference: NpzImages, network: FeatureNetwork,
         if metric not in metrics or all(array is None for array in arrays):
             continue
         shapes = [getattr(array, "shape", None) for array in arrays]
+        if any(array is not None and array.dtype.kind not in "fiu" for array in arrays):
+            raise ValueError(f"{reference.path}: expected numbers under {' and '.join(names)}, found "
+                             "another type; make the reference again")
         if shapes != [(size,), (size, size)] or known != network.sha256:
             raise ValueError(f"{reference.path}: expected {' and '.join(names)} of {network.name} with {size} "
                              f"features, found shapes {shapes[0]} and {shapes[1]}, or another network's statistics; "
                              "make the reference again with this network")
-        for array in arrays:
-            check_finite(array)
+        try:
+            for array in arrays:
+                check_finite(array)
+            check_covariance(arrays[1])
+        except ValueError as error:
+            raise ValueError(f"{reference.path}: {' and '.join(names)}: {error}; make the reference "
+                             "again") from error
         statistics[metric] = (*arrays, None)
     return statistics
 
 
-def read_labels(samples: NpzImages, network: FeatureNetwork) -> np.ndarray | None:
-    """Returns the labels that the samples were made for, if they carry some that the network can judge, else None."""
+def read_labels(reference: NpzImages, samples: NpzImages, network: FeatureNetwork) -> np.ndarray | None:
+    """Returns the labels that the samples were made for, if they carry some that the network can judge, else None.
+
+    Raises:
+        ValueError: the labels, or the names of the classes in a file, are not those of the network.
+    """
     labels, classes = samples.labels(), network.settings["class_names"]
-    if classes is None:                             # Inception's classes are not those of the labels
+    if classes is None or labels is None:           # Inception's classes are not those of the labels
         return None
-    if labels is not None and not 0 <= labels.min() <= labels.max() < len(classes):
+    check_class_names(classes, network.name, [samples, reference])
+    if not 0 <= labels.min() <= labels.max() < len(classes):
         raise ValueError(f"{samples.path}: expected labels in 0 .. {len(classes) - 1}, the classes of {network.name}, "
                          f"found {labels.min()} .. {labels.max()}")
     return labels
+
+
+def describe(reference: NpzImages, samples: NpzImages, network: FeatureNetwork,
+             ready_statistics: list[str]) -> dict[str, Any]:
+    """Returns what the numbers depend on, beside the choice of metrics."""
+    return {"samples": {"name": samples.path.name, "num_images": len(samples), "settings": samples.settings},
+            "reference": {"name": reference.path.name, "sha256": file_sha256(reference.path),
+                          "num_images": len(reference), "ready_statistics": ready_statistics,
+                          "settings": reference.settings},
+            "feature_network": {"name": network.name, "sha256": network.sha256}}
+
+
+def read_numbers(output: Path, identity: dict[str, Any], metrics: set[str]) -> dict[str, float] | None:
+    """Returns the numbers of a record if it is of the same `identity` and `metrics`, else None.
+
+    Samples that do not say how they were made count as other ones.
+    """
+    record = {}
+    with contextlib.suppress(ValueError, OSError):              # none, or damaged: it is made again
+        record = read_json(output, {"numbers": dict})
+    expected = json.loads(json.dumps(identity))                 # as a file gives it back
+    is_same = all(record.get(key) == value for key, value in expected.items())
+    titles = {TITLES[metric] for metric in metrics}
+    if not is_same or not identity["samples"]["settings"] or titles != record["numbers"].keys() & TITLES.values():
+        return None
+    return record["numbers"]
 
 
 def main(args: Flags, session: Session) -> None:
@@ -137,35 +178,42 @@ def main(args: Flags, session: Session) -> None:
         for images in (reference, samples):
             images.check_side(network.image_size, network.name)
         stored = read_statistics(reference, network, args.metrics)
-        labels = read_labels(samples, network)
+        labels = read_labels(reference, samples, network)
+        identity = describe(reference, samples, network, sorted(stored))
+    if args.reuse and (numbers := read_numbers(output, identity, args.metrics)):
+        print_numbers(numbers)
+        print(f"recorded in {output} by an earlier start", file=sys.stderr)
+        return
     print(f"{samples.path.name}: {len(samples)} samples; {reference.path.name}: {len(reference)} reference pictures; "
           f"features of {network.name}", file=sys.stderr)
 
-    sample_features = extract(network, samples, args.batch_size, session)
     is_needed = args.metrics & (MANIFOLDS | SPACES.keys() - stored.keys())
-    reference_features = extract(network, reference, args.batch_size, session) if is_needed else None
-    numbers, warnings = compute(args.metrics, sample_features, reference_features, stored, session)
+    with checks(session):                           # damage inside a file shows when it is read
+        sample_features = extract(network, samples, args.batch_size, session)
+        reference_features = extract(network, reference, args.batch_size, session) if is_needed else None
+        numbers, warnings = compute(args.metrics, sample_features, reference_features, stored, session)
     if labels is not None:
         numbers["Label agreement"] = float((sample_features.probabilities.argmax(axis=1) == labels).mean())
         numbers["Validation accuracy of the classifier"] = network.settings["accuracy"]
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
 
-    lines = "".join(f"{title}: {number}\n" for title, number in numbers.items())
-    print(lines, end="", flush=True)
+    lines = print_numbers(numbers)
     with atomic_write(output.with_suffix(".txt")) as file:
         file.write(lines.encode())
     write_json(output, {
-        "numbers": numbers, "warnings": warnings,
-        "samples": {"name": samples.path.name, "num_images": len(samples), "settings": samples.settings},
-        "reference": {"name": reference.path.name, "sha256": file_sha256(reference.path),
-                      "num_images": len(reference), "ready_statistics": sorted(stored),
-                      "settings": reference.settings},
-        "feature_network": {"name": network.name, "sha256": network.sha256},
+        "numbers": numbers, "warnings": warnings, **identity,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
                      "scipy": scipy.__version__},
         "seconds": round(time.perf_counter() - started, 1)})
     print(f"recorded in {output}", file=sys.stderr)
+
+
+def print_numbers(numbers: dict[str, float]) -> str:
+    """Prints a line for every number, as ADM does; returns the lines."""
+    lines = "".join(f"{title}: {number}\n" for title, number in numbers.items())
+    print(lines, end="", flush=True)
+    return lines
 
 
 def extract(network: FeatureNetwork, images: NpzImages, batch_size: int, session: Session) -> Features:
@@ -203,7 +251,10 @@ def compute(metrics: set[str], samples: Features, reference: Features | None,
                 warnings.append(f"{TITLES[metric]} is biased upwards: {count} {kind} pictures for {size} features; "
                                 "compare it with results of equal numbers only")
         (mu1, sigma1, factor1), (mu2, sigma2, factor2) = statistics["reference"], statistics["sample"]
-        numbers[metric] = frechet_distance(mu1, sigma1, mu2, sigma2, factor1, factor2)
+        try:
+            numbers[metric] = frechet_distance(mu1, sigma1, mu2, sigma2, factor1, factor2)
+        except ValueError as error:
+            raise ValueError(f"{TITLES[metric]}: {error}") from error
     if MANIFOLDS & metrics:
         pools = [torch.from_numpy(features.pool).to(session.device) for features in (reference, samples)]
         with progress(session, 2 * len(pools[0]) + len(pools[1]), "precision and recall", "row") as bar:
