@@ -4,9 +4,14 @@
 # For small pictures (32 pixels, 8 x 8 tokens, 1024 codes); run the same command again to continue where it was stopped.
 set -euo pipefail
 [ $# -eq 3 ] || { echo "own_images.sh: error: expected TRAIN VAL OUT, got $# arguments" >&2; exit 2; }
-cd "$(dirname "$0")/.."
+for folder in "$1" "$2"; do
+    [ -d "$folder" ] || { echo "own_images.sh: error: $folder: expected a folder of class folders, found none" >&2; exit 2; }
+done
+# absolute PATH: what the caller means by PATH, from any folder.
+absolute() { case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; }
+train=$(absolute "$1") val=$(absolute "$2") out=$(absolute "$3")
+CDPATH="" cd "$(dirname "$0")/.."
 . scripts/environment.sh requirements.txt
-train=$1 val=$2 out=$3
 classes=$(find -L "$train" -mindepth 1 -maxdepth 1 -type d -not -name '.*' | wc -l)
 vq="--vq-model VQ-4-small --codebook-size 1024"
 gpt="--gpt-model GPT-tiny --num-classes $classes --image-size 32 --downsample-size 4 --cluster-size 32"
@@ -24,7 +29,7 @@ echo "== 2/5 extract codes"
 python autoregressive/train/extract_codes_c2i.py --data-path "$train" --image-size 32 $vq --vq-ckpt "$out/vq.pt" \
     --code-path "$out/codes"
 echo "== 3/5 reorder the codebook"
-[ -e "$reordered" ] || python balance_k_means.py --vq-ckpt "$out/vq.pt" --cluster-size 32 --output-dir "$out"
+python balance_k_means.py --vq-ckpt "$out/vq.pt" --cluster-size 32 --output-dir "$out"
 echo "== 4/5 train a GPT"
 # shellcheck disable=SC2086
 python autoregressive/train/train_c2i.py $gpt --vocab-size 1024 $vq --code-path "$out/codes" --mapping-path "$mapping" \

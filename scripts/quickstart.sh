@@ -3,7 +3,8 @@
 # tokenizer -> codes -> reordered codebook -> GPT (lambda 1, and lambda 0 as the baseline) -> samples -> scores.
 # A second call continues where the first one stopped; remove results/quickstart to start anew.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+[ $# -eq 0 ] || { echo "quickstart.sh: error: expected no arguments, got $#" >&2; exit 2; }
+CDPATH="" cd "$(dirname "$0")/.."
 . scripts/environment.sh requirements.txt
 
 out=results/quickstart
@@ -67,7 +68,7 @@ echo "== 2/7 extract codes, two processes"
 $two autoregressive/train/extract_codes_c2i.py --dataset digits --data-path train --no-flip --image-size 16 $vq \
     --vq-ckpt $out/vq.pt --code-path $out/codes
 echo "== 3/7 reorder the codebook"
-step "$reordered" python balance_k_means.py --vq-ckpt $out/vq.pt --cluster-size 16 --output-dir $out
+python balance_k_means.py --vq-ckpt $out/vq.pt --cluster-size 16 --output-dir $out
 echo "== 4/7 train two GPTs, lambda 1 (shown) and lambda 0 (beside it)"
 beside $out/train-lambda0.log train_gpt 0
 train_gpt 1

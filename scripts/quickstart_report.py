@@ -17,7 +17,7 @@ import torch
 from autoregressive.runtime.checkpoint import read_checkpoint
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.entry import Flags, Parser, checks, run
-from autoregressive.runtime.files import file_sha256, read_json, write_json
+from autoregressive.runtime.files import check_output, file_sha256, read_json, write_json
 from autoregressive.runtime.log import draw_metrics
 from autoregressive.runtime.pictures import save_grid
 from tokenizer.tokenizer_image.images import center_crop, open_dataset, to_float, to_uint8
@@ -28,6 +28,10 @@ LAMBDAS = (1, 0)
 SHOWN_PER_CLASS = 4
 SIDE = 16                       # of a picture in pixels
 METRICS = ("Inception Score", "FID", "sFID", "Precision", "Recall", "Label agreement")
+ACCURACY = "Validation accuracy of the classifier"
+NUMBER = (int, float)
+LOSSES = {"token_loss": NUMBER, "cluster_loss": NUMBER}
+VQ_FLAGS = {"vq_model": str, "codebook_size": int}
 HANDED_ON = ("vq.pt", "classifier.pt", "reference.npz", "codes/*.npy", "*cluster_size=16.pt",
              "gpt-lambda?/*/checkpoints/*.pt", "samples-lambda?/*.npz")
 
@@ -49,18 +53,35 @@ def only(folder: Path, pattern: str) -> Path:
 
 
 def read_results(folder: Path) -> dict:
-    """Returns all numbers of the quickstart as plain data."""
+    """Returns all numbers of the quickstart as plain data. Raises ValueError if a record lacks something."""
     runs = {}
     for weight in LAMBDAS:
         run_folder = only(folder, f"gpt-lambda{weight}/000-*")
-        runs[f"lambda {weight}"] = {"training": read_json(run_folder / "finished.json"),
-                                    "config": read_json(run_folder / "config.json"),
-                                    "evaluation": read_json(only(folder, f"samples-lambda{weight}/*.json"))}
+        config = read_json(run_folder / "config.json", VQ_FLAGS)
+        runs[f"lambda {weight}"] = {"training": read_json(run_folder / "finished.json", LOSSES),
+                                    "config": config,
+                                    "evaluation": read_evaluation(folder, weight)}
     tokenizer = {"config": read_json(only(folder, "vq/000-*") / "config.json")}
-    return {"tokenizer": read_json(folder / "vq.json") | tokenizer,
-            "classifier": read_checkpoint(folder / "classifier.pt")["settings"],
-            "codes": read_json(folder / "codes" / "manifest.json"),
+    classifier = read_checkpoint(folder / "classifier.pt")
+    if not isinstance(classifier, dict) or "settings" not in classifier:
+        raise ValueError(f"{folder / 'classifier.pt'}: expected a classifier with settings, found none; "
+                         "remove it and run scripts/quickstart.sh again")
+    return {"tokenizer": read_json(folder / "vq.json", {"psnr": NUMBER, "codes_used": int}) | tokenizer,
+            "classifier": classifier["settings"],
+            "codes": read_json(folder / "codes" / "manifest.json", {"codebook_size": int}),
             "reordering": read_json(only(folder, "report-kmeans*.json")), "runs": runs}
+
+
+def read_evaluation(folder: Path, weight: int) -> dict:
+    """Returns the record of the evaluator. Raises ValueError if it lacks one of METRICS."""
+    path = only(folder, f"samples-lambda{weight}/*.json")
+    record = read_json(path, {"numbers": dict})
+    missing = [title for title in (*METRICS, ACCURACY)
+               if not isinstance(record["numbers"].get(title), NUMBER)]
+    if missing:
+        raise ValueError(f"{path}: expected numbers under {', '.join(missing)}, found none; remove it "
+                         "and run scripts/quickstart.sh again")
+    return record
 
 
 def hash_files(folder: Path) -> dict[str, str]:
@@ -97,11 +118,11 @@ def print_table(results):
     print(f"\n{'reconstruction (val)':28}{tokenizer['psnr']:10.2f} dB, {tokenizer['codes_used']} of "
           f"{results['codes']['codebook_size']} codes used")
     numbers = {name: run["evaluation"]["numbers"] for name, run in runs.items()}
-    accuracy = numbers["lambda 1"]["Validation accuracy of the classifier"]
+    accuracy = numbers["lambda 1"][ACCURACY]
     print(f"{'classifier (val)':28}{100 * accuracy:10.2f} % right (all scores below are from it, not from "
           "Inception)\n")
     print(f"{'':28}" + "".join(f"{name:>14}" for name in runs))
-    for loss in ("token_loss", "cluster_loss"):
+    for loss in LOSSES:
         print(f"{loss.replace('_', ' '):28}" + "".join(f"{run['training'][loss]:14.3f}" for run in runs.values()))
     for metric in METRICS:
         print(f"{metric:28}" + "".join(f"{values[metric]:14.4f}" for values in numbers.values()))
@@ -112,6 +133,8 @@ def main(args: Flags, session: Session) -> None:
         results = read_results(args.folder)
         metrics = {f"lambda {weight}": only(args.folder, f"gpt-lambda{weight}/000-*/metrics.jsonl")
                    for weight in LAMBDAS}
+        for name in ("digits.png", "curves.png", "report.json"):
+            check_output(args.folder / name)
     save_digits(args.folder, results["runs"]["lambda 1"]["config"])
     draw_metrics(args.folder / "curves.png", metrics)
     write_json(args.folder / "report.json", results | {

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Lint and all tests, in at most 10 minutes on 2 cores. `--all` adds the long ones; other arguments go to pytest.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+CDPATH="" cd "$(dirname "$0")/.."
 . scripts/environment.sh requirements.txt tests/requirements.txt
 ruff check .
 if [ "${1:-}" = --all ]; then
