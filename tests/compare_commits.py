@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # What the new side calls otherwise: words of a command, and parts of paths and of keys.
 RENAMED = {
     "--max-updates": "--max-steps",
+    "--ema": "--ema --ema-warmup",
     "--ckpt-updates": "--ckpt-steps",
     "--eval-every": "--val-every",
     "--eval-share": "--val-share",
@@ -227,7 +228,7 @@ def expand(word: str, folder: Path) -> str:
 
 def command_line(text: str, side: Side, folder: Path) -> list[str]:
     """Returns a command of the table as a side calls it, ready to be run in `folder`."""
-    launcher, script, *words = (side.renamed.get(word, word) for word in text.split())
+    launcher, script, *words = " ".join(side.renamed.get(word, word) for word in text.split()).split()
     start = [sys.executable]
     if launcher == "torchrun":
         start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

@@ -13,6 +13,7 @@ from autoregressive.runtime.checkpoint import (
     find_checkpoint,
     load_strictly,
     model_state,
+    newest_whole_checkpoint,
     read_checkpoint,
     save_checkpoint,
 )
@@ -119,8 +120,56 @@ def test_a_failed_save_leaves_the_older_file_and_nothing_else(tmp_path):
 def test_a_folder_stands_for_its_newest_checkpoint(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     for name in ("0000900.pt", "0001000.pt", ".0002000.pt.abc.tmp", "notes.pt"):
-        (tmp_path / "checkpoints" / name).touch()
+        save_checkpoint(tmp_path / "checkpoints" / name, {"model": {"weight": torch.ones(2)}})
     assert find_checkpoint(tmp_path / "checkpoints").name == find_checkpoint(tmp_path).name == "0001000.pt"
+
+
+OURS = {"model": {"weight": torch.arange(20000.0)}, "optimizer": {}, "steps": 1, "processes": [], "settings": {}}
+
+
+def truncated(size):
+    return lambda path: path.write_bytes(path.read_bytes()[:size])
+
+
+def flip_a_byte(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("spoil", [
+    *(truncated(size) for size in (0, 1, 100, 4096, 4097, 20000, 65536)), flip_a_byte,
+    lambda path: save_checkpoint(path, torch.ones(3)), lambda path: save_checkpoint(path, {"model": {}}),
+    lambda path: save_checkpoint(path, {3: torch.ones(2)}), lambda path: path.write_text("no checkpoint")])
+def test_training_goes_on_from_the_newest_checkpoint_that_is_whole_and_ours(tmp_path, spoil):
+    save_checkpoint(tmp_path / "0000003.pt", OURS)
+    save_checkpoint(tmp_path / "0000006.pt", OURS)
+    spoil(tmp_path / "0000006.pt")
+    found, skipped = newest_whole_checkpoint(tmp_path)
+    assert found == tmp_path / "0000003.pt" and len(skipped) == 1 and "0000006.pt: expected a" in skipped[0]
+
+
+def test_sampling_takes_the_newest_whole_file_of_a_folder_too(tmp_path):
+    save_checkpoint(tmp_path / "0000003.pt", OURS)
+    save_checkpoint(tmp_path / "0000006.pt", OURS)
+    flip_a_byte(tmp_path / "0000006.pt")
+    assert find_checkpoint(tmp_path) == tmp_path / "0000003.pt"
+
+
+def test_the_newest_folder_of_a_sharded_training_is_found(tmp_path):
+    for step in ("0005000", "0010000"):
+        (tmp_path / step).mkdir()
+        save_checkpoint(tmp_path / step / "consolidated.pth", {"weight": torch.ones(2)})
+    assert find_checkpoint(tmp_path) == tmp_path / "0010000" / "consolidated.pth"
+    assert find_checkpoint(tmp_path / "0005000") == tmp_path / "0005000" / "consolidated.pth"
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(value):
+    module = torch.nn.Linear(3, 2)
+    state = module.state_dict() | {"bias": torch.tensor([1, value])}
+    with pytest.raises(ValueError, match="found NaN or infinity in bias"):
+        load_strictly(module, state, "a file")
 
 
 def test_a_folder_without_a_complete_checkpoint_is_refused(tmp_path):

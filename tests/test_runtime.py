@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import logging
 import math
 import random
 import struct
@@ -14,7 +15,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from autoregressive.runtime.distributed import Session, seed_everything
+from autoregressive.runtime.distributed import Session, open_session, seed_everything
 from autoregressive.runtime.entry import (
     Parser,
     above,
@@ -36,7 +37,7 @@ from autoregressive.runtime.files import (
     read_npz_settings,
     weights_sha256,
 )
-from autoregressive.runtime.identity import find_run_folder
+from autoregressive.runtime.identity import RunFolder, find_run_folder
 from autoregressive.runtime.loader import read_ahead
 from autoregressive.runtime.log import MetricsFile, read_metrics
 from autoregressive.runtime.optim import OptimSettings, build_optimizer, learning_rate
@@ -117,6 +118,35 @@ def test_a_flag_that_an_older_config_lacks_counts_as_its_default_and_as_nothing_
     assert find(warmup=0).name == find(warmup=0, paths=["a"]).name == "000-x" and find().is_dir()
     for other in ({"warmup": 5}, {"paths": ["b"]}, {"warmup": 0, "lr": 7}, {"codes_sha256": "1" * 64}):
         assert find(**other).name == "001-x", other              # a hash has no default
+
+
+def test_a_new_run_names_the_nearest_other_one_and_what_differs(tmp_path, caplog):
+    logging.getLogger("iar").propagate = True
+    logging.getLogger("iar").setLevel(logging.INFO)
+    for config in ({"lr": 1, "beta": 1}, {"lr": 3, "beta": 3}):
+        find_run_folder(tmp_path, "x", config, {}).start(config)
+    caplog.clear()
+    find_run_folder(tmp_path, "x", {"lr": 2, "beta": 1}, {})
+    assert "002-x: a new run; " in caplog.text and "000-x is another one, by lr\n" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
+def test_half_of_a_launchers_environment_is_refused(monkeypatch, name):
+    monkeypatch.setenv(name, "0")
+    with pytest.raises(ValueError, match="expected both RANK and WORLD_SIZE"), open_session():
+        pass
+
+
+@pytest.mark.parametrize("content", ["[]", "", "{", "\x80", '{"steps": "five"}', "{}"])
+def test_a_damaged_record_is_refused_by_name(tmp_path, content):
+    (tmp_path / "finished.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match="finished.json: expected"):
+        RunFolder(tmp_path).is_finished(5)
+
+
+def test_metrics_end_where_they_are_damaged(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n[]\n{"step": 2}\n\xff')
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1}]
 
 
 def test_a_run_is_finished_when_it_says_so(tmp_path):

@@ -1,18 +1,21 @@
 """Training: exact resume, any number of processes, and what happens when something goes wrong."""
 
+import argparse
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 import torch
 from conftest import FIXTURES, ROOT
-from processes import run_here, start, start_and_kill, without_time
+from processes import ENVIRONMENT, command, run_here, start, start_and_kill, without_time
 
 from autoregressive.data.batches import TokenBatches, split_store
 from autoregressive.data.code_writer import CodeWriter
@@ -20,7 +23,7 @@ from autoregressive.data.codes import open_codes
 from autoregressive.models.cluster_loss import fused_head_loss
 from autoregressive.models.generate import Sampler, generate, random_numbers
 from autoregressive.models.gpt import GPT, GPT_MODELS, gpt_config
-from autoregressive.models.loading import build_gpt, move_rows_to_tokens, read_gpt
+from autoregressive.models.loading import build_gpt, move_rows_to_tokens, name_moments, read_gpt
 from autoregressive.runtime.checkpoint import (
     list_checkpoints,
     newest_whole_checkpoint,
@@ -136,7 +139,7 @@ def test_killed_and_resumed_run_ends_bit_for_bit_like_a_straight_one(folder, tmp
     assert len(list((tmp_path / "killed").iterdir())) == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_saves_before_the_run_leaves(folder, tmp_path, number):
     rarely = ("--ckpt-steps", 0, "--max-steps", 3000, "--log-every", 10)
     status = start_and_kill(TRAIN, *flags(folder, tmp_path, *rarely), stop=number,
@@ -157,7 +160,8 @@ def baseline(folder, tmp_path_factory):
 
 @pytest.mark.parametrize("processes, tolerance, more", [
     (0, 1e-6, ("--gradient-accumulation-steps", 4)), (0, 1e-6, ("--checkpoint-activations",)), (0, 1e-6, ()),
-    (0, 1e-6, ("--loss-mib", 1, "--num-workers", 0)), (2, 1e-5, ()), (2, 1e-5, ("--parallel", "fsdp", "--ema")),
+    (0, 1e-6, ("--loss-mib", 1, "--num-workers", 0)), (0, 1e-5, ("--parallel", "fsdp")),
+    (2, 1e-5, ()), (2, 1e-5, ("--parallel", "fsdp", "--ema")),
     pytest.param(2, 1e-5, ("--parallel", "fsdp", "--gradient-accumulation-steps", 2, "--checkpoint-activations"),
                  marks=pytest.mark.long)])
 def test_every_way_to_compute_a_step_gives_the_same_losses_and_norms(folder, tmp_path, baseline, processes, tolerance,
@@ -196,6 +200,22 @@ def test_damaged_newest_checkpoint_is_passed_over_aloud(folder, tmp_path):
     assert done.returncode == 0 and "damaged part" in done.stdout and "continuing from" in done.stdout
     assert "0000015.pt" in done.stdout
     assert_same_end(tmp_path / "straight", tmp_path / "damaged")
+    log = (run / "log.txt").read_text()
+    assert "damaged part" in log and "continuing from" in log
+
+
+def test_only_whole_checkpoints_are_kept_after_a_damaged_one(folder, tmp_path):
+    train(folder, tmp_path, "--max-steps", 12)
+    run, = tmp_path.iterdir()
+    (run / "checkpoints" / "0000012.pt").rename(run / "checkpoints" / "0000099.pt")
+    truncate(run / "checkpoints" / "0000099.pt", 5000)
+    train(folder, tmp_path, "--max-steps", 13, "--keep-checkpoints", 1)
+    assert [path.name for path in list_checkpoints(run / "checkpoints")] == ["0000013.pt"]
+    assert (run / "checkpoints" / "0000099.damaged").exists()
+
+
+def truncate(path, size):
+    path.write_bytes(path.read_bytes()[:size])
 
 
 def test_full_disk_during_a_checkpoint_leaves_the_one_before(tmp_path, monkeypatch):
@@ -207,7 +227,7 @@ def test_full_disk_during_a_checkpoint_leaves_the_one_before(tmp_path, monkeypat
     monkeypatch.setattr(os, "fsync", no_room)
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint(tmp_path / "0000006.pt", {"steps": 6})
-    assert newest_whole_checkpoint(tmp_path) == (tmp_path / "0000003.pt", {"steps": 3})
+    assert newest_whole_checkpoint(tmp_path, keys=("steps",)) == (tmp_path / "0000003.pt", [])
     assert [path.name for path in tmp_path.iterdir()] == ["0000003.pt"]
 
 
@@ -298,7 +318,9 @@ def test_training_starts_from_the_weights_of_an_older_checkpoint_as_the_older_co
 
 
 def test_a_gpt_over_original_codes_is_started_from_even_if_its_file_is_a_whole_checkpoint(older, folder, tmp_path):
-    train_mini(folder, tmp_path, "--max-steps", 1, "--gpt-ckpt", older[0], "--init-from-original")
+    payload = read_checkpoint(older[0])
+    save_checkpoint(tmp_path / "original.pt", payload | {"settings": {}})
+    train_mini(folder, tmp_path, "--max-steps", 1, "--gpt-ckpt", tmp_path / "original.pt", "--init-from-original")
     row, = metrics(tmp_path / "results")
     assert row["step"] == 1 and row["images_seen"] == 16
 
@@ -325,6 +347,106 @@ def test_a_mapping_or_store_rebuilt_at_the_same_path_starts_a_new_run(folder, tm
     train(data, results, "--max-steps", 3)
     assert sorted(results.iterdir()) == runs
     assert len((runs[0] / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def launch(folder, results, *more):
+    """Starts training under torchrun, which restarts its workers up to three times; returns the launcher's process."""
+    words = command(TRAIN, *flags(folder, results, *more), processes=2)
+    words.insert(words.index("--standalone"), "--max-restarts=3")
+    return subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def workers_of(launcher):
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(launcher.pid)], capture_output=True, text=True)
+    return [int(pid) for pid in listed.stdout.split()]
+
+
+def wait_until(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_killed_worker_is_restarted_by_torchrun_and_the_run_ends_like_a_straight_one(folder, tmp_path):
+    train(folder, tmp_path / "straight", processes=2)
+    launcher = launch(folder, tmp_path / "killed")
+    wait_until(lambda: steps_done(tmp_path / "killed") >= 5)
+    os.kill(workers_of(launcher)[0], signal.SIGKILL)
+    assert launcher.wait(timeout=120) == 0
+    assert_same_end(tmp_path / "straight", tmp_path / "killed")
+
+
+def test_workers_leave_when_torchrun_alone_is_killed(folder, tmp_path):
+    launcher = launch(folder, tmp_path, "--max-steps", 100000, "--log-every", 10)
+    wait_until(lambda: steps_done(tmp_path) >= 2)
+    workers = workers_of(launcher)
+    launcher.kill()
+    launcher.wait()
+    wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in workers))
+    assert not list(tmp_path.glob(".*.lock")) and last_checkpoint(tmp_path)["steps"] >= 20
+
+
+@pytest.mark.parametrize("more, words", [
+    ((), "--mapping-path: expected"), (("--init-from-original",), "which was trained on tokens; leave the flag out")])
+def test_a_checkpoint_over_other_tokens_is_refused(folder, tmp_path, capsys, more, words):
+    train(folder, tmp_path / "first", "--max-steps", 1)
+    other = tmp_path / "other.pt"
+    save_checkpoint(other, read_checkpoint(folder / "mapping.pt").flip(0))
+    more = (*more, "--mapping-path", other, "--gpt-ckpt", next((tmp_path / "first").iterdir()))
+    assert run_here(TRAIN, *flags(folder, tmp_path / "second"), *more) == 2
+    assert words in capsys.readouterr().err and not list((tmp_path / "second").glob("*"))
+
+
+def test_a_flipped_code_is_found_before_the_first_step(folder, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "data")
+    codes = np.load(tmp_path / "data/codes/codes.npy")
+    codes[7, 1, 3] ^= 1
+    np.save(tmp_path / "data/codes/codes.npy", codes)
+    assert run_here(TRAIN, *flags(tmp_path / "data", tmp_path / "results")) == 2
+    assert "expected rows 0 to 49 as they were written, found others" in capsys.readouterr().err
+
+
+def public_checkpoint(config):
+    """Returns a checkpoint as the public code writes it, after one step, and the moments by name."""
+    torch.manual_seed(1)
+    model = GPT(config)
+    weights = dict(model.named_parameters())
+    layers = range(config.num_layers)
+    matrices = ["cls_embedding.embedding_table", "tok_embeddings"]
+    for layer in layers:
+        matrices += [f"layers.{layer}.{name}" for name in ("attention.wqkv", "attention.wo", "feed_forward.w1",
+                                                          "feed_forward.w3", "feed_forward.w2")]
+    norms = [f"layers.{layer}.{name}" for layer in layers for name in ("attention_norm", "ffn_norm")]
+    names = [[f"{name}.weight" for name in group] for group in ([*matrices, "output"], [*norms, "norm"])]
+    optimizer = torch.optim.AdamW([{"params": [weights[name] for name in group]} for group in names], lr=1e-3)
+    for weight in weights.values():
+        weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    moments = {name: optimizer.state[weight]["exp_avg"] for name, weight in weights.items()}
+    payload = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "steps": 4,
+               "args": argparse.Namespace(lr=1e-3)}
+    return payload, moments
+
+
+def test_moments_of_public_checkpoints_are_named_by_the_public_order_also_where_shapes_do_not_tell():
+    payload, moments = public_checkpoint(gpt_config("GPT-tiny", grid=4, vocab_size=64, num_classes=63))
+    named = name_moments(payload["optimizer"], payload["model"], "a file")
+    assert set(named["state"]) == set(moments) and sum(map(len, (g["params"] for g in named["param_groups"]))) == 32
+    assert all(torch.equal(named["state"][name]["exp_avg"], value) for name, value in moments.items())
+    del payload["optimizer"]["state"][3]
+    with pytest.raises(ValueError, match="expected moments 3 of layers.0.attention.wo.weight .*--weights-only"):
+        name_moments(payload["optimizer"], payload["model"], "a file")
+
+
+@pytest.mark.parametrize("more, first", [((), 5), (("--weights-only",), 1)])
+def test_a_public_checkpoint_is_continued_or_started_from(folder, tmp_path, more, first):
+    payload, _ = public_checkpoint(gpt_config("GPT-tiny", grid=4, vocab_size=64, num_classes=3))
+    save_checkpoint(tmp_path / "005.pt", payload)
+    train(folder, tmp_path / "results", "--gpt-ckpt", tmp_path / "005.pt", "--max-steps", 6, *more)
+    assert metrics(tmp_path / "results")[0]["step"] == first
+    log, = (tmp_path / "results").glob("*/log.txt")
+    assert ("holds no random numbers" in log.read_text()) == (not more)
 
 
 def test_weights_over_original_codes_give_the_same_logits_once_their_rows_are_moved():
@@ -375,23 +497,20 @@ def everything(optimizer):
 
 
 def test_a_run_that_is_not_finite_stops_naming_step_and_rows(folder, tmp_path):
-    model = GPT(gpt_config("GPT-tiny", grid=4, vocab_size=64, num_classes=3))
-    state = model.state_dict()
-    state["cls_embedding.embedding_table.weight"].fill_(torch.nan)
-    save_checkpoint(tmp_path / "bad.pt", {"model": state})
-    done = start(TRAIN, *flags(folder, tmp_path / "results", "--gpt-ckpt", tmp_path / "bad.pt"))
+    done = start(TRAIN, *flags(folder, tmp_path / "results", "--lr", 1e30, "--max-grad-norm", 0))
     assert done.returncode == 1
-    assert "FloatingPointError: step 1: loss or gradient is not finite, in rows [" in done.stderr
+    assert re.search(r"FloatingPointError: step \d+: loss or gradient is not finite, in rows \[", done.stderr)
 
 
-def test_average_is_the_recurrence_with_a_warmed_up_decay():
+@pytest.mark.parametrize("warms_up", [False, True])
+def test_average_is_the_recurrence_with_a_constant_or_a_warmed_up_decay(warms_up):
     model = torch.nn.Linear(2, 1, bias=False)
-    average, expected = MovingAverage(model), model.weight.detach().double().clone()
+    average, expected = MovingAverage(model, warms_up), model.weight.detach().double().clone()
     for number in range(1, 30):
         with torch.no_grad():
             model.weight.add_(number)
         average.update(model, number, torch.zeros(()))
-        decay = min(EMA_DECAY, (1 + number) / (10 + number))
+        decay = min(EMA_DECAY, (1 + number) / (10 + number)) if warms_up else EMA_DECAY
         expected = decay * expected + (1 - decay) * model.weight.detach().double()
     assert torch.allclose(average.weights["weight"].double(), expected, rtol=1e-5)
 

@@ -42,7 +42,7 @@ def reference_losses(logits: Tensor, targets: Tensor, cluster_size: int) -> tupl
 
 
 def token_and_cluster_loss(logits: Tensor, targets: Tensor, cluster_size: int) -> tuple[Tensor, Tensor]:
-    """Computes both losses from three scalars a row: lse, s_c and z_t (SPEC of the method, closed form above).
+    """Computes both losses from three scalars a row: lse, s_c and z_t (closed form above).
 
     Equal to reference_losses in value and gradient, without the (N, K) cluster logits: only the S logits of the
     target's own cluster are looked at a second time.

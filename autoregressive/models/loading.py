@@ -12,6 +12,7 @@ from autoregressive.models.gpt import GPT, GPT_MODELS, GPTConfig
 from autoregressive.runtime.checkpoint import find_checkpoint, load_strictly, model_state, read_checkpoint
 from autoregressive.runtime.log import LOGGER
 
+PUBLIC_MATRICES = ("attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w3", "feed_forward.w2")
 RECORDED = ("gpt_model", "image_size", "num_classes", "cluster_size")       # flags that a checkpoint's settings name
 
 
@@ -119,3 +120,36 @@ def move_rows_to_tokens(state: dict[str, Tensor], mapping: np.ndarray, path: Pat
             raise ValueError(f"{path}: expected {name} of {len(mapping)} codes, as the mapping has, found {num_codes}")
         moved[name] = state[name][torch.from_numpy(mapping).argsort()]
     return moved
+
+
+def name_moments(optimizer: dict[str, Any], weights: dict[str, Tensor], path: Path) -> dict[str, Any]:
+    """Returns the optimizer state of a public LlamaGen or IAR checkpoint by the names of its parameters.
+
+    Their files number the parameters in the order of their own model: matrices first, then norms.
+
+    Args:
+        optimizer: "state" and "param_groups" as torch saves them; those of our own files come back as they are.
+        weights: dict of name -> tensor, the model that it belongs to.
+        path: named in the error.
+
+    Raises:
+        ValueError: the state is of another model.
+    """
+    state, groups = optimizer["state"], optimizer["param_groups"]
+    if all(isinstance(name, str) for name in state):
+        return optimizer
+    num_layers = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("layers."))
+    matrices = ["cls_embedding.embedding_table.weight", "tok_embeddings.weight"]
+    norms = []
+    for layer in range(num_layers):
+        matrices += [f"layers.{layer}.{name}.weight" for name in PUBLIC_MATRICES]
+        norms += [f"layers.{layer}.{name}.weight" for name in ("attention_norm", "ffn_norm")]
+    names = [*matrices, "output.weight", *norms, "norm.weight"]
+    for number, name in enumerate(names):
+        found = tuple(state[number]["exp_avg"].shape) if number in state else None
+        expected = tuple(weights[name].shape)
+        if found != expected:
+            raise ValueError(f"{path}: expected moments {number} of {name} {expected}, found {found}; "
+                             "start from the weights alone: --weights-only")
+    return {"state": {name: state[number] for number, name in enumerate(names)},
+            "param_groups": [group | {"params": [names[number] for number in group["params"]]} for group in groups]}

@@ -1,6 +1,7 @@
 """Checkpoints: saved whole, read without running anything that lies in them, loaded strictly."""
 
 import argparse
+import errno
 import pickle
 import re
 import zipfile
@@ -15,12 +16,17 @@ STATE_KEYS = ("model", "module", "state_dict")       # our own and DDP, DeepSpee
 WRAPPER_PREFIXES = ("_orig_mod.", "module.")         # torch.compile, DistributedDataParallel
 DROPPED_KEYS = re.compile(r"freqs_cis|layers\.\d+\.attention\.kv_cache\..*")    # tables and caches in published files
 CHECKPOINT_SUFFIX = ".pt"
+CONSOLIDATED = "consolidated.pth"                    # LlamaGen's name for the whole weights of a sharded training
+OWN_KEYS = ("model", "optimizer", "steps", "processes", "settings")                 # of a checkpoint of our training
 
 
 def save_checkpoint(path, payload):
     """Saves tensors and plain containers at `path`, atomically; equal payloads give equal bytes."""
     with atomic_write(path) as file:
-        torch.save(payload, file)
+        try:
+            torch.save(payload, file)
+        except RuntimeError as error:               # what torch makes of a write that fails
+            raise OSError(errno.ENOSPC, f"could not be written, is the disk full? ({error})", str(path)) from error
 
 
 def read_checkpoint(path, hint=""):
@@ -47,7 +53,7 @@ def read_checkpoint(path, hint=""):
                              "loading it could run code") from None
         raise ValueError(f"{path}: expected a checkpoint written by torch.save, found other or damaged content; "
                          "copy or download the file again") from None
-    except (RuntimeError, EOFError, KeyError, AttributeError, UnicodeDecodeError, zipfile.BadZipFile) as error:
+    except (RuntimeError, OSError, EOFError, KeyError, AttributeError, UnicodeDecodeError, zipfile.BadZipFile) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path}: expected a whole checkpoint, found a damaged one ({reason}); "
                          "copy or download the file again") from None
@@ -71,7 +77,9 @@ def model_state(payload, path):
         if isinstance(payload, dict) and isinstance(payload.get(key), dict):
             state = payload[key]
             break
-    if not isinstance(state, dict) or not state or not all(torch.is_tensor(value) for value in state.values()):
+    are_weights = isinstance(state, dict) and all(
+        isinstance(name, str) and torch.is_tensor(value) for name, value in state.items())
+    if not are_weights or not state:
         is_dict = isinstance(payload, dict)
         found = f"keys {', '.join(map(str, list(payload)[:6]))}" if is_dict else type(payload).__name__
         raise ValueError(f"{path}: expected a state dict, bare or under {' / '.join(STATE_KEYS)}, found {found}")
@@ -98,7 +106,7 @@ def load_strictly(module, state, path, hint=""):
         hint: appended to the error: what the file holds, what to do.
 
     Raises:
-        ValueError: keys or shapes differ; the message names them.
+        ValueError: keys or shapes differ, or a weight is not finite; the message names them.
     """
     expected = module.state_dict()
     differences = [f"missing {name}" for name in expected if name not in state]
@@ -108,6 +116,10 @@ def load_strictly(module, state, path, hint=""):
     if differences:
         shown = "; ".join(differences[:4]) + (f"; and {len(differences) - 4} more" if len(differences) > 4 else "")
         raise ValueError(f"{path}: weights do not fit the model: {shown}" + (f". {hint}" if hint else ""))
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{path}: expected finite weights, found NaN or infinity in {name}; "
+                             "take another checkpoint")
     on_meta = any(tensor.is_meta for tensor in expected.values())
     if on_meta:                                      # the file's precision must not decide the model's
         state = {name: tensor.to(expected[name].dtype) for name, tensor in state.items()}
@@ -120,42 +132,61 @@ def list_checkpoints(folder):
     return sorted(found, key=lambda path: int(path.stem))
 
 
-def newest_whole_checkpoint(folder):
-    """Reads the newest checkpoint of a folder whose every byte is as it was written; says which ones it passes over.
+def newest_whole_checkpoint(folder: str | Path, keys: tuple[str, ...] = OWN_KEYS) -> tuple[Path | None, list[str]]:
+    """Finds the newest checkpoint of a folder that holds `keys` and whose every byte is as it was written.
 
     Returns:
-        (path, what was saved); (None, None) if there is none.
+        its path, None if there is none, and one line on every newer file that is no such checkpoint.
     """
+    skipped = []
     for path in reversed(list_checkpoints(folder)):
         try:
-            payload = read_checkpoint(path)
-            with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():    # compares every part with its checksum
-                    raise ValueError(f"{path}: expected a whole checkpoint, found a damaged part {damaged}")
-            return path, payload
-        except (ValueError, zipfile.BadZipFile) as error:
-            LOGGER.warning("%s; continuing from the checkpoint before it", error)
-    return None, None
+            check_whole(path, keys)
+            return path, skipped
+        except ValueError as error:
+            skipped.append(f"{error}; continuing from the checkpoint before it")
+    return None, skipped
 
 
-def delete_old_checkpoints(folder, keep):
+def check_whole(path: Path, keys: tuple[str, ...]) -> None:
+    """Raises ValueError unless a file is a checkpoint with `keys` whose every byte is as it was written."""
+    payload = read_checkpoint(path)
+    missing = [key for key in keys if not isinstance(payload, dict) or key not in payload]
+    if missing:
+        raise ValueError(f"{path}: expected a checkpoint of a training run, found a file without {', '.join(missing)}")
+    if not zipfile.is_zipfile(path):                # an older format, without checksums
+        return
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():            # compares every part with its checksum
+            raise ValueError(f"{path}: expected a whole checkpoint, found a damaged part {damaged}")
+
+
+def delete_old_checkpoints(folder: str | Path, keep: int) -> None:
     """Deletes all but the newest `keep` checkpoints of a folder; 0 keeps all."""
     for path in list_checkpoints(folder)[:-keep] if keep else []:
         path.unlink()
 
 
-def find_checkpoint(path):
-    """Returns `path` if it is a file, or the newest complete checkpoint of the folder `path`.
+def find_checkpoint(path: str | Path) -> Path:
+    """Returns `path` if it is a file, or the newest whole checkpoint of the folder `path`, a run or its checkpoints.
+
+    In a folder of LlamaGen's sharded training, {step}/consolidated.pth, it is that of the newest step.
 
     Raises:
         ValueError: neither.
     """
     path = Path(path)
     if path.is_dir():
-        found = list_checkpoints(path) or list_checkpoints(path / "checkpoints")
-        if not found:
+        for folder in (path, path / "checkpoints"):
+            newest, skipped = newest_whole_checkpoint(folder, keys=())
+            for line in skipped:
+                LOGGER.warning("%s", line)
+            if newest is not None:
+                return newest
+        consolidated = [found for found in (path, *path.iterdir()) if (found / CONSOLIDATED).is_file()]
+        if not consolidated:
             raise ValueError(f"{path}: expected a checkpoint (<steps>{CHECKPOINT_SUFFIX}) in this folder, found none; "
                              "name a file, or the checkpoints folder of a training run")
-        return found[-1]
+        return max(consolidated, key=lambda found: int(found.name) if found.name.isdigit() else -1) / CONSOLIDATED
     check_file(path, "name a checkpoint or the checkpoints folder of a training run")
     return path

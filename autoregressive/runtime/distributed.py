@@ -8,12 +8,19 @@ import contextlib
 import datetime
 import os
 import random
-from dataclasses import dataclass
+import signal
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from autoregressive.runtime.lock import hold
+
+PARENT_POLL_SECONDS, PARENT_PATIENCE_SECONDS = 1, 60
 COLLECTIVE_TIMEOUT = datetime.timedelta(hours=2)    # a rank that reads a slow disk must not end the others
 
 
@@ -26,12 +33,23 @@ class Session:
         world_size: number of processes.
         device: where this process computes.
         debug: whether errors of the user keep their traceback.
+        held: what is let go when the session ends.
     """
 
     rank: int
     world_size: int
     device: torch.device
     debug: bool = False
+    held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, compare=False, repr=False)
+
+    def hold(self, target: str | Path) -> None:
+        """Keeps other starts from writing to `target` until this one ends; rank 0 does it for all.
+
+        Raises:
+            ValueError: another start writes there.
+        """
+        if self.is_main:
+            self.held.enter_context(hold(target))
 
     @property
     def is_main(self):
@@ -91,6 +109,9 @@ def open_session(device="auto", debug=False):
     Raises:
         ValueError: cuda was asked for and there is none, or debug under several processes.
     """
+    if ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ):
+        raise ValueError("expected both RANK and WORLD_SIZE in the environment, or neither, found one of them; start "
+                         "with torchrun, or unset it")
     world_size = launched_world_size()
     if debug and world_size > 1:
         raise ValueError(f"--debug: expected one process, got {world_size}; start with python instead of torchrun")
@@ -102,13 +123,29 @@ def open_session(device="auto", debug=False):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         device = f"cuda:{torch.cuda.current_device()}"
     if world_size > 1:
-        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
-    try:
-        yield Session(launched_rank(), world_size, torch.device(device), debug)
-    finally:
-        if world_size > 1:
-            dist.destroy_process_group()
+        dist.init_process_group(_backend(torch.device(device)), timeout=COLLECTIVE_TIMEOUT)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=_leave_with_parent, args=(os.getppid(),), daemon=True).start()
+    with contextlib.ExitStack() as held:
+        try:
+            yield Session(launched_rank(), world_size, torch.device(device), debug, held)
+        finally:
+            held.close()
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+def _backend(device: torch.device) -> str:
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
+def _leave_with_parent(parent: int) -> None:
+    """Ends this process, which torchrun started, once torchrun is gone: nobody else would."""
+    while os.getppid() == parent:
+        time.sleep(PARENT_POLL_SECONDS)
+    os.kill(os.getpid(), signal.SIGTERM)            # training saves and leaves
+    time.sleep(PARENT_PATIENCE_SECONDS)
+    os._exit(128 + signal.SIGTERM)
 
 
 PARALLEL = ("ddp", "fsdp")
@@ -128,6 +165,8 @@ def wrap_for_training(module, session, parallel="ddp", blocks=(), dtype=None):
         the module to call; with one process and ddp, the module itself.
     """
     if parallel == "fsdp":
+        if not dist.is_initialized():               # shards need a group, also of one process
+            dist.init_process_group(_backend(session.device), store=dist.HashStore(), rank=0, world_size=1)
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 

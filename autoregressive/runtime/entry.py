@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,7 +42,7 @@ class Flags(argparse.Namespace):
         return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
     def identity(self) -> dict[str, Any]:
-        """Returns the flags that a result depends on: all that are not declared by `free`."""
+        """Returns the flags that tell runs apart: all that are not declared by `free`."""
         return {name: value for name, value in self.plain().items() if name not in self._free}
 
     def pick(self, fields_of: type) -> dict[str, Any]:
@@ -102,7 +103,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def free(action: argparse.Action) -> None:
-    """Declares a flag as one that no result depends on: it may change between two starts of the same run."""
+    """Declares a flag as one that may change between two starts of the same run."""
     action.is_free = True
 
 
@@ -165,6 +166,15 @@ def checks(session: Session) -> Iterator[None]:
         exit_with(mistakes[0])
 
 
+def on_main(session: Session, work: Callable[..., Any], *arguments: Any) -> Any:
+    """Returns on all processes what `work` returns on rank 0, which alone does it; a user's mistake ends them all."""
+    result = None
+    with checks(session):
+        if session.is_main:
+            result = work(*arguments)
+    return session.gather(result)[0]
+
+
 def check_one_process(session: Session) -> None:
     """Raises ValueError under several processes, for work that is not divided among them."""
     if session.world_size > 1:
@@ -183,6 +193,7 @@ def run(main: Callable[[Flags, Session], None], parser: Parser) -> None:
     check_versions()
     args = parser.parse_args()
     code = 0
+    signal.signal(signal.SIGTERM, _leave_at_once)   # so that locks are released and no half file is left
     with contextlib.ExitStack() as stack:
         try:
             session = stack.enter_context(open_session(args.device, args.debug))
@@ -192,10 +203,16 @@ def run(main: Callable[[Flags, Session], None], parser: Parser) -> None:
             main(args, session)
         except SystemExit as stop:
             code = stop.code or 0
+        except KeyboardInterrupt:
+            code = 128 + signal.SIGINT
     if session.world_size > 1:
         leave(code)
     if code:
         raise SystemExit(code)
+
+
+def _leave_at_once(number: int, _frame: Any) -> None:
+    raise SystemExit(128 + number)
 
 
 def leave(code: int) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from autoregressive.runtime.files import check_writable_folder, read_json, write_json
+from autoregressive.runtime.log import LOGGER
 
 
 def find_difference(expected: dict[str, Any], found: dict[str, Any], keys: Iterable[str] | None = None) -> str | None:
@@ -50,11 +51,13 @@ class RunFolder:
     def result(self) -> dict[str, Any] | None:
         """What mark_finished recorded; None while the run has not come to its end."""
         path = self.path / "finished.json"
-        return read_json(path) if path.is_file() else None
+        return read_json(path, {"steps": int}) if path.is_file() else None
 
     def start(self, config: dict[str, Any]) -> None:
-        """Creates the folder if it is new and records `config` in it (rank 0 alone calls this)."""
+        """Creates the folder if it is new and records `config` in it (rank 0 alone calls this, which holds it)."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
+        for unfinished in self.path.rglob(".*.tmp"):            # of a start that was killed
+            unfinished.unlink()
         write_json(self.path / "config.json", config)
 
     def is_finished(self, num_steps: int) -> bool:
@@ -87,11 +90,18 @@ def find_run_folder(results_dir: str | Path, name: str, identity: dict[str, Any]
     numbered = [(int(match.group(1)), path) for path in Path(results_dir).iterdir()
                 if (match := re.match(r"(\d{3,})-", path.name))]
     expected = json.loads(json.dumps(identity))                 # as a file gives it back
+    nearest = None
     for _, path in sorted(numbered, reverse=True):
         if new_run or path.name.split("-", 1)[1] != name or not (path / "config.json").is_file():
             continue
         found = json.loads(json.dumps(defaults)) | read_json(path / "config.json")
-        if not find_difference(expected, found, expected):
+        differing = [key for key, value in expected.items() if found.get(key) != value]
+        if not differing:
             return RunFolder(path)
+        if nearest is None or len(differing) < len(nearest[1]):
+            nearest = (path, differing)
     index = max((index for index, _ in numbered), default=-1) + 1
-    return RunFolder(Path(results_dir) / f"{index:03d}-{name}")
+    folder = RunFolder(Path(results_dir) / f"{index:03d}-{name}")
+    if nearest:
+        LOGGER.info("%s: a new run; %s is another one, by %s", folder.path, nearest[0], ", ".join(nearest[1]))
+    return folder

@@ -3,6 +3,7 @@
 import atexit
 import multiprocessing
 import signal
+import sys
 from collections.abc import Iterable
 
 import numpy as np
@@ -55,8 +56,12 @@ def read_ahead(dataset: Dataset, keys: Iterable, num_workers: int, pinned: bool 
         num_workers: processes that read, as given by the user; no more are started than there are cores.
         pinned: whether to put tensors into pinned memory, for copies to a GPU that do not wait.
     """
-    return DataLoader(dataset, batch_size=None, sampler=keys, num_workers=min(num_workers, cores_per_process()),
-                      generator=Generator(), pin_memory=pinned, worker_init_fn=_ignore_signals)
+    num_workers = min(num_workers, cores_per_process())
+    # Workers are forked where that is possible: others would be sent whole memory maps.
+    can_fork = num_workers > 0 and "fork" in multiprocessing.get_all_start_methods() and sys.platform != "darwin"
+    return DataLoader(dataset, batch_size=None, sampler=keys, num_workers=num_workers, generator=Generator(),
+                      pin_memory=pinned, worker_init_fn=_ignore_signals,
+                      multiprocessing_context="fork" if can_fork else None)
 
 
 def _ignore_signals(_worker: int) -> None:

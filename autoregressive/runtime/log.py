@@ -5,6 +5,7 @@ import logging
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -37,15 +38,18 @@ def cut_log(path, resume_step):
             file.write("".join(lines[:next(beyond, len(lines))]).encode())
 
 
-def read_metrics(path):
-    """Returns the rows of a metrics.jsonl; a last line cut off by a kill is left out."""
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """Returns the rows of a metrics.jsonl, up to the first that a kill or damage has left in pieces."""
     rows = []
     if Path(path).is_file():
-        for line in Path(path).read_text().splitlines():
+        for line in Path(path).read_bytes().splitlines():
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
+                row = json.loads(line)
+            except ValueError:
                 break
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                break
+            rows.append(row)
     return rows
 
 

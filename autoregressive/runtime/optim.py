@@ -26,7 +26,9 @@ def add_optim_args(parser: Parser) -> None:
     group.add_argument("--beta1", type=share, default=0.9, help="first AdamW beta")
     group.add_argument("--beta2", type=share, default=0.95, help="second AdamW beta")
     group.add_argument("--max-grad-norm", type=at_least(0.0), default=1.0, help="clip the gradient's norm; 0 is off")
-    group.add_argument("--ema", action="store_true", help="keep an exponential moving average of the weights")
+    group.add_argument("--ema", action="store_true", help=f"keep a moving average of the weights, decay {EMA_DECAY}")
+    group.add_argument("--ema-warmup", action="store_true", help="let the decay rise as (1 + n) / (10 + n) up to "
+                       f"{EMA_DECAY}, for runs of a few thousand steps")
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class OptimSettings:
         beta1, beta2, weight_decay: of AdamW.
         max_grad_norm: bound of the gradient's norm; 0 is none.
         ema: whether a moving average of the weights is kept.
+        ema_warmup: whether its decay rises from the first step on.
     """
 
     lr: float
@@ -46,6 +49,7 @@ class OptimSettings:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     ema: bool = False
+    ema_warmup: bool = False
 
 
 def build_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.AdamW:
@@ -75,15 +79,21 @@ def learning_rate(step: int, num_steps: int, peak: float, warmup: int, schedule:
 
 
 class MovingAverage:
-    """Exponential moving average of weights in float32; its decay warms up as min(EMA_DECAY, (1 + n) / (10 + n))."""
+    """Exponential moving average of weights in float32, of decay EMA_DECAY.
 
-    def __init__(self, model: nn.Module):
+    With `warms_up` the decay after n steps is min(EMA_DECAY, (1 + n) / (10 + n)): a constant one would keep most of the
+    initial weights in a run of a few thousand steps.
+    """
+
+    def __init__(self, model: nn.Module, warms_up: bool = False):
+        self.warms_up = warms_up
         self.weights = {name: weight.detach().clone().float() for name, weight in model.named_parameters()}
 
     @torch.no_grad()
     def update(self, model: nn.Module, num_steps: int, skip: Tensor) -> None:
         """Moves towards the weights after `num_steps` steps; not at all where the scalar tensor `skip` is 1."""
-        share_of_new = (1 - min(EMA_DECAY, (1 + num_steps) / (10 + num_steps))) * (1 - skip)
+        decay = min(EMA_DECAY, (1 + num_steps) / (10 + num_steps)) if self.warms_up else EMA_DECAY
+        share_of_new = (1 - decay) * (1 - skip)
         for name, weight in model.named_parameters():
             average = self.weights[name]
             average.add_((weight - average) * share_of_new)
@@ -107,7 +117,7 @@ class ModelOptimizer:
         self.model, self.device = model, device
         self.max_grad_norm = settings.max_grad_norm or float("inf")
         self.optimizer = build_optimizer(model, settings)
-        self.ema = MovingAverage(model) if settings.ema else None
+        self.ema = MovingAverage(model, settings.ema_warmup) if settings.ema else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=uses_scaler)
 
     def backward(self, loss: Tensor) -> None:
@@ -144,10 +154,17 @@ class ModelOptimizer:
             self.ema.update(self.model, step + 1, skip)
         return norm.detach(), is_bad
 
-    def best_weights(self) -> dict[str, Tensor]:
-        """Returns copies of the whole weights, averaged ones where there are any (all processes call this)."""
-        weights = self.model.state_dict() | (self.ema.weights if self.ema else {})
-        return {name: whole_tensor(weight).detach().cpu().clone() for name, weight in weights.items()}
+    def best_weights(self, keep: bool = True) -> dict[str, Tensor]:
+        """Returns copies of the whole weights on the CPU, averaged ones where there are any.
+
+        All processes call this; those that do not `keep` them get none.
+        """
+        weights = {}
+        for name, weight in (self.model.state_dict() | (self.ema.weights if self.ema else {})).items():
+            whole = whole_tensor(weight)
+            if keep:
+                weights[name] = whole.detach().cpu().clone()
+        return weights
 
     def state(self) -> dict[str, Any]:
         """Returns all that training continues from, as plain containers, on rank 0 (all processes call this)."""
@@ -166,8 +183,13 @@ class ModelOptimizer:
         if self.ema and "ema" not in state:
             raise ValueError("--ema: expected a checkpoint with an average of the weights, found none; start without "
                              "--ema")
+        options = [{name: value for name, value in group.items() if name != "params"}
+                   for group in self.optimizer.param_groups]
         scatter_state(self.model, state["model"], self.optimizer, state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        for group, own in zip(self.optimizer.param_groups, options, strict=True):
+            group.update(own)                       # the flags of this start, not those of the file
+        if "scaler" in state:                       # public checkpoints hold none
+            self.scaler.load_state_dict(state["scaler"])
         if self.ema:
             for name, weight in self.ema.weights.items():
                 weight.copy_(shard_like(state["ema"][name], weight))

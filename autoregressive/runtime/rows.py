@@ -2,8 +2,9 @@
 
 A folder holds one .npy file for each array, whose space is reserved at the start, and status.npy, a byte for each row.
 Rows are written at their own place with os.pwrite, first the arrays, then the status that makes them count. So a kill
-loses at most the batch at hand, nothing needs twice the disk, and there are no millions of small files. A record beside
-the arrays holds the identity of the run; it is written first and removed last, and rows without it count for nobody.
+loses at most the batch at hand, codes need the disk once, since they stay where they are written, and there are no
+millions of small files. A record beside the arrays holds the identity of the run; it is written first and removed last,
+and rows without it count for nobody.
 
 A map would be killed by SIGBUS on a full disk; a write raises OSError. O_DSYNC puts rows on the disk before their
 status, and keeps a network file system from widening a write to whole pages, over what another machine wrote beside it.
@@ -66,15 +67,24 @@ class RowWriter:
         else:
             self.remove()                           # rows of nobody
             write_json(self._record, self.identity | {"complete": False})
-        for name, (dtype, shape) in self._files.items():
-            _preallocate(self._file(name), (self.num_rows, *shape), np.dtype(dtype))
+        try:
+            for name, (dtype, shape) in self._files.items():
+                _preallocate(self._file(name), (self.num_rows, *shape), np.dtype(dtype))
+        except ValueError:                          # the disk is too small
+            if not self._file("status").exists():   # nothing was written by an earlier start
+                self.remove()
+            raise
 
-    def remove(self) -> None:
+    def clear(self) -> None:
         """Removes the arrays, the status first: whenever this is interrupted, no row is left that counts."""
         for name in reversed(self._files):
             self._file(name).unlink(missing_ok=True)
         for unfinished in self.path.glob(".*.tmp"):
             unfinished.unlink()
+
+    def remove(self) -> None:
+        """Removes the arrays, and the record last."""
+        self.clear()
         self._record.unlink(missing_ok=True)
         with contextlib.suppress(OSError):          # it is not there, or holds something else
             self.path.rmdir()

@@ -5,8 +5,9 @@ is the first, and everything that is kept after it (a line of the log, a checkpo
 """
 
 import signal
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autoregressive.runtime.checkpoint import delete_old_checkpoints, newest_whole_checkpoint, save_checkpoint
+from autoregressive.runtime.checkpoint import (
+    delete_old_checkpoints,
+    list_checkpoints,
+    newest_whole_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
 from autoregressive.runtime.compute import PRECISIONS
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.entry import Parser, at_least, free
@@ -33,8 +40,9 @@ from autoregressive.runtime.log import (
 from autoregressive.runtime.optim import learning_rate
 from autoregressive.runtime.speed import Speedometer, peak_memory_mib
 
+VERIFY_SECONDS = 30             # of looking at the data before the first step
 DRAW_SECONDS = 60               # between two pictures of the curves, which take half a second each
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)     # which clusters send before they take a node
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)      # clusters send them before they take a node; Ctrl-C
 
 
 class Meter:
@@ -77,7 +85,7 @@ class Trainable(Protocol):
         """Applies step number `step`, from 0, with this process's part of the batch, and adds it to the meter."""
 
     def validate(self) -> dict[str, float]:
-        """Returns numbers on images that are held out; none if there are no such images (all processes call this)."""
+        """Returns numbers on the validation images; none if there are none (all processes call this)."""
 
     def draw(self, path: Path) -> None:
         """Saves a picture of what the present weights can do (all processes call this)."""
@@ -205,6 +213,23 @@ class TrainingRun:
         self.num_steps = settings.num_steps(batches)
         self.steps = 0
         self._received_signal = 0
+        self._verification = None
+
+    def verify_data(self, verify: Callable[[], None]) -> None:
+        """Looks at the data at the first start of a run, on rank 0: what takes long goes on beside the first steps.
+
+        Args:
+            verify: raises ValueError if the data are not what they were.
+
+        Raises:
+            ValueError: it did so within VERIFY_SECONDS; later, `train` does.
+        """
+        if self.session.is_main and not list_checkpoints(self.folder.checkpoints):
+            self._verification = _Verification(verify)
+            self._verification.start()
+            self._verification.join(VERIFY_SECONDS)
+            if self._verification.error:
+                raise self._verification.error
 
     def resume(self, config: dict[str, Any], start: Any = None) -> None:
         """Opens the run folder and continues from its newest whole checkpoint, else from `start`, else from nothing.
@@ -213,20 +238,26 @@ class TrainingRun:
             config: what is recorded in config.json.
             start: path and payload of a file: another run's checkpoint if it holds an optimizer's state; or None.
         """
+        path, skipped = None, []
         if self.session.is_main:
             self.folder.start(config)
-        self.session.barrier()
-        path, payload = newest_whole_checkpoint(self.folder.checkpoints)
+            path, skipped = newest_whole_checkpoint(self.folder.checkpoints)     # reads every byte: on one process
+            for damaged in list_checkpoints(self.folder.checkpoints)[::-1][:len(skipped)]:
+                damaged.rename(damaged.with_suffix(".damaged"))                 # or --keep-checkpoints would keep it
+        path, skipped = self.session.gather((path, skipped))[0]
+        payload = read_checkpoint(path) if path else None
         if path is None and start and "optimizer" in start.payload:
             path, payload = start.path, start.payload
         if path is not None:
-            self._load(path, payload)
             self.steps = payload["steps"]
         if self.session.is_main:
             cut_log(self.folder.path / "log.txt", self.steps)
         open_logger(self.session, self.folder.path / "log.txt")
+        for line in skipped:
+            LOGGER.warning("%s", line)
         if path is not None:
             LOGGER.info("continuing from %s", path)
+            self._load(path, payload)
 
     def train(self) -> None:
         """Runs the steps that are missing.
@@ -289,16 +320,21 @@ class TrainingRun:
         """Saves a checkpoint if one is due; leaves if a signal asked to."""
         settings = self.settings
         is_late = 0 < settings.ckpt_minutes * 60 <= time.monotonic() - self._saved
-        votes = self.session.gather((is_late, self._received_signal))
-        is_late, _ = votes[0]                                   # by the clock of rank 0
-        received = max(number for _, number in votes)           # whoever received it, all leave
+        error = self._verification.error if self._verification else None
+        votes = self.session.gather((is_late, error, self._received_signal))
+        is_late, error, _ = votes[0]                            # by the clock of rank 0
+        if error:
+            raise error
+        received = max(number for _, _, number in votes)        # whoever received it, all leave
         is_last = self.steps == self.num_steps
         is_due = self._is_due(settings.ckpt_steps) or self._is_due(settings.ckpt_every * self.batches.per_epoch)
         if is_last or is_late or received or is_due:
+            self._check_finite()                                # saving waits for the device anyway
             self._save()
             self._saved = time.monotonic()
         if received:
-            LOGGER.info("signal %d after step %d: the same command continues", received, self.steps)
+            LOGGER.info("signal %d after step %d%s", received, self.steps,
+                        "" if settings.no_local_save else ": the same command continues")
             raise SystemExit(128 + received)
 
     def result(self) -> dict[str, float]:
@@ -314,13 +350,15 @@ class TrainingRun:
             return
         self._draw_curves()
         result = self.result()
-        self.folder.mark_finished({"steps": self.num_steps} | result)
-        LOGGER.info("%s; checkpoints in %s", _as_text(result, ".3f"), self.folder.checkpoints)
+        self.folder.mark_finished({"steps": self.steps} | result)
+        LOGGER.info("%s; results in %s", _as_text(result, ".3f"), self.folder.path)
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.steps % every == 0
 
     def _remember_signal(self, number: int, _frame: Any) -> None:
+        if number == self._received_signal == signal.SIGINT:
+            raise KeyboardInterrupt                             # a second Ctrl-C does not wait
         self._received_signal = self._received_signal or number
 
     def _check_finite(self) -> None:
@@ -349,8 +387,11 @@ class TrainingRun:
 
     def _load(self, path: Path, payload: dict[str, Any]) -> None:
         self.trainable.load(payload)
-        processes, meter = payload["processes"], self.trainable.meter
-        if len(processes) == self.session.world_size:
+        processes, meter = payload.get("processes"), self.trainable.meter
+        if processes is None:
+            LOGGER.warning("%s: holds no random numbers and no means of the log: the data go on where they were, "
+                           "dropout draws other numbers", path)
+        elif len(processes) == self.session.world_size:
             own = processes[self.session.rank]
             meter.sums, meter.count = own["sums"].to(meter.device), own["count"]
             torch.set_rng_state(own["cpu"])
@@ -363,5 +404,21 @@ class TrainingRun:
             meter.count = processes[0]["count"]
 
 
+class _Verification(threading.Thread):
+    """A look at the data beside the work; `error` is what it found."""
+
+    def __init__(self, verify: Callable[[], None]):
+        super().__init__(daemon=True)
+        self.verify = verify
+        self.error = None
+
+    def run(self) -> None:
+        try:
+            self.verify()
+        except (ValueError, OSError) as error:
+            self.error = error
+
+
 def _as_text(values: dict[str, float], style: str) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {value:{style}}" for name, value in values.items())
+    return ", ".join(f"{name.replace('_', ' ')} {value if isinstance(value, int) else format(value, style)}"
+                     for name, value in values.items())

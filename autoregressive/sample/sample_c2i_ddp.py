@@ -26,8 +26,9 @@ from autoregressive.data.codes import code_dtype
 from autoregressive.models.generate import Sampler, balanced_labels, random_numbers
 from autoregressive.models.loading import read_gpt
 from autoregressive.pipeline import Pipeline, PipelineSettings, add_pipeline_args, load_pipeline
+from autoregressive.runtime.checkpoint import find_checkpoint
 from autoregressive.runtime.distributed import Session
-from autoregressive.runtime.entry import Flags, Parser, at_least, checks, free, run
+from autoregressive.runtime.entry import Flags, Parser, at_least, checks, free, on_main, run
 from autoregressive.runtime.files import check_writable_folder, open_npz, read_npz_settings
 from autoregressive.runtime.identity import find_difference
 from autoregressive.runtime.log import open_logger, progress
@@ -134,8 +135,9 @@ def pack(path: Path, rows: RowWriter, identity: dict, pipeline: Pipeline) -> Non
 
 def main(args: Flags, session: Session) -> None:
     logger = open_logger(session)
+    gpt_path = on_main(session, find_checkpoint, args.gpt_ckpt) if args.gpt_ckpt else None
     with checks(session):
-        gpt_file = read_gpt(args.gpt_ckpt, args.weights, args.from_fsdp)
+        gpt_file = read_gpt(gpt_path, args.weights, args.from_fsdp)
         args.resolve(gpt_file.flags(), gpt_file.path, preset_flags(args.preset))
         listed = read_labels(args.labels, args.num_classes)
         pipeline = load_pipeline(gpt_file, PipelineSettings(**args.pick(PipelineSettings)),
@@ -144,6 +146,7 @@ def main(args: Flags, session: Session) -> None:
         path = Path(args.sample_dir) / f"{run_name(args, gpt_file.path)}.npz"
         identity = identity_of(args, pipeline, session.device)
         rows = open_rows(path, identity, args, pipeline)
+        session.hold(path)
         finished = path.exists()
         if finished and (difference := find_difference(identity, read_npz_settings(path))):
             raise ValueError(f"{path}: expected samples with {difference}; choose another --sample-dir or remove them")
@@ -156,12 +159,14 @@ def main(args: Flags, session: Session) -> None:
         return
 
     batches = rows.missing(args.per_proc_batch_size)            # cut by absolute index: any process may draw any
+    num_done = rows.num_done                                # before another process may remove the rows
     session.barrier()                                           # all have seen the same rows missing
     mine = [batches[number] for number in session.share_of(len(batches))]
-    with progress(session, rows.num_rows, "sample", "image", initial=rows.num_done) as bar:
+    with progress(session, rows.num_rows, "sample", "image", initial=num_done) as bar:
         for batch in mine:
             rows.write(batch, **draw_rows(batch, pipeline, args, listed))
-            bar.update(rows.num_done - bar.n)                   # of all processes
+            if session.is_main:
+                bar.update(rows.num_done - bar.n)          # of all processes
     if session.is_main:
         rows.wait_for_others()
         pack(path, rows, identity, pipeline)

@@ -54,7 +54,7 @@ class GPTTrainer:
         session: Session.
         precision: one of PRECISIONS, of the forward pass.
         accumulation: micro-batches of a step.
-        val_batches: TokenBatches of images that are held out, or None.
+        val_batches: TokenBatches of the validation images, or None.
         draw_samples: saves a picture at a path, drawn with given weights; None draws nothing.
     """
 
@@ -102,8 +102,10 @@ class GPTTrainer:
 
     def draw(self, path: Path) -> None:
         """Saves pictures drawn with the present weights, averaged ones if there are any."""
-        weights = self.optimizer.best_weights()
-        if self.draw_samples and self.session.is_main:
+        if self.draw_samples is None:
+            return
+        weights = self.optimizer.best_weights(keep=self.session.is_main)
+        if self.session.is_main:
             self.draw_samples(path, weights)
 
     def state(self) -> dict[str, Any]:

@@ -25,16 +25,25 @@ import torch
 from torch import Tensor
 
 from autoregressive.data.batches import TokenBatches, split_store
-from autoregressive.data.codes import CodeStore, Mapping, add_code_args, default_mapping_path, open_codes, read_mapping
+from autoregressive.data.codes import (
+    CodeStore,
+    Mapping,
+    add_code_args,
+    default_mapping_path,
+    open_codes,
+    read_mapping,
+    verify_checksums,
+)
 from autoregressive.models.cluster_loss import check_cluster_size, fused_head_loss, plain_head_loss
 from autoregressive.models.generate import Sampler, random_numbers
 from autoregressive.models.gpt import GPT, GPTConfig, add_gpt_args, gpt_config, grid_of
-from autoregressive.models.loading import GPTFile, build_gpt, describe_gpt, move_rows_to_tokens, read_gpt
+from autoregressive.models.loading import GPTFile, build_gpt, describe_gpt, move_rows_to_tokens, name_moments, read_gpt
 from autoregressive.pipeline import Pipeline, check_codebook, check_recorded, load_decoder
-from autoregressive.runtime.checkpoint import load_strictly
+from autoregressive.runtime.checkpoint import find_checkpoint, load_strictly
 from autoregressive.runtime.compute import PRECISIONS, can_compile
 from autoregressive.runtime.distributed import PARALLEL, Session, seed_everything, wrap_for_training
-from autoregressive.runtime.entry import Flags, Parser, at_least, checks, free, run, share
+from autoregressive.runtime.entry import Flags, Parser, at_least, checks, free, on_main, run, share
+from autoregressive.runtime.files import weights_sha256
 from autoregressive.runtime.identity import find_run_folder
 from autoregressive.runtime.log import LOGGER, open_logger
 from autoregressive.runtime.optim import ModelOptimizer, OptimSettings, add_optim_args
@@ -47,7 +56,7 @@ from tokenizer.tokenizer_image.loading import default_vq_path
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel, add_vq_args
 
 LABEL_DROPOUT = 0.1                                 # classifier-free guidance learns the null label from these
-NUM_SHOWN = 4                                       # rows of the training data in the picture of the preflight
+NUM_SHOWN = 4                                       # rows of the training data in data.png
 NUM_SAMPLED, SHOWN_GUIDANCE = 8, 2.0                # pictures of --validation_step
 CPU_LOSS_MIB, GPU_LOSS_MIB = 16, 512                # a chunk of logits: what stays in the caches; what fills a GPU
 RESULT = ("token_loss", "cluster_loss", "val_token_loss", "val_cluster_loss")
@@ -76,6 +85,8 @@ def build_parser() -> Parser:
     group.add_argument("--token-dropout-p", type=share, default=0.1, help="dropout on the input embeddings")
     group.add_argument("--drop-path-rate", type=share, default=0.0, help="drop path of the last layer; above 0 it "
                        "replaces --dropout-p")
+    group.add_argument("--weights-only", action="store_true", help="start from the weights of --gpt-ckpt, whatever "
+                       "else it holds")
     group.add_argument("--init-from-original", action="store_true", help="--gpt-ckpt is a GPT over codes in their "
                        "original order, such as LlamaGen's: move its rows to their tokens")
     group = parser.add_argument_group("computing")
@@ -161,6 +172,14 @@ def open_data(args: Flags, session: Session) -> TrainingData:
     return TrainingData(store, mapping, batches, val_batches)
 
 
+def verify_codes(paths: list[str]) -> None:
+    """Compares stores of codes with their checksums; the older layout has none. Raises ValueError where they differ."""
+    for path in paths:
+        store = open_codes(path)
+        if store.manifest.get("codes_sha256"):
+            verify_checksums(store)
+
+
 def open_vq(args: Flags, mapping: Mapping) -> VQModel | None:
     """Returns the VQ model with the reordered codebook; training needs it for pictures only."""
     path = args.vq_ckpt or default_vq_path(args.cluster_size)
@@ -171,17 +190,48 @@ def open_vq(args: Flags, mapping: Mapping) -> VQModel | None:
     return vq
 
 
-def read_start(args: Flags, config: GPTConfig, mapping: Mapping) -> GPTFile | None:
+def check_tokens(args: Flags, file: GPTFile, mapping: Mapping) -> None:
+    """Raises ValueError if a GPT was trained on other tokens than those of this run; unknown ones are a warning."""
+    is_reordered = "mapping_sha256" in file.settings
+    if args.init_from_original and is_reordered:
+        raise ValueError(f"--init-from-original: expected a GPT over codes in their original order, found {file.path}, "
+                         "which was trained on tokens; leave the flag out")
+    if is_reordered:
+        check_recorded("--mapping-path", mapping.hashes["mapping_sha256"], file.settings["mapping_sha256"], file.path)
+    elif not args.init_from_original:
+        LOGGER.warning("%s: carries no hashes, so it cannot be checked that it was trained on the tokens of %s; a GPT "
+                       "over codes in their original order needs --init-from-original", file.path, mapping.path)
+
+
+def check_start(args: Flags, file: GPTFile, num_steps: int) -> None:
+    """Raises ValueError unless this run can go on from a checkpoint."""
+    steps = file.payload.get("steps")
+    if not isinstance(steps, int) or not 0 <= steps < num_steps:
+        raise ValueError(f"{file.path}: expected a checkpoint of fewer than the run's {num_steps} steps, found "
+                         f"{steps}; lengthen the run, or start from the weights alone: --weights-only")
+    if args.ema and "ema" not in file.payload:
+        raise ValueError(f"{file.path}: expected an average of the weights for --ema, found none; start without --ema, "
+                         "or from the weights alone: --weights-only")
+    if args.mixed_precision == "fp16" and not file.payload.get("scaler"):
+        raise ValueError(f"{file.path}: expected the loss scale of a run in fp16, found none; start from the weights "
+                         "alone: --weights-only")
+
+
+def read_start(args: Flags, path: Path | None, config: GPTConfig, mapping: Mapping, num_steps: int) -> GPTFile | None:
     """Returns what --gpt-ckpt names: a checkpoint to go on from, or weights alone to start from; None for nothing."""
-    if not args.gpt_ckpt:
+    if path is None:
         return None
-    file = read_gpt(args.gpt_ckpt)
-    if args.init_from_original:
-        state = move_rows_to_tokens(file.state, mapping.tokens, file.path)
-        file = dataclasses.replace(file, state=state, payload={"model": state})
+    file = read_gpt(path)
+    check_tokens(args, file, mapping)
+    payload = {}
+    if "optimizer" in file.payload and not (args.weights_only or args.init_from_original):
+        check_start(args, file, num_steps)
+        moments = name_moments(file.payload["optimizer"], file.state, file.path)
+        payload = file.payload | {"model": file.state, "optimizer": moments}
+    state = move_rows_to_tokens(file.state, mapping.tokens, file.path) if args.init_from_original else file.state
     with torch.device("meta"):
-        load_strictly(GPT(config), file.state, file.path, describe_gpt(file.state))
-    return file
+        load_strictly(GPT(config), state, file.path, describe_gpt(state))
+    return dataclasses.replace(file, state=state, payload=payload)
 
 
 def describe(args: Flags, data: TrainingData) -> dict:
@@ -223,7 +273,7 @@ def build_trainer(args: Flags, config: GPTConfig, start: GPTFile | None, data: T
     seed_everything(args.global_seed, 1 + session.rank)          # dropout differs between processes
     draw = None
     if vq is not None:
-        draw = functools.partial(save_samples, config=config, vq=vq.to(device), seed=args.global_seed,
+        draw = functools.partial(save_samples, config=config, vq=vq, device=device, seed=args.global_seed,
                                  class_names=data.store.manifest["class_names"])
     return GPTTrainer(wrapped, optimizer, session, args.mixed_precision, args.gradient_accumulation_steps,
                       data.val_batches, draw)
@@ -234,16 +284,15 @@ def save_first_rows(path: Path, data: TrainingData, vq: VQModel, num_classes: in
     """Saves what the first rows of the training data look like when their tokens are decoded."""
     tokens, labels = data.batches[0, range(min(NUM_SHOWN, data.batches.batch_size))]
     names = [*(data.store.manifest["class_names"] or [f"class {label}" for label in range(num_classes)]), "no label"]
-    pictures = to_uint8(vq.decode_codes(tokens.to(vq.quantize.embedding.weight.device), data.store.grid)).cpu()
+    pictures = to_uint8(vq.decode_codes(tokens, data.store.grid))
     save_grid(path, pictures, columns=4, captions=[names[label] for label in labels])
 
 
-def save_samples(path: Path, weights: dict[str, Tensor], config: GPTConfig, vq: VQModel, seed: int,
-                 class_names: list[str] | None) -> None:
+def save_samples(path: Path, weights: dict[str, Tensor], *, config: GPTConfig, vq: VQModel, device: torch.device,
+                 seed: int, class_names: list[str] | None) -> None:
     """Saves a few pictures drawn with given weights."""
-    device = vq.quantize.embedding.weight.device
     gpt = build_gpt(GPTFile(path, weights, {"grid": config.grid}, {}), config).to(device)
-    pipeline = Pipeline(gpt, vq, Sampler(cfg_scale=SHOWN_GUIDANCE), image_size=config.grid * vq.downsampling,
+    pipeline = Pipeline(gpt, vq.to(device), Sampler(cfg_scale=SHOWN_GUIDANCE), image_size=config.grid * vq.downsampling,
                         antialias=False, tile=NUM_SAMPLED, class_names=class_names, hashes={})
     labels, uniforms = random_numbers(seed, range(NUM_SAMPLED), config.num_classes, config.num_tokens)
     save_grid(path, pipeline.draw(labels, uniforms), columns=4, captions=pipeline.label_names(labels))
@@ -251,6 +300,7 @@ def save_samples(path: Path, weights: dict[str, Tensor], config: GPTConfig, vq: 
 
 def main(args: Flags, session: Session) -> None:
     open_logger(session)
+    start_path = on_main(session, find_checkpoint, args.gpt_ckpt) if args.gpt_ckpt else None
     with checks(session):
         check_flags(args, session)
         data = open_data(args, session)
@@ -258,13 +308,17 @@ def main(args: Flags, session: Session) -> None:
         config = gpt_config(args.gpt_model, grid=data.store.grid, vocab_size=args.vocab_size,
                             num_classes=args.num_classes, dropout=args.dropout_p, token_dropout=args.token_dropout_p,
                             drop_path=args.drop_path_rate)
-        start = read_start(args, config, data.mapping)
-        name = f"{args.gpt_model}-lambda={args.lambda_cce:g}-cluster_size={args.cluster_size}"
+        settings = RunSettings(**args.pick(RunSettings))
+        num_steps = settings.num_steps(data.batches)
+        start = read_start(args, start_path, config, data.mapping, num_steps)
         identity = args.identity() | data.identity()
+        if start and not start.payload:             # a checkpoint to go on from may grow meanwhile
+            identity["start_sha256"] = weights_sha256(start.state)
+        name = f"{args.gpt_model}-lambda={args.lambda_cce:g}-cluster_size={args.cluster_size}"
         folder = find_run_folder(args.results_dir, name, identity, args.defaults(), args.new_run)
-    settings = RunSettings(**args.pick(RunSettings))
-    num_steps = settings.num_steps(data.batches)
-    if folder.is_finished(num_steps):
+        is_finished = folder.is_finished(num_steps)
+        session.hold(folder.path)
+    if is_finished:
         LOGGER.info("%s is finished: %s", folder.path, folder.result)
         return
 
@@ -273,6 +327,8 @@ def main(args: Flags, session: Session) -> None:
     speed = Speedometer(session.device, session.world_size, config.num_tokens, config.flops_per_token(num_parameters))
     training = TrainingRun(folder, trainer, data.batches, settings, session, record=describe(args, data), speed=speed,
                            curves=trainer.meter.names, result=RESULT, draw_every=args.validation_step)
+    with checks(session):
+        training.verify_data(functools.partial(verify_codes, args.code_path))
     training.resume(args.plain() | identity, start)
     if session.is_main and vq:
         save_first_rows(folder.path / "data.png", data, vq, args.num_classes)
