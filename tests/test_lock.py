@@ -51,6 +51,14 @@ def test_the_lock_of_a_dead_holder_is_taken_over_at_once(tmp_path, holder):
     assert time.monotonic() - started < 5 and not list(tmp_path.iterdir())
 
 
+def test_whoever_holds_a_file_removes_what_a_kill_left_of_it(tmp_path):
+    for name in ("samples-cfg-2.0.npz", "samples-cfg-2.0.png", "samples-cfg-2.5.npz"):
+        (tmp_path / f".{name}.host.12.tmp").touch()
+    with hold(tmp_path / "samples-cfg-2.0.npz"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == [".samples-cfg-2.5.npz.host.12.tmp"]
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", "\x00"])
 def test_a_damaged_lock_is_nobodys(tmp_path, content):
     lock_of(tmp_path / "run").write_text(content)

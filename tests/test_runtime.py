@@ -130,6 +130,13 @@ def test_a_new_run_names_the_nearest_other_one_and_what_differs(tmp_path, caplog
     assert "002-x: a new run; " in caplog.text and "000-x is another one, by lr\n" in caplog.text
 
 
+def test_a_folder_whose_start_was_killed_before_its_config_is_begun_again(tmp_path):
+    (tmp_path / "000-x").mkdir()
+    assert find_run_folder(tmp_path, "x", {"lr": 1}, {}).path.name == "000-x"
+    (tmp_path / "000-x" / "checkpoints").mkdir()                 # somebody's, whoever removed its config
+    assert find_run_folder(tmp_path, "x", {"lr": 1}, {}).path.name == "001-x"
+
+
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
 def test_half_of_a_launchers_environment_is_refused(monkeypatch, name):
     monkeypatch.setenv(name, "0")

@@ -55,10 +55,10 @@ class RunFolder:
 
     def start(self, config: dict[str, Any]) -> None:
         """Creates the folder if it is new and records `config` in it (rank 0 alone calls this, which holds it)."""
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / "config.json", config)           # first: it says whose folder this is
+        self.checkpoints.mkdir(exist_ok=True)
         for unfinished in self.path.rglob(".*.tmp"):            # of a start that was killed
             unfinished.unlink()
-        write_json(self.path / "config.json", config)
 
     def is_finished(self, num_steps: int) -> bool:
         """Says whether the run came to its end after at least `num_steps` steps."""
@@ -90,9 +90,15 @@ def find_run_folder(results_dir: str | Path, name: str, identity: dict[str, Any]
     numbered = [(int(match.group(1)), path) for path in Path(results_dir).iterdir()
                 if (match := re.match(r"(\d{3,})-", path.name))]
     expected = json.loads(json.dumps(identity))                 # as a file gives it back
-    nearest = None
+    nearest = begun = None
     for _, path in sorted(numbered, reverse=True):
-        if new_run or path.name.split("-", 1)[1] != name or not (path / "config.json").is_file():
+        if path.name.split("-", 1)[1] != name:
+            continue
+        if not (path / "config.json").is_file():
+            if not (path / "checkpoints").exists():             # a start was killed before it said what it is
+                begun = RunFolder(path)
+            continue
+        if new_run:
             continue
         found = json.loads(json.dumps(defaults)) | read_json(path / "config.json")
         differing = [key for key, value in expected.items() if found.get(key) != value]
@@ -100,6 +106,8 @@ def find_run_folder(results_dir: str | Path, name: str, identity: dict[str, Any]
             return RunFolder(path)
         if nearest is None or len(differing) < len(nearest[1]):
             nearest = (path, differing)
+    if begun:
+        return begun
     index = max((index for index, _ in numbered), default=-1) + 1
     folder = RunFolder(Path(results_dir) / f"{index:03d}-{name}")
     if nearest:

@@ -7,6 +7,7 @@ file every few seconds; a file that nobody touches for a minute is nobody's.
 
 import contextlib
 import datetime
+import glob
 import json
 import os
 import socket
@@ -27,6 +28,8 @@ POLL_SECONDS = 1
 def hold(target: str | Path) -> Iterator[None]:
     """Holds `target`, a file or folder that need not exist yet, during the block (one process of a session does).
 
+    What a start that was killed has left of it, `.{name}.*.tmp` beside it, is removed.
+
     Raises:
         ValueError: somebody else holds it; the message says who, and since when.
     """
@@ -35,6 +38,8 @@ def hold(target: str | Path) -> Iterator[None]:
     own = describe_process() | {"since": datetime.datetime.now().isoformat(" ", "seconds")}
     while not _create(path, own):
         _remove_if_dead(path, target)
+    for unfinished in path.parent.glob(f".{glob.escape(Path(target).stem)}.*.tmp"):     # of a start that was killed
+        unfinished.unlink(missing_ok=True)
     stop = threading.Event()
     beat = threading.Thread(target=_beat, args=(path, stop), daemon=True)
     beat.start()
