@@ -1,6 +1,7 @@
 """The code store: what is written is what is read, and unfinished or foreign stores are refused."""
 
 import errno
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -9,10 +10,21 @@ import numpy as np
 import pytest
 import torch
 
+from autoregressive.data import code_writer
+from autoregressive.data import codes as codes_module
 from autoregressive.data.batches import TokenBatches
 from autoregressive.data.code_writer import CodeWriter
-from autoregressive.data.codes import code_dtype, open_codes, read_mapping, verify_checksums
+from autoregressive.data.codes import (
+    CodeStore,
+    CombinedCodes,
+    code_dtype,
+    open_codes,
+    read_mapping,
+    verify_checksums,
+)
+from autoregressive.runtime.distributed import keyed_random
 from autoregressive.runtime.files import mapping_sha256, write_json
+from autoregressive.runtime.log import LOGGER
 
 MANIFEST = {"dataset": "test", "num_images": 7, "num_crops": 2, "num_tokens": 9, "grid": 3, "codebook_size": 24,
             "crops": ["centre", "centre, mirrored"], "class_names": ["a", "b", "c"], "images_sha256": "1" * 64,
@@ -123,6 +135,61 @@ def test_one_changed_byte_breaks_a_checksum(store, name, words):
         verify_checksums(open_codes(store.path))
 
 
+def checksum(array):
+    return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
+
+
+@pytest.mark.parametrize("written_by", ["now", "before"])
+@pytest.mark.parametrize("block_rows", [4, 7])
+def test_checksum_of_labels_covers_all_of_them_and_that_of_older_stores_holds(tmp_path, monkeypatch, written_by,
+                                                                              block_rows):
+    for module in (codes_module, code_writer):
+        monkeypatch.setattr(module, "CHECKSUM_ROWS", block_rows)
+    path = tmp_path / "codes"
+    fill(path)[0].finish(0)
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert manifest["labels_sha256"] == checksum(LABELS)
+    if written_by == "before":                                   # by a commit that covered the first block alone
+        write_json(path / "manifest.json", manifest | {"labels_sha256": checksum(LABELS[:block_rows])})
+    verify_checksums(open_codes(path))
+    content = bytearray((path / "labels.npy").read_bytes())
+    content[-8] ^= 1                                             # the last label
+    (path / "labels.npy").write_bytes(content)
+    if written_by == "before" and block_rows < 7:
+        verify_checksums(open_codes(path))                       # its checksum does not tell
+        return
+    with pytest.raises(ValueError, match="expected the labels as they were written"):
+        verify_checksums(open_codes(path))
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    (b"", "expected JSON"), (b"[]", "expected a JSON object, found a list"), (b'{"a": "\xff"}', "expected JSON"),
+    ({"complete": None}, "expected complete of another kind"), ({"num_images": "7"}, "expected num_images of"),
+    ({"grid": None}, "expected grid of"), ({"class_names": {}}, "expected class_names of"),
+    ({"failed": None}, "expected failed of"), ({"failed": [3]}, "expected a row of every image in failed"),
+    ({"tokenizer_sha256": 3}, "expected tokenizer_sha256 of"), ({"codes_sha256": None}, "expected codes_sha256 of"),
+    ({"num_tokens": 10}, "found 10 tokens for a grid of 3 x 3"), ({"grid": 0, "num_tokens": 0}, "a grid of 0 x 0"),
+    ({"codes_sha256": []}, "expected 1 checksums of the codes, found 0"),
+])
+def test_manifest_that_lacks_something_is_refused_by_its_name_and_replaced_by_overwrite(store, content, words):
+    path = Path(store.path) / "manifest.json"
+    if isinstance(content, dict):
+        content = json.dumps(json.loads(path.read_text()) | content).encode()
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=words) as refused:
+        verify_checksums(open_codes(store.path))
+    assert str(path) in str(refused.value) or "grid" in words
+    writer = CodeWriter(store.path, MANIFEST)
+    writer.create(LABELS, overwrite=True)
+    assert not writer.is_complete and writer.rows.num_done == 0
+
+
+def test_codes_that_are_no_integers_are_refused(store):
+    np.save(Path(store.path) / "codes.npy", np.zeros((7, 2, 9), np.float32))
+    with pytest.raises(ValueError, match="codes.npy: expected an array of integers, found float32"):
+        open_codes(store.path)
+
+
 @pytest.mark.parametrize("name", ["codes.npy", "labels.npy"])
 def test_file_that_was_cut_off_is_a_clear_error(store, name):
     content = (Path(store.path) / name).read_bytes()
@@ -171,7 +238,9 @@ def test_several_stores_of_the_same_images_add_their_crops_and_leave_out_what_fa
 
 @pytest.mark.parametrize("change, labels, words", [
     ({"num_images": 6}, LABELS[:6], "expected a store with num_images 7"),
-    ({"grid": 9}, LABELS, "expected a store with grid 3"), ({}, LABELS[::-1], "expected the labels of")])
+    ({"image_size": 24}, LABELS, "expected a store with image_size 12"),
+    ({"grid": 9}, LABELS, "expected the tokens of a square grid, found 9 tokens for a grid of 9 x 9"),
+    ({}, LABELS[::-1], "expected the labels of")])
 def test_stores_of_other_images_are_not_combined(tmp_path, store, change, labels, words):
     writer = CodeWriter(tmp_path / "other", MANIFEST | change)
     writer.create(labels)
@@ -188,8 +257,16 @@ def write_older(folder, codes, labels):
             np.save(folder / f"imagenet48_{kind}" / f"{row}.npy", array[None])
 
 
+@pytest.fixture
+def warnings(monkeypatch):
+    """Returns the list of warnings that are logged from now on."""
+    logged = []
+    monkeypatch.setattr(LOGGER, "warning", lambda text, *values: logged.append(text % values))
+    return logged
+
+
 @pytest.mark.parametrize("padding", [0, 3])
-def test_older_layout_is_read_without_the_images_that_filled_its_last_round(tmp_path, padding):
+def test_older_layout_is_read_without_the_images_that_filled_its_last_round_and_says_so(tmp_path, warnings, padding):
     codes = np.random.default_rng(0).integers(24, size=(11, 2, 9))
     labels = np.arange(11) % 3
     rows = [*range(11), *range(padding)]
@@ -200,6 +277,46 @@ def test_older_layout_is_read_without_the_images_that_filled_its_last_round(tmp_
     assert np.array_equal(store.codes[chosen, crops], codes[chosen, crops])
     tokens, _ = TokenBatches(store, np.arange(24), 4, 0, 3, 0.0)[0, range(4)]
     assert tokens.shape == (4, 9)
+    assert [warning.split(": ")[1].split(",")[0] for warning in warnings] == (
+        ["left out the last 3 of 14 files"] if padding else [])
+
+
+@pytest.mark.parametrize(("rows", "lengths"), [
+    ([0, 0, 0, 0], "1 or 2 or 3"), ([0, 1, 0, 1, 0], "1 or 3"), ([0, 1, 0, 2, 0, 1, 0], "1 or 3")])
+def test_older_layout_of_data_that_repeat_themselves_is_read_whole_with_a_warning(tmp_path, warnings, rows, lengths):
+    codes = np.random.default_rng(0).integers(24, size=(3, 2, 9))
+    write_older(tmp_path / "old", codes[rows], np.zeros(len(rows), np.int64))
+    store = open_codes(tmp_path / "old")
+    assert store.rows.tolist() == list(range(len(rows))) and np.array_equal(store.codes[store.rows, 0], codes[rows, 0])
+    assert len(warnings) == 1 and f"the last files repeat the first ones, {lengths} of them" in warnings[0]
+
+
+@pytest.mark.parametrize(("kind", "row", "content", "words"), [
+    ("labels", 2, b"", "expected an array, No data left in file"), ("labels", 2, -4, "expected an array"),
+    ("labels", 2, np.arange(2), r"expected one label, found shape \(2,\)"),
+    ("labels", 2, np.zeros(1), "expected an array of integers, found float64"),
+    ("codes", 2, -4, "expected 272 bytes as in 0.npy, found 268"),
+    ("codes", 2, np.zeros((1, 3, 9), np.int64), "expected 272 bytes as in 0.npy, found 344"),
+    ("codes", 0, np.zeros((1, 2, 9), np.float32), "expected an array of integers, found float32"),
+    ("codes", 3, np.zeros((1, 2, 9)), "expected an array of integers, found float64"),
+    ("codes", 3, np.zeros((1, 9, 2), np.int64), r"expected shape \(1, 2, 9\) as in 0.npy, found \(1, 9, 2\)"),
+    ("codes", 0, np.zeros((2, 9), np.int64), r"expected codes \(1, crops, T\), found \(2, 9\)"),
+])
+def test_damaged_file_of_the_older_layout_is_refused_by_name(tmp_path, kind, row, content, words):
+    write_older(tmp_path, np.random.default_rng(0).integers(24, size=(4, 2, 9)), np.arange(4))
+    path = tmp_path / f"imagenet48_{kind}" / f"{row}.npy"
+    if isinstance(content, np.ndarray):
+        np.save(path, content)
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else path.read_bytes()[:content])
+    with pytest.raises(ValueError, match=f"{kind}/{row}.npy: {words}"):
+        open_codes(tmp_path)
+
+
+def test_older_layout_whose_tokens_are_no_square_is_refused(tmp_path):
+    write_older(tmp_path, np.random.default_rng(0).integers(24, size=(4, 2, 10)), np.arange(4))
+    with pytest.raises(ValueError, match="found 10 tokens for a grid of 3 x 3"):
+        open_codes(tmp_path)
 
 
 def test_older_layout_with_gaps_or_without_labels_is_refused(tmp_path):
@@ -223,6 +340,24 @@ def test_epoch_visits_every_image_once_with_its_own_label_and_one_of_its_crops(s
             assert store.labels[image] == label
             seen.append(image)
     assert len(set(seen)) == 6
+
+
+def test_crops_of_one_store_are_drawn_as_ever(store):
+    batches = TokenBatches(store, np.arange(24), 7, seed=5, num_classes=3, label_dropout=0.0)
+    for epoch in range(3):
+        crops = keyed_random(5, epoch, 1).integers(2, size=7)
+        rows = batches.rows(epoch)
+        assert np.array_equal(batches[epoch, range(7)][0], store.codes[rows, crops[rows]])
+
+
+@pytest.mark.parametrize("sizes", [(2, 2), (1, 3), (2, 4), (2, 3, 1)])
+def test_stores_are_drawn_equally_often_whatever_their_crops_and_their_crops_equally_often(sizes):
+    codes = CombinedCodes([np.zeros((5, size, 4), np.uint16) for size in sizes])
+    crops = CodeStore("", {}, codes, np.zeros(5), np.arange(5)).crops_to_draw
+    shares = np.bincount(crops) / len(crops)
+    assert shares == pytest.approx([1 / len(sizes) / size for size in sizes for _ in range(size)])
+    if len(set(sizes)) == 1:
+        assert np.array_equal(crops, np.arange(sum(sizes)))      # the draws that there were before
 
 
 def test_parts_of_processes_make_up_the_batch_of_one_process(store):
@@ -266,11 +401,36 @@ def test_mapping_comes_with_its_hashes(tmp_path):
 
 @pytest.mark.parametrize("content, message", [
     (torch.arange(23), "expected a mapping of 24 codes, got shape"),
-    (torch.zeros(24).long(), "expected a permutation"), ({"a": 1}, "expected a mapping of 24 codes")])
+    (torch.zeros(24).long(), "expected a permutation"), ({"a": 1}, "expected a mapping of 24 codes"),
+    ([1, 2], "expected a mapping of 24 codes"), (torch.arange(24).float(), "a dense one of torch.float32"),
+    (torch.arange(24).bfloat16(), "a dense one of torch.bfloat16"),
+    (torch.arange(24) > 3, "a dense one of torch.bool"), (torch.arange(24).to_sparse(), "a sparse one of torch.int64")])
 def test_other_mappings_are_refused(tmp_path, content, message):
     torch.save(content, tmp_path / "mapping.pt")
     with pytest.raises(ValueError, match=message):
         read_mapping(tmp_path / "mapping.pt", 24)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_mapping_of_other_integers_is_the_same_mapping(tmp_path, dtype):
+    permutation = torch.randperm(24)
+    torch.save(permutation.to(dtype), tmp_path / "mapping.pt")
+    mapping = read_mapping(tmp_path / "mapping.pt", 24)
+    assert mapping.tokens.dtype == np.int64 and mapping.tokens.tolist() == permutation.tolist()
+    assert mapping.hashes["mapping_sha256"] == mapping_sha256(permutation)
+
+
+@pytest.mark.parametrize("content", [b"[]", b"", b"\xff", b"{}", b'{"mapping_sha256": 3}'])
+def test_side_file_that_is_none_is_refused_by_name(tmp_path, content):
+    torch.save(torch.arange(24), tmp_path / "mapping.pt")
+    (tmp_path / "mapping.pt.json").write_bytes(content)
+    with pytest.raises(ValueError, match="mapping.pt.json: expected"):
+        read_mapping(tmp_path / "mapping.pt", 24)
+
+
+def test_mapping_of_one_code_is_a_mapping(tmp_path):
+    torch.save(torch.zeros(1).long(), tmp_path / "mapping.pt")
+    assert read_mapping(tmp_path / "mapping.pt", 1).tokens.tolist() == [0]
 
 
 def test_mapping_that_is_not_what_its_side_file_says_is_refused(tmp_path):

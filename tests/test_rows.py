@@ -7,6 +7,7 @@ import pytest
 
 from autoregressive.data.code_writer import CodeWriter
 from autoregressive.data.codes import open_codes
+from autoregressive.runtime import files
 from autoregressive.runtime import rows as rows_module
 from autoregressive.runtime.files import read_json
 from autoregressive.runtime.rows import FAILED, RowWriter
@@ -177,6 +178,56 @@ def test_rows_killed_before_their_status_are_still_to_do(tmp_path, monkeypatch, 
 
 
 MANIFEST = {"num_images": 5, "num_crops": 2, "num_tokens": 4, "codebook_size": 24}
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+@pytest.mark.parametrize("count", range(3))
+def test_store_killed_while_its_manifest_is_written_is_laid_out_by_the_same_command(tmp_path, monkeypatch, is_old,
+                                                                                    count):
+    path = tmp_path / "codes"
+    if is_old:
+        old = CodeWriter(path, MANIFEST | {"num_tokens": 9})
+        old.create(np.arange(5))
+        old.write(range(5), np.ones((5, 2, 9)), {})
+        old.finish(0)
+        (path / "check.png").touch()                             # where check_codes.py puts it
+    writer = CodeWriter(path, MANIFEST)
+    killed_at(monkeypatch, files.os, "replace", count)
+    monkeypatch.setattr(files.Path, "unlink", unlink_if_not_killed(path))
+    with pytest.raises(Killed):
+        writer.create(np.arange(5), overwrite=is_old)
+        raise Killed                                             # it came later than the last replacement
+    monkeypatch.undo()
+    writer.create(np.arange(5), overwrite=is_old)
+    assert writer.rows.num_done == 0 and writer.rows.array("codes").shape == (5, 2, 4)
+    writer.write(range(5), np.ones((5, 2, 4)), {})
+    writer.finish(0)
+    assert names(path) == [*(["check.png"] if is_old else []), "codes.npy", "labels.npy", "manifest.json"]
+
+
+def unlink_if_not_killed(path):
+    """A kill leaves its temporary file, which an exception would remove."""
+    original = Path.unlink
+
+    def unlink(self, missing_ok=False):
+        if self.parent != path or not self.name.startswith(".manifest.json."):
+            original(self, missing_ok)
+
+    return unlink
+
+
+def test_store_killed_after_it_was_finished_is_cleaned_by_the_next_start(tmp_path):
+    writer = CodeWriter(tmp_path / "codes", MANIFEST)
+    writer.create(np.arange(5))
+    writer.write(range(5), np.ones((5, 2, 4)), {1: ("a.jpg", "broken")})
+    status = (writer.path / "status.npy").read_bytes()
+    writer.finish(1)
+    (writer.path / "status.npy").write_bytes(status)
+    (writer.path / "failures").mkdir()
+    (writer.path / "failures" / ".000000001.json.host.7.tmp").touch()
+    (writer.path / ".manifest.json.host.7.tmp").touch()
+    writer.create(np.arange(5))
+    assert names(writer.path) == ["codes.npy", "labels.npy", "manifest.json"] and writer.is_complete
 
 
 @pytest.mark.parametrize("finished", [True, False])

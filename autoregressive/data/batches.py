@@ -38,8 +38,9 @@ def split_store(store: CodeStore, share: float, seed: int) -> tuple[CodeStore, C
 class TokenBatches(Dataset):
     """Turns a code store and a mapping into batches of tokens and labels.
 
-    An epoch visits every image once, in an order of its own, and draws one of its stored crops uniformly; the last
-    incomplete batch is dropped. Labels become the null label with probability `label_dropout`.
+    An epoch visits every image once, in an order of its own, and draws one of its stored crops: of several stores
+    combined first the store, then the crop. The last incomplete batch is dropped. Labels become the null label with
+    probability `label_dropout`.
 
     Attributes:
         store: CodeStore.
@@ -91,7 +92,8 @@ class TokenBatches(Dataset):
         epoch, chosen = self.order.rows(*key)
         if epoch != self._epoch:
             count = len(self.store.rows)
-            self._crops = keyed_random(self.seed, epoch, CROP).integers(self.store.codes.shape[1], size=count)
+            crops = self.store.crops_to_draw
+            self._crops = crops[keyed_random(self.seed, epoch, CROP).integers(len(crops), size=count)]
             self._drops = keyed_random(self.seed, epoch, LABEL_DROPOUT).random(count) < self.label_dropout
             self._epoch = epoch
         rows = self.store.rows[chosen]

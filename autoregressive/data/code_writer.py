@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from autoregressive.data.codes import CHECKSUM_ROWS, checksum_of_rows, code_dtype
+from autoregressive.data.codes import CHECKSUM_ROWS, checksum_of_labels, checksum_of_rows, code_dtype
 from autoregressive.runtime.files import read_json, write_json
 from autoregressive.runtime.identity import find_difference
 from autoregressive.runtime.rows import FAILED, TO_DO, WRITTEN, RowWriter
@@ -45,16 +45,22 @@ class CodeWriter:
         Raises:
             ValueError: another store, or something else, lies there, or the disk is too small.
         """
-        if (self._record).is_file():
-            found = read_json(self._record)
+        is_store = self._record.is_file()
+        for unfinished in self.path.glob(".*.tmp" if is_store else f".{self._record.name}.*.tmp"):
+            unfinished.unlink()                     # left by a kill
+        if is_store:
+            found = self._read_record(overwrite)
             difference = find_difference(self.manifest, found, self.manifest)
             if overwrite and (difference or found["complete"]):
                 shutil.rmtree(self.path / "failures", ignore_errors=True)
-                self.rows.remove()                  # the manifest last: until then the next start finds a store here
+                self.rows.clear()
+                # In place of the old manifest: there is always one, by which the next start finds a store here.
+                write_json(self._record, self.manifest | {"complete": False})
             elif difference:
                 raise ValueError(f"{self.path}: expected a store with {difference}; choose another --code-path, or "
                                  "replace it with --overwrite")
             elif found["complete"]:
+                self._remove_scaffolding()
                 return
         elif self.path.is_dir() and any(self.path.iterdir()):
             raise ValueError(f"{self.path}: expected a new or empty folder, or a store; found other files")
@@ -64,9 +70,18 @@ class CodeWriter:
         self.rows.write(range(len(labels)), labels=labels, status=status)
         shutil.rmtree(self.path / "failures", ignore_errors=True)
 
+    def _read_record(self, overwrite: bool) -> dict[str, Any]:
+        """Returns the manifest that lies there; a damaged one that is to be replaced is that of no extraction."""
+        try:
+            return read_json(self._record, {"complete": bool})
+        except ValueError:
+            if not overwrite:
+                raise
+            return {"complete": False}
+
     @property
     def is_complete(self) -> bool:
-        return read_json(self._record)["complete"]
+        return read_json(self._record, {"complete": bool})["complete"]
 
     def write(self, rows: range, codes: np.ndarray, failures: dict[int, tuple[str, str]]) -> None:
         """Writes consecutive rows: failures first, then codes, then the status that makes them count.
@@ -107,9 +122,13 @@ class CodeWriter:
             codes = self.rows.array("codes")
             checksums = [checksum_of_rows(codes, first, bar) for first in range(0, len(codes), CHECKSUM_ROWS)]
             manifest |= {"checksum_rows": CHECKSUM_ROWS, "codes_sha256": checksums,
-                         "labels_sha256": checksum_of_rows(self.rows.array("labels"), 0)}
+                         "labels_sha256": checksum_of_labels(self.rows.array("labels"))}
         write_json(self._record, manifest)
         if complete:
-            (self.path / "status.npy").unlink()
-            shutil.rmtree(self.path / "failures", ignore_errors=True)
+            self._remove_scaffolding()
         return failed
+
+    def _remove_scaffolding(self) -> None:
+        """Removes from a finished store what was needed to write it."""
+        (self.path / "status.npy").unlink(missing_ok=True)
+        shutil.rmtree(self.path / "failures", ignore_errors=True)

@@ -11,12 +11,15 @@ Letters: N images, T tokens, V codes, K clusters, S codes per cluster.
 """
 
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from autoregressive.data.arrays import read_integers
 from autoregressive.data.older_codes import open_older_codes
 from autoregressive.runtime.checkpoint import read_checkpoint
 from autoregressive.runtime.entry import Parser
@@ -26,6 +29,11 @@ from autoregressive.runtime.identity import find_difference
 CHECKSUM_ROWS = 65536                               # rows of the codes that one checksum covers
 SAME_IN_COMBINED = ("num_images", "num_tokens", "dataset", "class_names", "images_sha256", "image_size", "grid",
                     "codebook_size", "codebook_sha256", "tokenizer_sha256")
+KINDS = {"num_images": int, "num_crops": int, "num_tokens": int, "grid": int, "image_size": int, "codebook_size": int,
+         "dataset": str, "crops": list, "class_names": list, "failed": list, "images_sha256": str,
+         "codebook_sha256": str, "tokenizer_sha256": str, "codes_sha256": list, "labels_sha256": str}
+DAMAGED = "the store is damaged, extract it again with --overwrite"
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
 def code_dtype(codebook_size: int) -> type:
@@ -51,6 +59,11 @@ def checksum_of_rows(array: np.ndarray, first: int, bar: Any = None) -> str:
     return digest.hexdigest()
 
 
+def checksum_of_labels(labels: np.ndarray) -> str:
+    """Returns the SHA-256 of the bytes of all labels (N,)."""
+    return hashlib.sha256(np.ascontiguousarray(labels)).hexdigest()
+
+
 @dataclass(frozen=True)
 class CodeStore:
     """One or several finished stores, memory-mapped.
@@ -72,6 +85,15 @@ class CodeStore:
     @property
     def grid(self) -> int:
         return self.manifest["grid"]
+
+    @property
+    def crops_to_draw(self) -> np.ndarray:
+        """Crops (n,) that are equally likely in training: each of several stores comes as often as the others."""
+        is_combined = isinstance(self.codes, CombinedCodes)
+        counts = self.codes.num_crops if is_combined else [self.codes.shape[1]]
+        per_store = math.lcm(*counts)
+        repeats = np.repeat([per_store // count for count in counts], counts)
+        return np.repeat(np.arange(sum(counts)), repeats)
 
 
 def open_codes(*paths: str | Path) -> CodeStore:
@@ -107,9 +129,14 @@ def open_codes(*paths: str | Path) -> CodeStore:
 
 
 class CombinedCodes:
-    """Codes of several stores of the same images, one after the other along the crops."""
+    """Codes of several stores of the same images, one after the other along the crops.
+
+    Attributes:
+        num_crops: crops of every store.
+    """
 
     def __init__(self, parts: list[Any]):
+        self.num_crops = [part.shape[1] for part in parts]
         self._crops = [(part, crop) for part in parts for crop in range(part.shape[1])]
         self.shape = (parts[0].shape[0], len(self._crops), parts[0].shape[2])
 
@@ -127,34 +154,40 @@ def _open_one(path):
     if not (path / "manifest.json").is_file():
         if older := open_older_codes(path):
             codes, labels = older
+            num_tokens = codes.shape[2]
             manifest = dict.fromkeys(SAME_IN_COMBINED) | {
-                "num_images": len(labels), "num_crops": codes.shape[1], "num_tokens": codes.shape[2],
-                "grid": round(codes.shape[2] ** 0.5), "crops": None, "failed": []}
+                "num_images": len(labels), "num_crops": codes.shape[1], "num_tokens": num_tokens,
+                "grid": math.isqrt(num_tokens), "crops": None, "failed": []}
+            _check_grid(manifest, path)
             return CodeStore(str(path), manifest, codes, labels, np.arange(len(labels)))
         raise ValueError(f"{path}: expected a code store with a manifest.json, found "
                          f"{'none in this folder' if path.is_dir() else 'no such folder'}; "
                          "make one with autoregressive/train/extract_codes_c2i.py")
-    manifest = read_json(path / "manifest.json")
-    if not manifest.get("complete"):
+    if not read_json(path / "manifest.json", {"complete": bool})["complete"]:
         raise ValueError(f"{path}: expected a finished code store, found an unfinished one; "
                          "run the same extraction command again, it continues")
-    codes, labels = _map(path / "codes.npy"), _map(path / "labels.npy")
+    manifest = read_json(path / "manifest.json", KINDS)
+    _check_grid(manifest, path)
+    codes = read_integers(path / "codes.npy", DAMAGED, mapped=True)
+    labels = read_integers(path / "labels.npy", DAMAGED, mapped=True)
     shape = (manifest["num_images"], manifest["num_crops"], manifest["num_tokens"])
     if codes.shape != shape or labels.shape != shape[:1]:
         raise ValueError(f"{path}: expected codes {shape} and as many labels, found {codes.shape} and {labels.shape}; "
-                         "the store is damaged, extract it again with --overwrite")
-    rows = np.setdiff1d(np.arange(len(labels)), [failure["row"] for failure in manifest["failed"]])
+                         f"{DAMAGED}")
+    failed = [failure.get("row") if isinstance(failure, dict) else None for failure in manifest["failed"]]
+    if not all(isinstance(row, int) for row in failed):
+        raise ValueError(f"{path / 'manifest.json'}: expected a row of every image in failed, found others; {DAMAGED}")
+    rows = np.setdiff1d(np.arange(len(labels)), failed)
     if not len(rows):
         raise ValueError(f"{path}: expected at least one image, found none that could be read")
     return CodeStore(str(path), manifest, codes, labels, rows)
 
 
-def _map(path):
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{path}: expected an array, {error}; the store is damaged, extract it again with "
-                         "--overwrite") from error
+def _check_grid(manifest: dict[str, Any], path: Path) -> None:
+    grid = manifest["grid"]
+    if grid < 1 or manifest["num_tokens"] != grid * grid:
+        raise ValueError(f"{path}: expected the tokens of a square grid, found {manifest['num_tokens']} tokens for a "
+                         f"grid of {grid} x {grid}; extract the codes again")
 
 
 def verify_checksums(store: CodeStore, bar: Any = None) -> None:
@@ -167,15 +200,21 @@ def verify_checksums(store: CodeStore, bar: Any = None) -> None:
     Raises:
         ValueError: rows are not what was written; the message names them.
     """
-    for index, expected in enumerate(store.manifest["codes_sha256"]):
+    expected = store.manifest["codes_sha256"]
+    num_blocks = -(-len(store.codes) // CHECKSUM_ROWS)
+    if len(expected) != num_blocks:
+        raise ValueError(f"{store.path}/manifest.json: expected {num_blocks} checksums of the codes, found "
+                         f"{len(expected)}; {DAMAGED}")
+    for index, checksum in enumerate(expected):
         first = index * CHECKSUM_ROWS
-        if checksum_of_rows(store.codes, first, bar) != expected:
+        if checksum_of_rows(store.codes, first, bar) != checksum:
             raise ValueError(f"{store.path}/codes.npy: expected rows {first} to "
                              f"{min(first + CHECKSUM_ROWS, len(store.codes)) - 1} as they were written, found others; "
-                             "the store is damaged, extract it again with --overwrite")
-    if checksum_of_rows(store.labels, 0) != store.manifest["labels_sha256"]:
-        raise ValueError(f"{store.path}/labels.npy: expected the labels as they were written, found others; the store "
-                         "is damaged, extract it again with --overwrite")
+                             f"{DAMAGED}")
+    # Older stores carry the checksum of the first block of labels alone: the same, up to 65,536 images.
+    accepted = (checksum_of_labels(store.labels), checksum_of_rows(store.labels, 0))
+    if store.manifest["labels_sha256"] not in accepted:
+        raise ValueError(f"{store.path}/labels.npy: expected the labels as they were written, found others; {DAMAGED}")
 
 
 @dataclass(frozen=True)
@@ -210,20 +249,25 @@ def read_mapping(path: str | Path, codebook_size: int) -> Mapping:
         Mapping
 
     Raises:
-        ValueError: missing, of another size, no permutation, or not what its side file says.
+        ValueError: missing, of another kind or size, no permutation, or not what its side file says.
     """
     tokens = read_checkpoint(path, "make the mapping with balance_k_means.py or name it with --mapping-path")
     found = tuple(getattr(tokens, "shape", ()))
     if found != (codebook_size,):
         raise ValueError(f"{path}: expected a mapping of {codebook_size} codes, got shape {found}; "
                          "run balance_k_means.py on the checkpoint that the codes were extracted with")
+    if tokens.dtype not in INTEGERS or tokens.layout != torch.strided or tokens.is_meta:
+        kind = "dense" if tokens.layout == torch.strided else "sparse"
+        raise ValueError(f"{path}: expected a dense tensor of integers, got a {kind} one of {tokens.dtype}; "
+                         "run balance_k_means.py again")
+    tokens = tokens.long()
     if not np.array_equal(np.sort(tokens.numpy()), np.arange(codebook_size)):
         raise ValueError(f"{path}: expected a permutation of 0 .. {codebook_size - 1}, got repeated or other numbers; "
                          "run balance_k_means.py again")
     own = {"mapping_sha256": mapping_sha256(tokens)}
     side_file = Path(f"{path}.json")
-    hashes = read_json(side_file) if side_file.is_file() else own
+    hashes = read_json(side_file, {"mapping_sha256": str}) if side_file.is_file() else own
     if hashes["mapping_sha256"] != own["mapping_sha256"]:
         raise ValueError(f"{path}: expected the mapping that {side_file.name} describes, got another; "
                          "run balance_k_means.py again")
-    return Mapping(Path(path), tokens.numpy().astype(np.int64), hashes)
+    return Mapping(Path(path), tokens.numpy(), hashes)

@@ -3,16 +3,22 @@
     imagenet{size}_codes/{i}.npy        int64 (1, crops, T)
     imagenet{size}_labels/{i}.npy       int64 (1,)
 
-A writer with several processes filled its last round with the first images again; such files at the end are left out.
-Nothing is concluded from the size in a folder's name.
+A writer with several processes filled its last round with the first images again; such files at the end are left out,
+with a warning. Nothing is concluded from the size in a folder's name.
 """
 
+import hashlib
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 
+from autoregressive.data.arrays import read_integers
+from autoregressive.runtime.log import LOGGER
+
 LONGEST_PADDING = 1024                              # images; as many processes as anybody wrote this layout with
+HINT = "write the older layout again, or extract the codes with autoregressive/train/extract_codes_c2i.py"
 
 
 def open_older_codes(path: Path) -> tuple["OlderCodes", np.ndarray] | None:
@@ -22,8 +28,8 @@ def open_older_codes(path: Path) -> tuple["OlderCodes", np.ndarray] | None:
         OlderCodes, and labels (N,) int64; None if no folder of codes lies there.
 
     Raises:
-        ValueError: there are several, or codes without labels; files are missing, numbered with gaps, or of another
-            shape.
+        ValueError: there are several, or codes without labels; files are missing, numbered with gaps, damaged, of
+            another shape, or no integers.
     """
     found = sorted(path.glob("*_codes"))
     if not found:
@@ -35,47 +41,92 @@ def open_older_codes(path: Path) -> tuple["OlderCodes", np.ndarray] | None:
     labels_folder = codes_folder.with_name(codes_folder.name.removesuffix("_codes") + "_labels")
     if not labels_folder.is_dir():
         raise ValueError(f"{labels_folder}: expected the labels of {codes_folder.name}, found no such folder")
-    count, num_labels = _count_files(codes_folder), _count_files(labels_folder)
+    count = _count_files(codes_folder)
+    num_labels = _count_files(labels_folder)
     if num_labels != count:
         raise ValueError(f"{labels_folder}: expected {count} files as in {codes_folder}, found {num_labels}")
-    labels = np.array([_read(labels_folder, row).item() for row in range(count)], np.int64)
-    images = _count_images(codes_folder, labels)
-    return OlderCodes(codes_folder, images), labels[:images]
+    labels = np.array([_read_label(labels_folder / f"{row}.npy") for row in range(count)], np.int64)
+    codes = OlderCodes(codes_folder, count)
+    codes.check_sizes()
+    num_images = count - _find_padding(codes, labels)
+    codes.shape = (num_images, *codes.shape[1:])
+    return codes, labels[:num_images]
 
 
-def _read(folder, row):
-    return np.load(folder / f"{row}.npy", allow_pickle=False)
+def _read_label(path: Path) -> int:
+    label = read_integers(path, HINT)
+    if label.size != 1:
+        raise ValueError(f"{path}: expected one label, found shape {label.shape}; {HINT}")
+    return label.item()
 
 
-def _count_files(folder):
-    numbers = sorted(int(name[:-4]) for name in os.listdir(folder) if name.endswith(".npy") and name[:-4].isdigit())
+def _count_files(folder: Path) -> int:
+    numbers = sorted(int(name[:-4]) for name in os.listdir(folder) if re.fullmatch(r"[0-9]+\.npy", name))
     if not numbers or numbers != list(range(len(numbers))):
         raise ValueError(f"{folder}: expected files 0.npy, 1.npy, ... without gaps, found {len(numbers)} files"
                          + (f" up to {numbers[-1]}.npy" if numbers else ""))
     return len(numbers)
 
 
-def _count_images(codes_folder, labels):
-    """Returns how many files there are before those that repeat the first ones."""
+def _find_padding(codes: "OlderCodes", labels: np.ndarray) -> int:
+    """Returns how many files at the end repeat the first ones because a writer filled its last round with them.
+
+    Data that repeat themselves end in their beginning in several ways, and nothing says which of them
+    is padding, if any: then it is none. A warning says what is concluded.
+    """
     count = len(labels)
-    for first in range(max(1, count - LONGEST_PADDING), count):
-        if labels[first] == labels[0] and all(
-                np.array_equal(_read(codes_folder, first + place), _read(codes_folder, place))
-                for place in range(count - first)):
-            return first
-    return count
+    longest = min(LONGEST_PADDING, count - 1)
+    first = [_fingerprint(codes, labels, row) for row in range(longest)]
+    last = [_fingerprint(codes, labels, row) for row in range(count - longest, count)]
+    possible = [length for length in range(1, longest + 1) if last[-length:] == first[:length]]
+    if len(possible) > 1:
+        LOGGER.warning("%s: the last files repeat the first ones, %s of them: nothing tells what is padding, so all "
+                       "%d are used; remove what is", codes.folder, " or ".join(map(str, possible[:4])), count)
+        return 0
+    if not possible:
+        return 0
+    length, = possible
+    LOGGER.warning("%s: left out the last %d of %d files, which repeat the first ones as a writer with several "
+                   "processes does to fill its last round", codes.folder, length, count)
+    return length
+
+
+def _fingerprint(codes: "OlderCodes", labels: np.ndarray, row: int) -> tuple[int, bytes]:
+    return int(labels[row]), hashlib.sha256(np.ascontiguousarray(codes.read(row), np.int64)).digest()
 
 
 class OlderCodes:
-    """Codes (N, crops, T) in one file per image."""
+    """Codes (N, crops, T) in one file per image.
+
+    Attributes:
+        folder: of the files.
+        shape: (N, crops, T).
+    """
 
     def __init__(self, folder: Path, count: int):
-        self._folder = folder
-        first = _read(folder, 0)
-        if first.ndim != 3 or len(first) != 1:
+        self.folder = folder
+        first = read_integers(folder / "0.npy", HINT)
+        if first.ndim != 3 or len(first) != 1 or not first.size:
             raise ValueError(f"{folder / '0.npy'}: expected codes (1, crops, T), found {first.shape}")
         self.shape = (count, *first.shape[1:])
 
+    def check_sizes(self) -> None:
+        """Raises ValueError unless all files are as large as the first: equal shapes, without opening each."""
+        expected = (self.folder / "0.npy").stat().st_size
+        for row in range(self.shape[0]):
+            path = self.folder / f"{row}.npy"
+            found = path.stat().st_size
+            if found != expected:
+                raise ValueError(f"{path}: expected {expected} bytes as in 0.npy, found {found}; {HINT}")
+
+    def read(self, row: int) -> np.ndarray:
+        """Returns the codes (crops, T) of a row. Raises ValueError if its file holds anything else."""
+        path = self.folder / f"{row}.npy"
+        codes = read_integers(path, HINT)
+        if codes.shape != (1, *self.shape[1:]):
+            raise ValueError(f"{path}: expected shape {(1, *self.shape[1:])} as in 0.npy, found {codes.shape}; {HINT}")
+        return codes[0]
+
     def __getitem__(self, key: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
         """Returns the codes (n, T) int64 of pairs (rows (n,), crops (n,) or one for all)."""
-        return np.stack([_read(self._folder, row)[0, crop] for row, crop in np.broadcast(*key)])
+        return np.stack([self.read(row)[crop] for row, crop in np.broadcast(*key)])

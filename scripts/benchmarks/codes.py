@@ -36,8 +36,11 @@ def build_parser():
 
 
 def make_store(folder):
-    writer = CodeWriter(folder, {"num_images": NUM_ROWS, "num_crops": 1, "num_tokens": TOKENS, "grid": 16,
-                                 "codebook_size": CODEBOOK_SIZE})
+    unknown = dict.fromkeys(("dataset", "images_sha256", "codebook_sha256", "tokenizer_sha256"), "")
+    class_names = [str(label) for label in range(NUM_CLASSES)]
+    writer = CodeWriter(folder, {"num_images": NUM_ROWS, "num_crops": 1, "crops": ["centre"],
+                                 "num_tokens": TOKENS, "grid": 16, "image_size": 256,
+                                 "codebook_size": CODEBOOK_SIZE, "class_names": class_names} | unknown)
     random = np.random.default_rng(0)
     writer.create(random.integers(NUM_CLASSES, size=NUM_ROWS))
     for rows in writer.rows.missing(WRITTEN_TOGETHER):

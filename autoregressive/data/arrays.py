@@ -1,0 +1,30 @@
+"""Reads .npy files: what is wrong with one is said in one line that names it."""
+
+import tokenize
+from pathlib import Path
+
+import numpy as np
+
+UNREADABLE = (OSError, ValueError, TypeError, EOFError, OverflowError, MemoryError, SyntaxError,
+              tokenize.TokenError)                  # what numpy raises on damaged headers and data
+
+
+def read_integers(path: Path, hint: str, mapped: bool = False) -> np.ndarray:
+    """Reads an array of integers.
+
+    Args:
+        path: a .npy file.
+        hint: ends the message: what to do.
+        mapped: whether to map it instead of reading it.
+
+    Raises:
+        ValueError: the file is missing, damaged, or holds something else.
+    """
+    try:
+        array = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
+    except UNREADABLE as error:
+        raise ValueError(f"{path}: expected an array, {error or type(error).__name__}; {hint}") from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "iu":
+        found = array.dtype if isinstance(array, np.ndarray) else "an archive"
+        raise ValueError(f"{path}: expected an array of integers, found {found}; {hint}")
+    return array
