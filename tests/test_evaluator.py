@@ -16,6 +16,7 @@ from evaluations.c2i import evaluator, make_reference, train_classifier
 from evaluations.c2i.classifier import ClassifierFeatures, SmallClassifier, save_classifier
 from evaluations.c2i.features import extract_features
 from evaluations.c2i.npz_reader import NpzImages
+from tokenizer.tokenizer_image.images import dataset_sha256, open_dataset
 
 SIZE = 12           # pixels
 NUM_CLASSES = 3
@@ -360,17 +361,68 @@ def test_fewer_pictures_are_spread_evenly_and_equal_commands_give_equal_files(fo
     (("--data-path", "nowhere"), "nowhere: expected a folder"),
     (("--data-path", "ref.npz", "--image-size", "13"), "ref.npz: expected pictures of 13 x 13 pixels"),
     (("--classifier", "classifier.pt", "--image-size", "16"), "--image-size: expected 12"),
+    (("--output", "taken.npz"), "taken.npz: expected the name of a file to write, found a folder"),
+    (("--output", "ref.npz/made.npz"), "ref.npz: expected a writable folder"),
+    (("--max-failures", "2"), "--max-failures: expected a share"),
 ])
 def test_make_reference_refuses_bad_arguments(folder, capsys, words, message):
+    (folder.parent / "taken.npz").mkdir()
     line = refusal(capsys, make_reference, "--data-path", folder, "--image-size", SIZE, "--output", "made.npz", *words)
     assert message in line and not list(folder.parent.glob("made*"))
 
 
-def test_a_broken_picture_leaves_no_reference(folder, capsys):
-    (folder / "light" / "9.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match="9.png"):
-        call(make_reference, "--data-path", folder, "--image-size", SIZE, "--output", "made.npz")
+@pytest.mark.parametrize("script, words", [
+    (make_reference, ("--output", "made.npz", "--image-size", SIZE)),
+    (train_classifier, ("--output", "made.pt", "--image-size", 8, "--max-steps", 2, "--batch-size", 4, "--val-path")),
+])
+def test_broken_pictures_are_left_out_and_listed_up_to_a_share(folder, capsys, script, words):
+    (folder / "light" / "2.png").write_bytes(b"no picture")
+    words = ["--data-path", folder, *words, *([folder] if words[-1] == "--val-path" else [])]
+    with pytest.raises(SystemExit) as stop:
+        call(script, *words)
+    printed = capsys.readouterr().out
+    assert stop.value.code == 1 and "1 of 12 images are broken" in printed and "light/2.png" in printed
     assert not list(folder.parent.glob("*made*"))
+    call(script, *words, "--max-failures", 0.1)
+    assert "1 of 12 images are broken, and they are left out" in capsys.readouterr().out
+    if script is train_classifier:
+        assert ClassifierFeatures("made.pt").settings["num_val"] == 11
+        return
+    images = NpzImages("made.npz")
+    np.testing.assert_array_equal(next(images.batches(20))[:, 0, 0, 0], [*range(40, 47), 200, 201, 203, 204])
+    np.testing.assert_array_equal(images.labels(), [0] * 7 + [1] * 4)
+    assert images.settings["num_images"] == 11 and images.settings["num_source_images"] == 12
+    failed, = images.settings["failed"]
+    assert (failed["row"], failed["path"]) == (9, "light/2.png")
+
+
+def test_a_reference_of_originals_knows_which_pictures_these_are(folder, capsys):
+    words = ("--image-size", SIZE, "--kind", "rfid")
+    call(make_reference, "--data-path", folder, *words, "--output", "made.npz")
+    call(make_reference, "--data-path", "made.npz", *words, "--output", "again.npz")
+    call(make_reference, "--data-path", "made.npz", *words, "--output", "some.npz", "--num-images", 5)
+    call(make_reference, "--data-path", folder, *words, "--output", "fewer.npz", "--num-images", 5)
+    made, again, some, fewer = (NpzImages(f"{name}.npz").settings["images_sha256"]
+                                for name in ("made", "again", "some", "fewer"))
+    assert made == again == dataset_sha256(open_dataset("imagenet", folder)) != fewer and some is None
+
+
+@pytest.mark.parametrize("lr", [1e3, 1e30])
+def test_a_classifier_whose_training_diverged_is_not_saved(files, capsys, lr):
+    with pytest.raises(SystemExit) as stop:
+        call(train_classifier, "--dataset", "digits", "--data-path", "val", "--val-path", "val", "--image-size", 8,
+             "--max-steps", 60, "--output", "new.pt", "--lr", lr)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "the training diverged; choose a smaller --lr" in line
+    assert not list(files.glob("*new*"))
+
+
+def test_a_classifier_with_weights_that_are_not_finite_is_not_saved(files):
+    model = SmallClassifier(NUM_CLASSES)
+    model.lower[0][1].running_var[3] = torch.inf                # a loss in training does not see it
+    with pytest.raises(ValueError, match="new.pt: expected finite weights.*lower.0.1.running_var.*diverged"):
+        save_classifier("new.pt", model, SETTINGS)
+    assert not list(files.glob("*new*"))
 
 
 def test_the_classifier_learns_and_is_reproducible(folder, capsys):
@@ -397,7 +449,7 @@ def test_shift_moves_whole_pictures_and_repeats_the_border():
     (("--batch-size", "13"), "--batch-size: expected at most the 12 training pictures"),
     (("--image-size", "4"), "--image-size: expected at least 8"),
     (("--epochs", "0"), "--epochs: expected at least 1"),
-    (("--output", "images"), "--output: expected the name of a file"),
+    (("--output", "images"), "images: expected the name of a file to write, found a folder"),
     (("--dataset", "digits", "--data-path", "test"), "expected train or val"),
 ])
 def test_train_classifier_refuses_bad_arguments(folder, capsys, words, message):

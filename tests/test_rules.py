@@ -69,6 +69,8 @@ FREE = {                        # no result depends on these, nor on device and 
     "tokenizer/tokenizer_image/vq_train.py": RUN | {"max_failures"},
     "tokenizer/validation/val.py": {"max_failures"},
     "balance_k_means.py": {"overwrite"},
+    "evaluations/c2i/make_reference.py": {"max_failures"},
+    "evaluations/c2i/train_classifier.py": {"max_failures"},
 }
 
 

@@ -82,5 +82,9 @@ class ClassifierFeatures:
 
 
 def save_classifier(path: str | Path, model: SmallClassifier, settings: dict[str, Any]) -> None:
-    """Saves a classifier with its SETTINGS."""
+    """Saves a classifier with its SETTINGS. Raises ValueError if its training diverged."""
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{path}: expected finite weights, found NaN or infinity in {name}: "
+                             "the training diverged; choose a smaller --lr")
     save_checkpoint(path, {"model": model.state_dict(), "settings": settings})

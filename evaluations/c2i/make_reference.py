@@ -15,20 +15,22 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])      # the repository root instead of this folder
 
 import itertools
+import tempfile
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.entry import Flags, Parser, at_least, check_one_process, checks, run
-from autoregressive.runtime.files import check_writable_folder, open_npz
+from autoregressive.runtime.files import check_output, open_npz
 from autoregressive.runtime.log import open_logger, progress
 from evaluations.c2i.classifier import ClassifierFeatures
 from evaluations.c2i.features import STATISTICS, FeatureNetwork
 from evaluations.c2i.metrics import StreamingStatistics
 from evaluations.c2i.npz_reader import NpzImages
-from tokenizer.tokenizer_image.images import ImageSet, add_image_args, center_crop, open_dataset
+from tokenizer.tokenizer_image.crops import CenterCrops, Failures, add_failure_args
+from tokenizer.tokenizer_image.images import ImageSet, add_image_args, dataset_sha256, open_dataset
 
 BATCH_IMAGES = 256      # pictures that are in memory together
 
@@ -38,6 +40,7 @@ def build_parser() -> Parser:
     parser = Parser("Make a reference npz out of an image folder, the digits, or an npz (--data-path X.npz).",
                     draws=False)
     add_image_args(parser)
+    add_failure_args(parser)
     parser.add_argument("--output", required=True, help="the npz to write")
     parser.add_argument("--num-images", type=at_least(0), default=0, help="how many pictures, evenly spread; 0 = all")
     parser.add_argument("--kind", default="fid", choices=("fid", "rfid"),
@@ -50,7 +53,7 @@ def open_source(args: Flags) -> tuple[NpzImages | ImageSet, np.ndarray, np.ndarr
     """Opens what the flags name.
 
     Returns:
-        the source of pictures; the rows to take from it, which ascend; their labels or None; the settings to record.
+        the source of pictures; the rows to take from it, which ascend; its labels or None; the settings to record.
     """
     if Path(args.output).suffix != ".npz":
         raise ValueError(f"--output: expected a name ending in .npz, got {args.output}")
@@ -64,19 +67,51 @@ def open_source(args: Flags) -> tuple[NpzImages | ImageSet, np.ndarray, np.ndarr
     count = args.num_images or len(source)
     if not 2 <= count <= len(source):
         raise ValueError(f"--num-images: expected 2 to {len(source)}, the pictures of {args.data_path}, got {count}")
-    check_writable_folder(Path(args.output).parent)
+    check_output(args.output)
     rows = np.arange(count) * len(source) // count
-    return source, rows, None if labels is None else labels[rows], {
+    return source, rows, labels, {
         "kind": f"{args.kind} reference", "dataset": args.dataset, "source": args.data_path, "num_images": count,
         "num_source_images": len(source), "image_size": args.image_size, "resize": resize, "class_names": class_names}
 
 
-def read_pictures(source: NpzImages | ImageSet, rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    """Returns the pictures (P, P, 3) uint8 of rows: those of an npz as they are, centre crops of others."""
-    if isinstance(source, NpzImages):
-        every = itertools.chain.from_iterable(source.batches(BATCH_IMAGES))
-        return itertools.compress(every, np.isin(range(len(source)), rows))
-    return (center_crop(source.read(row), size) for row in rows)
+def originals_sha256(source: NpzImages | ImageSet, rows: np.ndarray) -> str | None:
+    """Returns what reconstructions of the same pictures record as images_sha256, None if unknown."""
+    if not isinstance(source, NpzImages):
+        return dataset_sha256(source, rows)
+    return source.settings.get("images_sha256") if len(rows) == len(source) else None
+
+
+def spool_crops(spool: BinaryIO, dataset: ImageSet, rows: np.ndarray, size: int, failures: Failures,
+                session: Session) -> np.ndarray:
+    """Writes the centre crops of the rows that are not broken into a file; returns these rows.
+
+    How many there will be is not known before, and an npz begins with their number.
+
+    Raises:
+        SystemExit: more are broken than may be; they are listed.
+    """
+    crops = CenterCrops(dataset, size)
+    with progress(session, len(rows), "read", "image") as bar:
+        for row in rows.tolist():
+            crop = crops[range(row, row + 1)]
+            failures.add(crop.failures)
+            spool.write(crop.whole().tobytes())
+            bar.update()
+    failures.check()
+    return np.setdiff1d(rows, list(failures.found))
+
+
+def read_spool(spool: BinaryIO, size: int) -> Iterator[np.ndarray]:
+    """Yields the pictures (P, P, 3) uint8 of spool_crops."""
+    spool.seek(0)
+    while picture := spool.read(3 * size * size):
+        yield np.frombuffer(picture, np.uint8).reshape(size, size, 3)
+
+
+def read_npz(source: NpzImages, rows: np.ndarray) -> Iterator[np.ndarray]:
+    """Returns the pictures (P, P, 3) uint8 of rows of an npz, as they are."""
+    every = itertools.chain.from_iterable(source.batches(BATCH_IMAGES))
+    return itertools.compress(every, np.isin(range(len(source)), rows))
 
 
 def write_reference(path: str, pictures: Iterator[np.ndarray], shape: tuple[int, ...], settings: dict[str, Any],
@@ -125,9 +160,22 @@ def main(args: Flags, session: Session) -> None:
             settings |= {"feature_network": network.name, "feature_network_sha256": network.sha256}
             if network.image_size != size:
                 raise ValueError(f"--image-size: expected {network.image_size} for {network.name}, got {size}")
-    with progress(session, len(rows), "make the reference", "image") as bar:
-        write_reference(args.output, read_pictures(source, rows, size), (len(rows), size, size, 3), settings, labels,
-                        network, bar.update)
+    with tempfile.TemporaryFile(dir=Path(args.output).parent) as spool, checks(session):
+        if isinstance(source, NpzImages):
+            pictures = read_npz(source, rows)
+        else:
+            failures = Failures(len(rows), args.max_failures)
+            rows = spool_crops(spool, source, rows, size, failures, session)
+            pictures = read_spool(spool, size)
+            if failures.found:
+                settings |= {"num_images": len(rows), "failed": [
+                    {"row": row, "path": path, "reason": reason}
+                    for row, (path, reason) in sorted(failures.found.items())]}
+        if args.kind == "rfid":
+            settings["images_sha256"] = originals_sha256(source, rows)
+        with progress(session, len(rows), "make the reference", "image") as bar:
+            write_reference(args.output, pictures, (len(rows), size, size, 3), settings,
+                            None if labels is None else labels[rows], network, bar.update)
     logger.info("%d pictures of %s in %s", len(rows), args.data_path, args.output)
 
 

@@ -19,18 +19,21 @@ from torch import Tensor
 
 from autoregressive.runtime.distributed import Session, seed_everything
 from autoregressive.runtime.entry import Flags, Parser, above, at_least, check_one_process, checks, run
-from autoregressive.runtime.files import check_writable_folder
+from autoregressive.runtime.files import check_output
 from autoregressive.runtime.log import open_logger, progress
 from evaluations.c2i.classifier import SMALLEST_IMAGE, SmallClassifier, save_classifier
-from tokenizer.tokenizer_image.images import ImageSet, add_image_args, center_crop, open_dataset
+from tokenizer.tokenizer_image.crops import CenterCrops, Failures, add_failure_args
+from tokenizer.tokenizer_image.images import ImageSet, add_image_args, open_dataset
 
 EVALUATION_BATCH = 256
+READ_AT_ONCE = 64       # pictures between two looks at how many are broken
 
 
 def build_parser() -> Parser:
     """Returns the parser of this script's command line."""
     parser = Parser("Train a small classifier to score samples with.")
     add_image_args(parser)
+    add_failure_args(parser)
     parser.add_argument("--val-path", required=True, help="like --data-path: the pictures that accuracy is measured on")
     parser.add_argument("--output", required=True, help="file of the classifier")
     parser.add_argument("--epochs", type=at_least(1), default=20, help="passes over the training pictures")
@@ -44,26 +47,39 @@ def open_sets(args: Flags) -> tuple[ImageSet, ImageSet]:
     """Returns the datasets of the flags, to train and to validate with."""
     if args.image_size < SMALLEST_IMAGE:
         raise ValueError(f"--image-size: expected at least {SMALLEST_IMAGE}, got {args.image_size}")
-    if Path(args.output).is_dir():
-        raise ValueError(f"--output: expected the name of a file, got the folder {args.output}")
     train, val = open_dataset(args.dataset, args.data_path), open_dataset(args.dataset, args.val_path)
     if train.class_names != val.class_names:
         raise ValueError(f"--val-path: expected the classes of --data-path, {len(train.class_names)} in all, got "
                          f"{len(val.class_names)} other ones")
     if len(train) < args.batch_size:
         raise ValueError(f"--batch-size: expected at most the {len(train)} training pictures, got {args.batch_size}")
-    check_writable_folder(Path(args.output).parent)
+    check_output(args.output)
     return train, val
 
 
-def read_all(dataset: ImageSet, size: int, session: Session, description: str) -> tuple[Tensor, Tensor]:
-    """Returns pictures (N, P, P, 3) uint8 and labels (N,) int64 on the session's device."""
-    pictures = np.empty((len(dataset), size, size, 3), np.uint8)
+def read_all(dataset: ImageSet, args: Flags, session: Session,
+             description: str) -> tuple[Tensor, Tensor]:
+    """Reads the pictures of a dataset that are not broken.
+
+    Returns:
+        pictures (N, P, P, 3) uint8 and labels (N,) int64 on the session's device.
+
+    Raises:
+        SystemExit: more pictures are broken than may be; they are listed.
+    """
+    crops = CenterCrops(dataset, args.image_size)
+    failures = Failures(len(dataset), args.max_failures)
+    parts = []
     with progress(session, len(dataset), description, "image") as bar:
-        for row in range(len(dataset)):
-            pictures[row] = center_crop(dataset.read(row), size)
-            bar.update()
-    return tuple(torch.from_numpy(array).to(session.device) for array in (pictures, dataset.labels))
+        for first in range(0, len(dataset), READ_AT_ONCE):
+            batch = crops[range(first, min(first + READ_AT_ONCE, len(dataset)))]
+            failures.add(batch.failures)
+            parts.append(batch.whole())
+            bar.update(len(batch.rows))
+    failures.check()
+    pictures = torch.from_numpy(np.concatenate(parts))
+    labels = torch.from_numpy(np.delete(dataset.labels, list(failures.found)))
+    return pictures.to(session.device), labels.to(session.device)
 
 
 def shift(pictures: Tensor, reach: int) -> Tensor:
@@ -75,7 +91,11 @@ def shift(pictures: Tensor, reach: int) -> Tensor:
 
 
 def train_classifier(model: SmallClassifier, pictures: Tensor, labels: Tensor, args: Flags, session: Session) -> None:
-    """Trains a model in place; the last incomplete batch of an epoch is dropped."""
+    """Trains a model in place; the last incomplete batch of an epoch is dropped.
+
+    Raises:
+        ValueError: the training diverged.
+    """
     steps_per_epoch = len(pictures) // args.batch_size
     num_steps = args.max_steps or args.epochs * steps_per_epoch
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=1e-2)
@@ -88,6 +108,9 @@ def train_classifier(model: SmallClassifier, pictures: Tensor, labels: Tensor, a
             rows = batches[step % steps_per_epoch]
             logits = model(shift(pictures[rows], reach=max(1, args.image_size // 8)))
             loss = F.cross_entropy(logits, labels[rows], label_smoothing=0.05)
+            if not loss.isfinite():
+                raise ValueError(f"expected a finite loss, got {loss.item()} in step {step + 1}: "
+                                 "the training diverged; choose a smaller --lr")
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -109,15 +132,22 @@ def main(args: Flags, session: Session) -> None:
         check_one_process(session)
         train, val = open_sets(args)
     seed_everything(args.global_seed)
-    train_pictures, train_labels = read_all(train, args.image_size, session, "read training pictures")
-    pictures, labels = read_all(val, args.image_size, session, "read held-out pictures")
+    train_pictures, train_labels = read_all(train, args, session, "read training pictures")
+    pictures, labels = read_all(val, args, session, "read val pictures")
     model = SmallClassifier(len(train.class_names)).to(session.device)
-    train_classifier(model, train_pictures, train_labels, args, session)
-    accuracy = measure_accuracy(model, pictures, labels)
-    save_classifier(args.output, model, {
-        "class_names": train.class_names, "image_size": args.image_size, "accuracy": accuracy,
-        "num_val": len(val), "dataset": args.dataset, "seed": args.global_seed})
-    logger.info("%.2f %% of %d held-out pictures are right; saved in %s", 100 * accuracy, len(val), args.output)
+    with checks(session):                                       # of what only the work shows
+        if len(train_pictures) < args.batch_size:
+            raise ValueError(f"--batch-size: expected at most the {len(train_pictures)} pictures "
+                             f"that can be read, got {args.batch_size}")
+        train_classifier(model, train_pictures, train_labels, args, session)
+        accuracy = measure_accuracy(model, pictures, labels)
+        save_classifier(args.output, model, {
+            "class_names": train.class_names, "image_size": args.image_size, "accuracy": accuracy,
+            "num_val": len(labels), "dataset": args.dataset, "seed": args.global_seed})
+    if accuracy <= labels.bincount().max().item() / len(labels):
+        logger.warning("it is no better than naming the most frequent class always, and scores of it "
+                       "say nothing; choose a smaller --lr, or train longer")
+    logger.info("%.2f %% of %d val pictures are right; saved in %s", 100 * accuracy, len(labels), args.output)
 
 
 if __name__ == "__main__":
