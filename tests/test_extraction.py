@@ -193,6 +193,49 @@ def test_check_fails_images_in_another_order(folder):
         assert any("WRONG" in line and what in line for line in done.stdout.splitlines()), done.stdout
 
 
+def test_strip_that_would_be_enlarged_beyond_memory_is_one_failure_that_is_listed(folder, tmp_path, capsys):
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    shutil.copy(folder / "images/apple/0.jpg", tmp_path / "images/a/0.jpg")
+    Image.new("RGB", (1, 600000)).save(tmp_path / "images/a/strip.png")
+    more = ("--data-path", tmp_path / "images", "--code-path", tmp_path / "codes", "--num-workers", 0)
+    assert run_here(EXTRACT, *flags(folder, "", *more, "--max-failures", 0.5)) == 0
+    failure, = open_codes(tmp_path / "codes").manifest["failed"]
+    assert failure["path"] == "a/strip.png" and "a/strip.png: expected a picture whose sides" in failure["reason"]
+    assert "1 of 2 images are broken" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change, more, words", [
+    ({}, ("--output", "{0}"), "expected the name of a file to write, found a folder"),
+    ({}, ("--output", "{0}/codes/codes.npy/check.png"), "codes.npy: expected a writable folder"),
+    ({"vq_model": None}, (), "expected vq_model of another kind, found a NoneType"),
+    ({"vq_model": "VQ-2"}, (), "manifest.json: --vq-model: expected VQ-16 or VQ-8 or VQ-4-small, got VQ-2"),
+    ({"crops": ["middle"] * 10}, (), "expected 10 crops by name"),
+    ({"crops": []}, (), "expected 10 crops by name"),
+    ({"crop_range": 0.5}, (), "expected a crop_range of at least 1, found 0.5"),
+    ({"codebook_size": 10**18}, (), "expected 1 to 2147483648, got 1000000000000000000 x 8"),
+])
+def test_check_that_cannot_end_does_not_begin(folder, tmp_path, capsys, change, more, words):
+    shutil.copytree(folder / "codes", tmp_path / "codes")
+    manifest = json.loads((tmp_path / "codes/manifest.json").read_text())
+    (tmp_path / "codes/manifest.json").write_text(json.dumps(manifest | change))
+    code = run_here(CHECK, "--code-path", tmp_path / "codes", "--data-path", folder / "images", "--vq-ckpt",
+                    folder / "vq.pt", *(flag.format(tmp_path) for flag in more))
+    error = capsys.readouterr().err
+    assert code == 2 and words in error and len(error.strip().splitlines()) == 1, error
+    assert not (tmp_path / "codes/check.png").exists()
+
+
+def test_check_of_labels_and_codes_out_of_range_says_so_instead_of_failing(folder, tmp_path, capsys):
+    shutil.copytree(folder / "codes", tmp_path / "codes")
+    np.save(tmp_path / "codes/labels.npy", np.full(42, -1))
+    np.save(tmp_path / "codes/codes.npy", np.full((42, 10, 64), -7, np.int32))
+    assert run_here(CHECK, "--code-path", tmp_path / "codes", "--data-path", folder / "images", "--vq-ckpt",
+                    folder / "vq.pt") == 1
+    printed = capsys.readouterr().out
+    for line in ("WRONG  codes are below 64: 0 different ones", "WRONG  0 classes with images: 0 to 0 each"):
+        assert line in printed
+
+
 @pytest.mark.parametrize("more, words", [
     (("--image-size", 36), "expected a store with image_size 36, found one with 32"),
     (("--image-size", 30), "--image-size: expected a multiple of 4"),

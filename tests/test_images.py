@@ -1,5 +1,7 @@
 """Image sets, crops and conversions against computed fixtures, torchvision and Pillow."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,8 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from autoregressive.runtime.entry import Parser
+from autoregressive.runtime.log import LOGGER
+from tokenizer.tokenizer_image.crops import CenterCrops
 from tokenizer.tokenizer_image.images import (
     add_source_args,
     center_crop,
@@ -129,6 +133,62 @@ def test_folder_lists_the_rows_that_torchvision_lists(folder):
     assert ours.labels.dtype == np.int64 and ours.read(4).shape == (20, 30, 3)
 
 
+@pytest.fixture
+def warnings(monkeypatch):
+    """Returns the list of warnings that are logged from now on."""
+    logged = []
+    monkeypatch.setattr(LOGGER, "warning", lambda text, *values: logged.append(text % values))
+    return logged
+
+
+def test_nine_endings_have_the_rows_and_labels_of_torchvisions_image_folder(tmp_path, photo, warnings):
+    small = photo[:4, :6]
+    for name in ("b/2.jpg", "b/3.JPEG", "b/4.png", "b/5.ppm", "b/6.bmp", "b/7.Tif", "b/8.tiff", "b/9.webp", "b-c/1.bmp",
+                 "b/x/1.ppm", "b/x-y/1.tif", "b/x/deep/1.bmp", "other/1.bmp"):
+        save(tmp_path / "all" / name, small)
+    save(tmp_path / "all" / "b" / "1.pgm", small[:, :, 0])
+    (tmp_path / "all" / "b" / "linked").symlink_to(tmp_path / "all" / "other")
+    ours, theirs = open_dataset("imagenet", tmp_path / "all"), ImageFolder(str(tmp_path / "all"))
+    assert ours.class_names == theirs.classes and len(ours) == len(theirs) == 15 and not warnings
+    for row, (path, label) in enumerate(theirs.samples):
+        assert str(tmp_path / "all" / ours.name_of(row)) == path and ours.labels[row] == label
+        if not path.endswith((".jpg", ".JPEG")):
+            assert np.array_equal(ours.read(row), np.asarray(theirs.loader(path)))
+
+
+@pytest.mark.parametrize(("make", "rows", "what"), [
+    (lambda root: (root / "a" / "notes.txt").touch(), [], "1 .txt"),
+    (lambda root: (root / "a" / "1").touch(), [], "1 without an ending"),
+    (lambda root: (root / "a" / "._1.png").touch(), [], "1 hidden"),
+    (lambda root: (root / "loose.png").touch(), [], "1 outside the class folders"),
+    (lambda root: os.mkfifo(root / "a" / "pipe.png"), [], "1 pipes or devices"),
+    (lambda root: (root / "a" / "device.png").symlink_to("/dev/zero"), [], "1 pipes or devices"),
+    (lambda root: (root / "a" / "again").symlink_to(root / "a"), [], "1 links that lead back"),
+    (lambda root: (root / "a" / "all").symlink_to(root), [], "1 links that lead back"),
+    (lambda root: (root / "a" / "above").symlink_to(root.parent), [], "1 links that lead back"),
+    (lambda root: (root / "a" / "itself.png").symlink_to(root / "a" / "itself.png"), ["a/itself.png"], None),
+    (lambda root: (root / "a" / "nowhere.png").symlink_to("/no/such/file"), ["a/nowhere.png"], None),
+])
+def test_what_is_left_out_is_counted_and_pipes_are_not_opened_and_loops_end(tmp_path, warnings, make, rows, what):
+    save(tmp_path / "root" / "a" / "1.png", np.zeros((3, 4, 3), np.uint8))
+    make(tmp_path / "root")
+    ours = open_dataset("imagenet", tmp_path / "root")
+    assert [ours.name_of(row) for row in range(len(ours))] == ["a/1.png", *rows]
+    expected = [f"{tmp_path / 'root'}: left out 1 entries that are no images: {what}"] if what else []
+    assert warnings == expected
+
+
+def test_links_that_lead_in_a_circle_end(tmp_path, warnings):
+    for name in ("a/x/1.png", "a/y/2.png"):
+        save(tmp_path / name, np.zeros((3, 4, 3), np.uint8))
+    (tmp_path / "a/x/other").symlink_to(tmp_path / "a/y")
+    (tmp_path / "a/y/other").symlink_to(tmp_path / "a/x")
+    ours = open_dataset("imagenet", tmp_path)
+    assert [ours.name_of(row) for row in range(len(ours))] == [
+        "a/x/1.png", "a/x/other/2.png", "a/y/2.png", "a/y/other/1.png"]
+    assert len(warnings) == 1 and "2 links that lead back" in warnings[0]
+
+
 def test_folder_that_is_called_like_an_image_is_a_row_that_fails(tmp_path):
     save(tmp_path / "a" / "1.png", np.zeros((3, 4, 3), np.uint8))
     save(tmp_path / "a" / "x.png" / "inside.jpg", np.zeros((3, 4, 3), np.uint8))
@@ -193,6 +253,24 @@ def test_broken_files_are_value_errors_that_name_them(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64 // 3)
     with pytest.raises(ValueError, match="whole.jpg"):
         read_picture(tmp_path / "whole.jpg")
+
+
+@pytest.mark.parametrize("size", [(1, 60000), (60000, 1)])
+def test_strip_that_would_be_enlarged_beyond_memory_is_one_failure(tmp_path, size):
+    save(tmp_path / "a" / "1.png", np.zeros((300, 200, 3), np.uint8))
+    save(tmp_path / "a" / "strip.png", np.zeros((*size, 3), np.uint8))
+    batch = CenterCrops(open_dataset("imagenet", tmp_path), 256)[range(2)]
+    (row, (path, reason)), = batch.failures.items()
+    assert (row, path) == (1, "a/strip.png") and "a/strip.png: expected a picture whose sides differ less" in reason
+    assert len(batch.whole()) == 1
+    with pytest.raises(ValueError, match="sides differ less"):
+        random_crop(np.zeros((*size, 3), np.uint8), 256, np.random.default_rng(0), 0.8)
+
+
+def test_picture_of_floats_is_refused_instead_of_clipped(tmp_path):
+    Image.fromarray(np.full((3, 4), 0.5, np.float32)).save(tmp_path / "1.tif")
+    with pytest.raises(ValueError, match="1.tif: expected an image, found floating-point values"):
+        read_picture(tmp_path / "1.tif")
 
 
 def test_digits_splits_are_disjoint_whole_and_stratified():

@@ -91,6 +91,18 @@ def test_small_model_has_about_a_million_parameters():
     assert 0.4e6 < count < 1.2e6
 
 
+@pytest.mark.parametrize("config", [("VQ-2",), ("VQ-16", 0), ("VQ-16", -1, -1), ("VQ-8", 2**31), ("VQ-8", 1, 0)])
+def test_config_of_no_model_is_refused(config):
+    with pytest.raises(ValueError, match="expected .* got"):
+        VQConfig(*config)
+
+
+def test_codebook_of_one_code_encodes_everything_as_it():
+    model = VQModel(VQConfig("VQ-4-small", 1, 3)).eval()
+    reconstruction, losses, codes = model(torch.rand(2, 3, 8, 12), 0.1)
+    assert not codes.any() and reconstruction.shape == (2, 3, 8, 12) and torch.isfinite(torch.stack(losses)).all()
+
+
 @pytest.fixture(scope="module")
 def trained_step(fixture):
     expected = fixture("vq_quantizer_train")

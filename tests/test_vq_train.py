@@ -10,17 +10,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 from processes import run_here, start_and_kill, without_time
 from processes import start as start_process
 
-from autoregressive.runtime.checkpoint import read_checkpoint
+from autoregressive.runtime.checkpoint import read_checkpoint, save_checkpoint
+from autoregressive.runtime.distributed import keyed_random
 from autoregressive.runtime.entry import run
 from autoregressive.runtime.loader import BatchOrder, read_ahead
 from tokenizer.tokenizer_image import vq_trainer
 from tokenizer.tokenizer_image.crops import TrainingCrops
-from tokenizer.tokenizer_image.images import center_crop, open_dataset
+from tokenizer.tokenizer_image.images import center_crop, open_dataset, random_crop
 from tokenizer.tokenizer_image.loading import load_vq
-from tokenizer.tokenizer_image.vq_model import VQConfig
+from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 from tokenizer.validation.metrics import codebook_usage
 
 SCRIPT = ROOT / "tokenizer" / "tokenizer_image" / "vq_train.py"
@@ -78,6 +80,83 @@ def test_batches_of_crops_are_the_crops_of_their_rows(num_workers):
         epoch, rows = crops.order.rows(*key)
         assert found.dtype == torch.uint8 and epoch == (key[0] >= 42)
         assert np.array_equal(found, [crops.crop(epoch, row) for row in rows])
+
+
+BROKEN_ROWS = (2, 3, 17)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Two folders of 24 pictures of one class: `whole`, and `broken`, of which three cannot be used."""
+    folder = tmp_path_factory.mktemp("photos")
+    noise = np.random.default_rng(0)
+    for name in ("whole", "broken"):
+        (folder / name / "a").mkdir(parents=True)
+    for row in range(24):
+        path = folder / "broken" / "a" / f"{row:02d}.png"
+        Image.fromarray(noise.integers(256, size=(9 + row, 12, 3), dtype=np.uint8)).save(path)
+        if row not in BROKEN_ROWS:
+            (folder / "whole" / "a" / path.name).write_bytes(path.read_bytes())
+    content = (folder / "broken/a/02.png").read_bytes()
+    (folder / "broken/a/02.png").write_bytes(content[:len(content) // 2])
+    (folder / "broken/a/03.png").write_text("not a picture")
+    Image.new("RGB", (600000, 1)).save(folder / "broken/a/17.png")
+    return folder
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_in_place_of_a_broken_picture_comes_the_next_whole_one_in_every_worker(photos, num_workers):
+    dataset = open_dataset("imagenet", photos / "broken")
+    order = BatchOrder(24, 6, seed=1)
+    crops = TrainingCrops(dataset, order, 16, 0.8, True, max_failures=0.2)
+    keys = [(step, range(6)) for step in range(4)]
+    for key, batch in zip(keys, read_ahead(crops, keys, num_workers), strict=True):
+        for row, crop in zip(order.rows(*key)[1], batch.numpy(), strict=True):
+            used = {2: 4, 3: 4, 17: 18}.get(row, row)
+            random = keyed_random(1, 0, 1 + row)
+            expected = random_crop(dataset.read(used), 16, random, 0.8)
+            assert np.array_equal(crop, expected[:, ::-1] if random.random() < 0.5 else expected)
+    found = crops.failures(known=())
+    assert {row: path for row, (path, _) in found.items()} == {row: f"a/{row:02d}.png" for row in BROKEN_ROWS}
+    assert all(path in reason for path, reason in found.values()) and not crops.failures(known=BROKEN_ROWS)
+
+
+@pytest.mark.parametrize("max_failures", [0.0, 0.12, 1.0])
+def test_one_broken_picture_too_many_is_an_error(photos, tmp_path, max_failures):
+    if max_failures == 1:
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / "1.png").touch()
+    crops = TrainingCrops(open_dataset("imagenet", tmp_path if max_failures == 1 else photos / "broken"),
+                          BatchOrder(24, 6, seed=1), 16, 0.8, True, max_failures)
+    with pytest.raises(ValueError, match="1.png|expected images that can be read, found none" if max_failures == 1
+                       else "png: "):
+        for row in (0,) if max_failures == 1 else range(24):
+            crops.crop(0, row)
+
+
+def photo_flags(photos, name):
+    """Flags in which a later one counts."""
+    return (*SMALL, "--dataset", "imagenet", "--data-path", photos / name, "--image-size", 16,
+            "--global-batch-size", 6)
+
+
+@pytest.mark.parametrize(("flags", "code", "words"), [
+    (("--max-failures", 0.2), 0, ["3 of 24 images are broken, and others take their place",
+                                  "3 of 24 images are broken, and they are left out"]),
+    (("--max-failures", 0.05), 1, ["2 of 24 images are broken, such as", "More than --max-failures 0.05"]),
+    (("--max-failures", 0.05, "--num-workers", 1), 1, ["More than --max-failures 0.05"]),
+    (("--data-path", "{0}/whole", "--val-path", "{0}/broken"), 1, ["3 of 24 images are broken, such as"]),
+])
+def test_training_goes_on_without_broken_pictures_up_to_a_share(photos, tmp_path, capsys, flags, code, words):
+    flags = [str(flag).format(photos) for flag in ("--val-path", photos / "broken", *flags)]
+    found = run_here("tokenizer/tokenizer_image/vq_train.py", *photo_flags(photos, "broken"), "--max-steps", 4,
+                     "--results-dir", tmp_path, *flags)
+    printed = capsys.readouterr()
+    assert found == code and "Traceback" not in printed.err
+    for word in words:
+        assert word in printed.out
+    assert "broken: " in printed.out and "a/02.png" in printed.out + printed.err
+    assert (tmp_path / "000-VQ-4-small" / "tokenizer.pt").is_file() == (code == 0)
 
 
 def test_half_of_the_crops_are_mirrored_unless_flips_are_off():
@@ -208,6 +287,71 @@ def test_validation_reconstructs_a_set_into_an_npz_for_rfid(trained, tmp_path):
     assert numbers["psnr"] == pytest.approx(json.loads((trained / "vq.json").read_text())["psnr"], abs=1e-6)
 
 
+@pytest.fixture(scope="module")
+def small_vq(tmp_path_factory):
+    """A tokenizer of random weights."""
+    path = tmp_path_factory.mktemp("small") / "vq.pt"
+    torch.manual_seed(0)
+    save_checkpoint(path, {"model": VQModel(VQConfig("VQ-4-small", 48, 8)).state_dict()})
+    return path
+
+
+def validate(photos, name, small_vq, output, *flags):
+    drop = SMALL.index("--mixed-precision")
+    return run_here("tokenizer/validation/val.py", *SMALL[:drop], "--dataset", "imagenet", "--data-path", photos / name,
+                    "--image-size", 16, "--vq-ckpt", small_vq, "--num-workers", 0, "--batch-size", 1, "--vgg-path",
+                    "none", "--output", output, *flags)
+
+
+def test_validation_of_a_set_with_broken_pictures_is_that_of_the_whole_ones(photos, small_vq, tmp_path):
+    assert validate(photos, "broken", small_vq, tmp_path / "broken.npz", "--max-failures", 0.2) == 0
+    assert validate(photos, "whole", small_vq, tmp_path / "whole.npz") == 0
+    results = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("broken", "whole")]
+    assert results[0] == results[1] and results[0]["num_images"] == 21
+    with np.load(tmp_path / "broken.npz") as broken, np.load(tmp_path / "whole.npz") as whole:
+        assert broken["arr_0"].shape == (21, 16, 16, 3) and len(broken["labels"]) == 21
+        assert all(np.array_equal(broken[name], whole[name]) for name in whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.json", "broken.npz", "whole.json", "whole.npz"]
+
+
+def test_validation_of_too_many_broken_pictures_leaves_a_list_and_nothing_else(photos, small_vq, tmp_path, capsys):
+    assert validate(photos, "broken", small_vq, tmp_path / "r.npz") == 1
+    printed = capsys.readouterr()
+    assert printed.out.count("broken: ") == 3 and "3 of 24 images are broken" in printed.out and not printed.err.count(
+        "Traceback")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (("--output", "{0}/folder.npz"), "folder.npz: expected the name of a file to write, found a folder"),
+    (("--output", "{0}/beside.npz"), "beside.json: expected the name of a file to write, found a folder"),
+    (("--output", "{0}/file/r.npz"), "expected a writable folder"),
+    (("--output", "{0}/r.png"), "expected a name ending in .npz"),
+    (("--vgg-path", "{0}/list.pt", "--lpips-path", "{0}/list.pt"), "list.pt: expected a state dict"),
+])
+def test_validation_that_cannot_end_does_not_begin(photos, small_vq, tmp_path, capsys, flags, words):
+    for name in ("folder.npz", "beside.json"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "file").touch()
+    torch.save([1, 2], tmp_path / "list.pt")
+    flags = [flag.format(tmp_path) for flag in flags]
+    assert validate(photos, "whole", small_vq, tmp_path / "r.npz", *flags) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1 and not (tmp_path / "r.npz").exists()
+
+
+def test_codebook_of_one_code_trains_and_is_validated(photos, tmp_path, capsys):
+    flags = ("--codebook-size", 1)
+    assert run_here("tokenizer/tokenizer_image/vq_train.py", *SMALL, *flags, "--max-steps", 4, "--revive-every", 2,
+                    "--entropy-ratio", 0.1, "--val-path", "val", "--results-dir", tmp_path, "--output",
+                    tmp_path / "vq.pt") == 0
+    assert json.loads((tmp_path / "vq.json").read_text())["perplexity"] == pytest.approx(1)
+    drop = SMALL.index("--mixed-precision")
+    assert run_here("tokenizer/validation/val.py", *SMALL[:drop], *flags, "--vq-ckpt", tmp_path / "vq.pt", "--vgg-path",
+                    "none", "--num-workers", 0, "--output", tmp_path / "r.npz") == 0
+    assert json.loads((tmp_path / "r.json").read_text())["codes_used"] == 1
+
+
 def test_entropy_and_mixed_precision_train(tmp_path, monkeypatch):
     start(monkeypatch, tmp_path, "--max-steps", "2", "--entropy-ratio", "0.1", "--mixed-precision", "bf16")
     row, = [json.loads(line) for line in (tmp_path / "000-VQ-4-small" / "metrics.jsonl").read_text().splitlines()]
@@ -232,6 +376,9 @@ def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(tmp_p
     (["--epochs", "0"], "--epochs: expected at least 1, got 0"),
     (["--lr", "nan"], "--lr: expected at least 0, got nan"),
     (["--smallest-crop", "1.5"], "--smallest-crop: expected a share"),
+    (["--codebook-size", "1" + 18 * "0"], "expected 1 to 2147483648, got 1000000000000000000 x 8"),
+    (["--data-path", "train", "--output", "."], "expected the name of a file to write, found a folder"),
+    (["--max-failures", "nan"], "--max-failures: expected a share, 0 to 1, got nan"),
     (["--codebook-size", "0"], "--codebook-size: expected at least 1"),
 ])
 def test_wrong_input_is_one_line_and_exit_code_2_and_leaves_nothing(tmp_path, monkeypatch, capsys, flags, message):

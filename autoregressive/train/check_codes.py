@@ -19,14 +19,16 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])      # the repository root instead of this folder
 
 import itertools
+import math
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 
-from autoregressive.data.codes import CodeStore, add_code_args, open_codes, verify_checksums
+from autoregressive.data.codes import DAMAGED, CodeStore, add_code_args, open_codes, verify_checksums
 from autoregressive.runtime.distributed import Session, keyed_random
 from autoregressive.runtime.entry import Flags, Parser, at_least, check_one_process, checks, run
+from autoregressive.runtime.files import check_output, read_json
 from autoregressive.runtime.log import open_logger, progress
 from autoregressive.runtime.pictures import save_grid
 from tokenizer.tokenizer_image.crops import CenterCrops
@@ -34,6 +36,7 @@ from tokenizer.tokenizer_image.encoding import CropEncoder
 from tokenizer.tokenizer_image.images import (
     ImageSet,
     add_source_args,
+    crop_names,
     cut_crops,
     dataset_sha256,
     enlarged_side,
@@ -60,6 +63,25 @@ def build_parser() -> Parser:
     return parser
 
 
+def check_manifest(store: CodeStore) -> None:
+    """Raises ValueError unless the manifest of a store says all that is needed to make its codes again."""
+    path = Path(store.path) / "manifest.json"
+    if not path.is_file():
+        raise ValueError(f"{store.path}: expected a store with a manifest.json; the older layout does not say what its "
+                         "codes are")
+    manifest = read_json(path, {"vq_model": str, "codebook_embed_dim": int, "crop_range": (int, float)})
+    known = crop_names(ten_crop=True, mirrored=True)
+    try:
+        VQConfig.recorded_in(manifest)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; {DAMAGED}") from error
+    if len(manifest["crops"]) != manifest["num_crops"] or not all(crop in known for crop in manifest["crops"]):
+        raise ValueError(f"{path}: expected {manifest['num_crops']} crops by name, found {manifest['crops']}; "
+                         f"{DAMAGED}")
+    if not 1 <= manifest["crop_range"] < math.inf:
+        raise ValueError(f"{path}: expected a crop_range of at least 1, found {manifest['crop_range']}; {DAMAGED}")
+
+
 def check_origin(store: CodeStore, dataset: ImageSet, hashes: dict[str, str]) -> Iterator[Check]:
     """Checks that images and tokenizer are those of the extraction."""
     manifest = store.manifest
@@ -82,12 +104,17 @@ def check_contents(store: CodeStore, session: Session) -> Iterator[Check]:
     used = np.zeros(codebook_size + 1, dtype=bool)                  # the last place is for what is out of range
     with progress(session, len(store.rows), "codes", "image") as bar:
         for rows in np.array_split(store.rows, -(-len(store.rows) // ROWS_AT_ONCE)):
-            used[np.minimum(store.codes[rows], codebook_size)] = True
+            codes = store.codes[rows].astype(np.int64)
+            used[np.where((codes >= 0) & (codes < codebook_size), codes, codebook_size)] = True
             bar.update(len(rows))
     yield (not used[-1], f"codes are below {codebook_size}", f"{np.count_nonzero(used[:-1])} different ones")
-    counts = np.bincount(store.labels[store.rows], minlength=len(manifest["class_names"]))
-    yield (counts.min() > 0 and len(counts) == len(manifest["class_names"]), f"{len(counts)} classes with images",
-           f"{counts.min()} to {counts.max()} each, {len(store.rows)} images, {count - len(store.rows)} broken")
+    num_classes = len(manifest["class_names"])
+    labels = store.labels[store.rows]
+    in_range = (labels >= 0) & (labels < num_classes)
+    counts = np.bincount(labels[in_range], minlength=num_classes)
+    yield (in_range.all() and (counts > 0).all(), f"{np.count_nonzero(counts)} classes with images",
+           f"{counts.min(initial=count)} to {counts.max(initial=0)} each, {len(store.rows)} images, "
+           f"{count - len(store.rows)} broken")
 
 
 @torch.inference_mode()
@@ -103,10 +130,14 @@ def check_rows(store: CodeStore, dataset: ImageSet, vq: VQModel, rows: np.ndarra
         original, = cut_crops(whole, size, names)[0]
         stored = torch.from_numpy(store.codes[row, crop].astype(np.int64)).to(session.device)
         reproduced.append((encoder.codes(whole, size, names)[0, 0] == stored).float().mean().item())
-        decoded = to_uint8(vq.decode_codes(stored.clamp(max=manifest["codebook_size"] - 1)[None], store.grid))[0].cpu()
+        in_range = stored.clamp(0, manifest["codebook_size"] - 1)
+        decoded = to_uint8(vq.decode_codes(in_range[None], store.grid))[0].cpu()
         quality = psnr(original[None], decoded[None])[0]
         pairs.append(torch.cat([original, decoded], dim=1).numpy())                         # (P, 2 P, 3)
-        captions.append(f"{manifest['class_names'][store.labels[row]]}  {quality:.1f} dB")
+        label = store.labels[row]
+        is_known = 0 <= label < len(manifest["class_names"])
+        name = manifest["class_names"][label] if is_known else f"label {label}"
+        captions.append(f"{name}  {quality:.1f} dB")
     save_grid(output, pairs, columns=4, captions=captions)
     wrong = rows[np.array(reproduced) < LEAST_REPRODUCED].tolist()
     detail = f"encoding them again gives {100 * np.mean(reproduced):.2f} % of the stored codes"
@@ -119,19 +150,17 @@ def main(args: Flags, session: Session) -> None:
     with checks(session):
         check_one_process(session)
         store = open_codes(args.code_path)
-        manifest = store.manifest
-        if manifest["crops"] is None:
-            raise ValueError(f"{args.code_path}: expected a store with a manifest.json; the older layout does not say "
-                             "what its codes are")
+        check_manifest(store)
         dataset = open_dataset(args.dataset, args.data_path)
         if len(dataset) != len(store.labels):
             raise ValueError(f"--data-path: expected the {len(store.labels)} images of {args.code_path}, "
                              f"found {len(dataset)}")
-        vq, hashes = load_vq(args.vq_ckpt, VQConfig.recorded_in(manifest))
+        vq, hashes = load_vq(args.vq_ckpt, VQConfig.recorded_in(store.manifest))
+        output = Path(args.output or Path(args.code_path) / "check.png")
+        check_output(output)
     random = keyed_random(args.global_seed, 0, 0)
     rows = np.sort(random.choice(store.rows, min(args.num_rows, len(store.rows)), replace=False))
     crops = random.integers(store.codes.shape[1], size=len(rows))
-    output = Path(args.output or Path(args.code_path) / "check.png")
     num_failed = 0
     for passed, what, detail in itertools.chain(
             check_origin(store, dataset, hashes), check_contents(store, session),

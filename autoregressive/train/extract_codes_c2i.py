@@ -20,9 +20,9 @@ from autoregressive.data.code_writer import CodeWriter
 from autoregressive.data.codes import add_code_args, open_codes, verify_checksums
 from autoregressive.runtime.compute import PRECISIONS, can_compile
 from autoregressive.runtime.distributed import Session, seed_everything
-from autoregressive.runtime.entry import Flags, Parser, at_least, checks, free, run, share_up_to_1
+from autoregressive.runtime.entry import Flags, Parser, at_least, checks, free, run
 from autoregressive.runtime.log import LOGGER, open_logger, progress
-from tokenizer.tokenizer_image.crops import load_crops
+from tokenizer.tokenizer_image.crops import Failures, add_failure_args, load_crops
 from tokenizer.tokenizer_image.encoding import CropEncoder, agreement, default_batch_size
 from tokenizer.tokenizer_image.images import (
     ImageSet,
@@ -55,8 +55,7 @@ def build_parser() -> Parser:
     free(parser.add_argument("--num-workers", type=at_least(0), default=24,
                              help="processes that decode and crop images, at most as many as there are cores"))
     free(parser.add_argument("--no-compile", action="store_true", help="do not compile (a GPU compiles by default)"))
-    free(parser.add_argument("--max-failures", type=share_up_to_1, default=0.001,
-                             help="share of images that may be broken; more end with exit code 1 and a list"))
+    add_failure_args(parser)
     free(parser.add_argument("--overwrite", action="store_true",
                              help="replace a finished store, or one of another extraction, at --code-path"))
     return parser
@@ -85,6 +84,7 @@ def main(args: Flags, session: Session) -> None:
         vq, hashes = load_vq(args.vq_ckpt, VQConfig(**args.pick(VQConfig)))
         manifest = describe_store(args, dataset, hashes)
         writer = CodeWriter(args.code_path, manifest)
+        session.hold(args.code_path)
         if session.is_main:
             writer.create(dataset.labels, args.overwrite)
     if writer.is_complete:
@@ -99,16 +99,18 @@ def main(args: Flags, session: Session) -> None:
     encoder = CropEncoder(vq, session.device, args.precision, batch_size,
                           compiled=can_compile(session.device, not args.no_compile))
     batches = writer.rows.missing(max(1, batch_size // len(names)))     # cut by absolute row, for any number of ranks
+    num_done = writer.rows.num_done                         # before another process may remove the rows
     session.barrier()                                           # all have seen the same rows missing
     mine = [batches[number] for number in session.share_of(len(batches))]
     loader = load_crops(dataset, enlarged_side(size, manifest["crop_range"]), mine, args.num_workers)
-    with progress(session, len(dataset), "extract", "image", initial=writer.rows.num_done) as bar:
+    with progress(session, len(dataset), "extract", "image", initial=num_done) as bar:
         for number, batch in enumerate(loader):
             if number == 0 and args.precision != "none" and session.is_main:
                 rate = agreement(vq, encoder, batch.pictures, size, names, session.device)
                 LOGGER.info("%s and float32 agree on %.2f %% of the first batch's codes", args.precision, 100 * rate)
             writer.write(batch.rows, encoder.codes(batch.pictures, size, names).cpu().numpy(), batch.failures)
-            bar.update(writer.rows.num_done - bar.n)            # of all processes
+            if session.is_main:
+                bar.update(writer.rows.num_done - bar.n)          # of all processes
     if session.is_main:
         finish(writer, args.max_failures, session)
 
@@ -119,15 +121,10 @@ def finish(writer: CodeWriter, max_failures: float, session: Session) -> None:
     writer.rows.wait_for_others()
     with progress(session, count, "checksums", "image") as bar:
         failed = writer.finish(max_failures * count, bar)
-    for failure in failed[:10]:
-        LOGGER.warning("broken: %s", failure["reason"])
-    listed = f"{len(failed)} of {count} images are broken; {writer.path / 'manifest.json'} lists them"
-    if len(failed) > max_failures * count:
-        LOGGER.error("%s. More than --max-failures %g: repair or remove them and run the same command again, which "
-                     "tries only these, or raise --max-failures", listed, max_failures)
-        raise SystemExit(1)
-    if failed:
-        LOGGER.warning("%s, and training leaves them out", listed)
+    failures = Failures(count, max_failures)
+    failures.add({failure["row"]: (failure["path"], failure["reason"]) for failure in failed})
+    failures.check(f"; {writer.path / 'manifest.json'} lists them, and the same command tries only these again",
+                   consequence="training leaves them out")
     LOGGER.info("%d images, %d crops of %d tokens each; codes in %s", count, writer.manifest["num_crops"],
                 writer.manifest["num_tokens"], writer.path)
 

@@ -3,20 +3,90 @@
 Which row comes when, and how it is cut, follows from the seed alone. Letters: B pictures, P pixels of a crop.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import argparse
+from collections.abc import Container, Iterable
+from dataclasses import dataclass, field
 
 import numpy as np
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from autoregressive.runtime.distributed import keyed_random
+from autoregressive.runtime.distributed import Session, keyed_random
+from autoregressive.runtime.entry import Parser, free, share_up_to_1
 from autoregressive.runtime.loader import BatchOrder, read_ahead
+from autoregressive.runtime.log import LOGGER
 from tokenizer.tokenizer_image.images import ImageSet, center_crop, random_crop
+
+NUM_LISTED = 10                                     # broken images that the log names at once
+
+
+def add_failure_args(parser: Parser | argparse._ArgumentGroup) -> None:
+    """Declares how many images may be broken: the same in every script that reads images."""
+    free(parser.add_argument("--max-failures", type=share_up_to_1, default=0.001,
+                             help="share of images that may be broken; more end with exit code 1 "
+                                  "and a list"))
+
+
+class Failures:
+    """Broken images of a dataset: named in the log and left out; more than a share end the work.
+
+    Attributes:
+        num_images: of the dataset.
+        max_failures: share of them that may be broken.
+        found: row -> (path, reason).
+    """
+
+    def __init__(self, num_images: int, max_failures: float):
+        self.num_images, self.max_failures = num_images, max_failures
+        self.found: dict[int, tuple[str, str]] = {}
+        self._num_reported = 0
+
+    @property
+    def are_too_many(self) -> bool:
+        count = len(self.found)
+        return count > self.max_failures * self.num_images or count == self.num_images
+
+    def add(self, failures: dict[int, tuple[str, str]]) -> None:
+        """Adds rows -> (path, reason), and names in the log those that are new."""
+        new = [reason for row, (_, reason) in failures.items() if row not in self.found]
+        self.found |= failures
+        for reason in new[:NUM_LISTED]:
+            LOGGER.warning("broken: %s", reason)
+
+    def gather(self, session: Session) -> None:
+        """Adds what the other processes found (all call this)."""
+        for failures in session.gather(self.found):
+            self.add(failures)
+
+    def check(self, where: str = "", consequence: str = "they are left out") -> None:
+        """Says how many images are broken, when their number has changed.
+
+        Args:
+            where: follows the number: where all of them are listed.
+            consequence: what becomes of an image that may be broken.
+
+        Raises:
+            SystemExit: with exit code 1, if more are broken than may be.
+        """
+        count = len(self.found)
+        listed = f"{count} of {self.num_images} images are broken{where}"
+        if self.are_too_many:
+            _, first_reason = next(iter(self.found.values()))
+            LOGGER.error("%s, such as %s. More than --max-failures %g: repair or remove them and "
+                         "run the same command again, or raise --max-failures", listed,
+                         first_reason, self.max_failures)
+            raise SystemExit(1)
+        if count > self._num_reported:
+            LOGGER.warning("%s, and %s", listed, consequence)
+            self._num_reported = count
 
 
 @dataclass(frozen=True)
 class TrainingCrops(Dataset):
     """Random crops of a set of pictures; the crop of a row is a function of (seed, epoch, row).
+
+    In place of a broken picture comes the next one that is whole.
 
     Attributes:
         dataset: the pictures.
@@ -24,6 +94,8 @@ class TrainingCrops(Dataset):
         image_size: side of a crop in pixels.
         smallest_share: least share of the shorter side that a crop shows; 1 shows all of it.
         flip: whether half of the crops are mirrored.
+        max_failures: share of the pictures that may be broken.
+        is_broken: (N,) bool, shared by all workers: what was found to be broken.
         per_epoch: batches of an epoch.
     """
 
@@ -32,6 +104,12 @@ class TrainingCrops(Dataset):
     image_size: int
     smallest_share: float
     flip: bool
+    max_failures: float = 0.0
+    is_broken: Tensor = field(init=False)
+
+    def __post_init__(self):
+        is_broken = torch.zeros(len(self.dataset), dtype=torch.bool).share_memory_()
+        object.__setattr__(self, "is_broken", is_broken)        # frozen
 
     @property
     def per_epoch(self) -> int:
@@ -48,16 +126,48 @@ class TrainingCrops(Dataset):
             key: number of the step, from 0, and range of places in the batch.
 
         Raises:
-            ValueError: a file is broken.
+            ValueError: more files are broken than may be.
         """
         epoch, rows = self.order.rows(*key)
         return np.stack([self.crop(epoch, row) for row in rows.tolist()])
 
     def crop(self, epoch: int, row: int) -> np.ndarray:
-        """Returns the crop (P, P, 3) uint8 of a row in an epoch."""
-        random = keyed_random(self.order.seed, epoch, 1 + row)
-        crop = random_crop(self.dataset.read(row), self.image_size, random, self.smallest_share)
-        return crop[:, ::-1] if self.flip and random.random() < 0.5 else crop
+        """Returns the crop (P, P, 3) uint8 of a row in an epoch.
+
+        Raises:
+            ValueError: more files are broken than may be.
+        """
+        count = len(self.dataset)
+        for place in range(row, row + count):
+            random = keyed_random(self.order.seed, epoch, 1 + row)
+            try:
+                picture = self.dataset.read(place % count)
+                crop = random_crop(picture, self.image_size, random, self.smallest_share)
+            except (OSError, ValueError) as error:
+                self.is_broken[place % count] = True
+                if self.is_broken.sum() > self.max_failures * count:
+                    raise ValueError(_reason(self.dataset, place % count, error)) from error
+                continue
+            return crop[:, ::-1] if self.flip and random.random() < 0.5 else crop
+        raise ValueError("expected images that can be read, found none")
+
+    def failures(self, known: Container[int]) -> dict[int, tuple[str, str]]:
+        """Returns what was found to be broken by now beyond the rows `known`: row -> (path, reason)."""
+        found = {}
+        for row in self.is_broken.nonzero().flatten().tolist():
+            if row in known:
+                continue
+            again = CenterCrops(self.dataset, self.image_size)[range(row, row + 1)].failures
+            name = self.dataset.name_of(row)
+            found[row] = again.get(row, (name, f"{name}: could not be read once"))
+        return found
+
+
+def _reason(dataset: ImageSet, row: int, error: Exception) -> str:
+    """Returns why a picture cannot be used, with its name, which the error itself may lack."""
+    reason = str(error) or type(error).__name__
+    name = dataset.name_of(row)
+    return reason if name in reason else f"{name}: {reason}"
 
 
 @dataclass(frozen=True)
@@ -75,10 +185,8 @@ class CropBatch:
     failures: dict[int, tuple[str, str]]
 
     def whole(self) -> np.ndarray:
-        """Returns the pictures. Raises ValueError if a file was broken."""
-        for _, reason in self.failures.values():
-            raise ValueError(reason)
-        return self.pictures
+        """Returns the pictures (n, P, P, 3) uint8 that are not broken."""
+        return self.pictures[[row not in self.failures for row in self.rows]]
 
 
 @dataclass(frozen=True)
@@ -95,7 +203,7 @@ class CenterCrops(Dataset):
             try:
                 pictures[place] = center_crop(self.dataset.read(row), self.image_size)
             except (OSError, ValueError) as error:
-                failures[row] = (self.dataset.name_of(row), str(error) or type(error).__name__)
+                failures[row] = (self.dataset.name_of(row), _reason(self.dataset, row, error))
         return CropBatch(rows, pictures, failures)
 
 

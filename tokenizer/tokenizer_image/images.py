@@ -9,6 +9,7 @@ import math
 import os
 import struct
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from autoregressive.runtime.entry import at_least
+from tokenizer.tokenizer_image.listing import list_images
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+MOST_PIXELS = 2**27             # of a picture that is enlarged to be cut; Pillow refuses files above 2^27.4
 POSITIONS = {"top-left": (0, 0), "top-right": (0, 1), "bottom-left": (1, 0), "bottom-right": (1, 1),
              "centre": (0.5, 0.5)}                      # of crops: the share of the space above and left of them
 MIRRORED = ", mirrored"         # what the name of such a crop ends with
@@ -79,38 +81,25 @@ def open_dataset(dataset: str, data_path: str) -> ImageSet:
     return DATASETS[dataset](data_path)
 
 
-def dataset_sha256(dataset: ImageSet) -> str:
-    """Returns the SHA-256 over the names and labels of all rows, in order."""
+def dataset_sha256(dataset: ImageSet, rows: Iterable[int] | None = None) -> str:
+    """Returns the SHA-256 over the names and labels of `rows`, or of all, in order."""
     digest = hashlib.sha256()
-    for row, label in enumerate(dataset.labels.tolist()):
-        digest.update(os.fsencode(f"{dataset.name_of(row)} {label}\n"))
+    for row in range(len(dataset)) if rows is None else rows:
+        digest.update(os.fsencode(f"{dataset.name_of(row)} {int(dataset.labels[row])}\n"))
     return digest.hexdigest()
 
 
 class ImageFolder(ImageSet):
-    """Pictures in one folder a class, in the order of sorted paths, the classes in that of sorted folder names."""
+    """Pictures in one folder a class, in the order and under the labels of listing.list_images."""
 
     def __init__(self, data_path: str):
-        root = Path(data_path)
-        if not root.is_dir():
-            found = "a file" if root.exists() else "none"
-            raise ValueError(f"{root}: expected a folder of class folders, found {found}; name one as --data-path")
-        entries = [entry for entry in os.scandir(root) if not entry.name.startswith(".")]
-        self.class_names = sorted(entry.name for entry in entries if entry.is_dir())
-        if not self.class_names:
-            raise ValueError(f"{root}: expected one folder a class, found {len(entries)} files and no folder; move the "
-                             "images into folders named after their classes")
-        self._root = root
-        names, labels = [], []
-        for label, class_name in enumerate(self.class_names):
-            paths = _image_paths(root / class_name)
-            if not paths:
-                raise ValueError(f"{root / class_name}: expected images ({', '.join(IMAGE_SUFFIXES)}) of a class, "
-                                 "found none; remove the folder or fill it")
-            names += [os.fsencode(os.path.relpath(path, root)) for path in paths]
-            labels += [label] * len(paths)
-        self.labels = np.array(labels, dtype=np.int64)
-        self._names = np.array(names)               # one block: worker processes share it, a million strings they copy
+        self._root = Path(data_path)
+        self.class_names, paths = list_images(self._root)
+        counts = [len(paths_of_class) for paths_of_class in paths]
+        self.labels = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
+        # One block of bytes: worker processes share it, where they would copy a million strings.
+        self._names = np.array([os.fsencode(os.path.relpath(path, self._root))
+                                for paths_of_class in paths for path in paths_of_class])
 
     def name_of(self, row):
         return os.fsdecode(self._names[row])
@@ -118,12 +107,6 @@ class ImageFolder(ImageSet):
     def read(self, row):
         """Returns the picture (H, W, 3) uint8 of a row. Raises ValueError if the file is broken."""
         return read_picture(self._root / self.name_of(row))
-
-
-def _image_paths(folder):
-    # A folder that is called like an image is listed too: reading it fails, and the failure is recorded.
-    return [os.path.join(where, name) for where, folders, names in sorted(os.walk(folder, followlinks=True))
-            for name in sorted(folders + names) if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")]
 
 
 class Digits(ImageSet):
@@ -165,17 +148,19 @@ def read_picture(path: str | Path) -> np.ndarray:
     """Reads an image file as RGB, without turning it by its EXIF orientation.
 
     Args:
-        path: jpeg, png or webp; grey, 16-bit grey, palette, CMYK and alpha (dropped) are converted.
+        path: of any format that Pillow reads; grey, 16-bit grey, palette, CMYK and alpha (dropped) are converted.
 
     Returns:
         (H, W, 3) uint8.
 
     Raises:
-        ValueError: the file is missing, damaged, no image, or larger than Pillow's limit for bombs.
+        ValueError: the file is missing, damaged, no image, of floats, or larger than Pillow's limit for bombs.
     """
     try:
         with Image.open(path) as image:
             image.load()
+            if image.mode == "F":                       # Pillow would clip 0 .. 1 to black
+                raise ValueError("found floating-point values, whose range nothing says")
             if image.mode.startswith("I"):              # 16-bit grey: Pillow would clip it to 255 instead of scaling
                 grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
                 image = Image.fromarray(grey)
@@ -192,6 +177,10 @@ def _resize(picture, side):
         image = image.resize(tuple(length // 2 for length in image.size), resample=Image.Resampling.BOX)
     scale = side / min(image.size)
     size = tuple(round(length * scale) for length in image.size)
+    height, width = picture.shape[:2]
+    if size[0] * size[1] > max(MOST_PIXELS, height * width):
+        raise ValueError(f"expected a picture whose sides differ less, found {width} x {height} pixels, which become "
+                         f"{size[0]} x {size[1]} before they are cut; replace or remove the file")
     return np.array(image.resize(size, resample=Image.Resampling.BICUBIC))         # a copy: Pillow's own is read-only
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import vgg16
 
-from autoregressive.runtime.checkpoint import load_strictly, read_checkpoint
+from autoregressive.runtime.checkpoint import load_strictly, model_state, read_checkpoint
 from autoregressive.runtime.entry import Parser
 
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
@@ -63,8 +63,8 @@ def load_lpips(vgg_path: str | Path, linear_path: str | Path) -> LPIPS:
         ValueError: a file is missing or holds other weights; the message says how to go on without.
     """
     hint = "see pretrained_models/README.md, or train without LPIPS: --perceptual-weight 0"
-    features = read_checkpoint(vgg_path, hint)
-    linear = read_checkpoint(linear_path, hint)
+    features = model_state(read_checkpoint(vgg_path, hint), vgg_path)
+    linear = model_state(read_checkpoint(linear_path, hint), linear_path)
     state = {name: value for name, value in features.items() if name.startswith("features.")}
     for number in range(len(WIDTHS)):
         name = f"lin{number}.model.1.weight"

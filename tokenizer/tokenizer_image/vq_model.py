@@ -8,6 +8,7 @@ Letters: B batch, T tokens, V codes, E code dimension, P pixels, C channels, h a
 Attributes that appear in state-dict keys (conv_blocks, res, attn, nin_shortcut, ...) keep their published names.
 """
 
+import math
 from collections import OrderedDict
 from dataclasses import dataclass, fields
 from itertools import pairwise
@@ -40,6 +41,7 @@ VQ_MODELS = {
     "VQ-8": VQSize(128, (1, 2, 2, 4), 256),
     "VQ-4-small": VQSize(32, (1, 1, 2), 32),
 }
+MOST_CODEBOOK_WEIGHTS = 2**31                       # 8 GiB
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,15 @@ class VQConfig:
     vq_model: str = "VQ-16"
     codebook_size: int = 16384
     codebook_embed_dim: int = 8
+
+    def __post_init__(self):
+        """Raises ValueError if there is no such model, or none of this size."""
+        if self.vq_model not in VQ_MODELS:
+            raise ValueError(f"--vq-model: expected {' or '.join(VQ_MODELS)}, got {self.vq_model}")
+        sizes = (self.codebook_size, self.codebook_embed_dim)
+        if min(sizes) < 1 or math.prod(sizes) > MOST_CODEBOOK_WEIGHTS:
+            raise ValueError(f"--codebook-size x --codebook-embed-dim: expected 1 to "
+                             f"{MOST_CODEBOOK_WEIGHTS}, got {' x '.join(map(str, sizes))}")
 
     @classmethod
     def recorded_in(cls, record: dict[str, Any]) -> "VQConfig":

@@ -23,15 +23,15 @@ import torch
 
 from autoregressive.runtime.checkpoint import save_checkpoint
 from autoregressive.runtime.distributed import Session, seed_everything
-from autoregressive.runtime.entry import Flags, Parser, at_least, checks, run, share_above_0
-from autoregressive.runtime.files import check_writable_folder, write_json
+from autoregressive.runtime.entry import Flags, Parser, at_least, checks, free, run, share_above_0
+from autoregressive.runtime.files import check_output, read_json, write_json
 from autoregressive.runtime.identity import find_run_folder
 from autoregressive.runtime.loader import BatchOrder
 from autoregressive.runtime.log import LOGGER, open_logger
 from autoregressive.runtime.optim import OptimSettings, add_optim_args
 from autoregressive.runtime.speed import Speedometer
 from autoregressive.runtime.training import RunSettings, TrainingRun, add_training_args, check_batch
-from tokenizer.tokenizer_image.crops import TrainingCrops
+from tokenizer.tokenizer_image.crops import TrainingCrops, add_failure_args
 from tokenizer.tokenizer_image.discriminator import NORMS, SMALLEST_IMAGE, PatchDiscriminator
 from tokenizer.tokenizer_image.images import add_image_args, dataset_sha256, open_dataset
 from tokenizer.tokenizer_image.loading import load_vq
@@ -42,7 +42,7 @@ from tokenizer.tokenizer_image.vq_trainer import RECONSTRUCTION_LOSSES, Tokenize
 from tokenizer.validation.reconstruction import Validation
 
 CURVES, GAN_CURVES = ("reconstruction", "codebook", "usage", "perplexity"), ("generator", "discriminator")
-RESULT = ("reconstruction", "usage", "val_psnr", "val_codes_used", "val_usage", "val_perplexity")
+RESULT = ("reconstruction", "val_psnr", "val_codes_used", "val_usage", "val_perplexity")
 
 
 def build_parser() -> Parser:
@@ -58,6 +58,7 @@ def build_parser() -> Parser:
     group.add_argument("--smallest-crop", type=share_above_0, default=0.8,
                        help="least share of the shorter side in a random crop; 1 shows all of it")
     group.add_argument("--no-flip", action="store_true", help="mirror no pictures (digits, text)")
+    add_failure_args(group)
     group = parser.add_argument_group("losses")
     group.add_argument("--reconstruction-loss", default="l2", choices=tuple(RECONSTRUCTION_LOSSES), help="of pixels")
     group.add_argument("--reconstruction-weight", type=at_least(0.0), default=1.0, help="weight of the pixels' loss")
@@ -73,7 +74,7 @@ def build_parser() -> Parser:
                        help="scale the adversarial loss by the gradients at the decoder's last layer")
     group.add_argument("--revive-every", type=at_least(0), default=0,
                        help="steps after which codes that nothing used move to present latents; 0: never")
-    parser.add_argument("--output", help="the finished tokenizer; default: tokenizer.pt in the run folder")
+    free(parser.add_argument("--output", help="the finished tokenizer; default: tokenizer.pt in the run folder"))
     return parser
 
 
@@ -88,25 +89,29 @@ def open_data(args: Flags, session: Session) -> tuple[TrainingCrops, Validation 
     validation = None
     if args.val_path:
         validation = Validation(open_dataset(args.dataset, args.val_path), args.image_size,
-                                args.global_batch_size // session.world_size, args.num_workers)
+                                args.global_batch_size // session.world_size, args.num_workers,
+                                args.max_failures)
     if len(dataset) < args.global_batch_size:
         raise ValueError(f"{args.data_path}: expected at least one batch of {args.global_batch_size} images, found "
                          f"{len(dataset)}; lower --global-batch-size")
     order = BatchOrder(len(dataset), args.global_batch_size, args.global_seed)
-    return TrainingCrops(dataset, order, args.image_size, args.smallest_crop, not args.no_flip), validation
+    crops = TrainingCrops(dataset, order, args.image_size, args.smallest_crop, not args.no_flip,
+                          args.max_failures)
+    return crops, validation
 
 
-def build_trainer(args: Flags, perceptual: LPIPS | None, start: VQModel | None, num_steps: int,
-                  validation: Validation | None, session: Session) -> TokenizerTrainer:
+def build_trainer(args: Flags, config: VQConfig, perceptual: LPIPS | None, start: VQModel | None,
+                  num_steps: int, crops: TrainingCrops, validation: Validation | None,
+                  session: Session) -> TokenizerTrainer:
     """Builds the networks and everything that trains them."""
     seed_everything(args.global_seed)               # the same weights on every process
-    model = VQModel(VQConfig(**args.pick(VQConfig)))
+    model = VQModel(config)
     if start is not None:
         model.load_state_dict(start.state_dict())
     discriminator = PatchDiscriminator(args.disc_norm) if args.disc_weight else None
     return TokenizerTrainer(model, discriminator, perceptual, TokenizerSettings(**args.pick(TokenizerSettings)),
                             OptimSettings(**args.pick(OptimSettings)), session, num_steps=num_steps,
-                            validation=validation)
+                            validation=validation, crops=crops)
 
 
 def describe(args: Flags, crops: TrainingCrops, validation: Validation | None) -> dict:
@@ -115,6 +120,18 @@ def describe(args: Flags, crops: TrainingCrops, validation: Validation | None) -
     return args.pick(VQConfig) | {name: getattr(args, name) for name in names} | {
         "num_classes": len(crops.dataset.class_names), "num_images": len(validation.dataset) if validation else 0,
         "python": platform.python_version(), "torch": str(torch.__version__)}
+
+
+def check_own_output(output: Path, folder: Path) -> None:
+    """Raises ValueError if a file cannot be written at `output`, or if another run than that of `folder` wrote it."""
+    check_output(output)
+    if not output.exists():
+        return
+    record = output.with_suffix(".json")
+    owner = read_json(record, {"run_folder": str})["run_folder"] if record.is_file() else None
+    if owner is None or Path(owner).resolve() != folder.resolve():
+        raise ValueError(f"{output}: expected the tokenizer of {folder}, found that of {owner or 'another run'}; name "
+                         "another --output, or remove it")
 
 
 def save_tokenizer(output: Path, trainer: TokenizerTrainer, training: TrainingRun) -> None:
@@ -131,23 +148,27 @@ def save_tokenizer(output: Path, trainer: TokenizerTrainer, training: TrainingRu
 def main(args: Flags, session: Session) -> None:
     open_logger(session)
     with checks(session):
+        config = VQConfig(**args.pick(VQConfig))
         crops, validation = open_data(args, session)
         perceptual = load_lpips(args.vgg_path, args.lpips_path) if args.perceptual_weight else None
-        start = None
+        start, start_hashes = None, {}
         if args.vq_ckpt:                            # fine-tuning
-            start, _ = load_vq(args.vq_ckpt, VQConfig(**args.pick(VQConfig)))
-        if args.output:
-            check_writable_folder(Path(args.output).parent)
-        identity = args.identity() | {"images_sha256": dataset_sha256(crops.dataset)}
+            start, start_hashes = load_vq(args.vq_ckpt, config)
+        identity = args.identity() | start_hashes | {"images_sha256": dataset_sha256(crops.dataset)}
         folder = find_run_folder(args.results_dir, args.vq_model, identity, args.defaults(), args.new_run)
-    settings = RunSettings(**args.pick(RunSettings))
-    num_steps = settings.num_steps(crops)
-    output = Path(args.output or folder.path / "tokenizer.pt")
-    if folder.is_finished(num_steps) and output.is_file():
+        output = Path(args.output or folder.path / "tokenizer.pt")
+        if args.output:
+            check_own_output(output, folder.path)
+            session.hold(output)
+        settings = RunSettings(**args.pick(RunSettings))
+        num_steps = settings.num_steps(crops)
+        is_finished = folder.is_finished(num_steps) and output.is_file()
+        session.hold(folder.path)
+    if is_finished:
         LOGGER.info("%s is finished: %s", output, folder.result)
         return
 
-    trainer = build_trainer(args, perceptual, start, num_steps, validation, session)
+    trainer = build_trainer(args, config, perceptual, start, num_steps, crops, validation, session)
     training = TrainingRun(folder, trainer, crops, settings, session, record=describe(args, crops, validation),
                            speed=Speedometer(session.device, session.world_size),
                            curves=CURVES + (GAN_CURVES if args.disc_weight else ()), result=RESULT,
@@ -156,7 +177,12 @@ def main(args: Flags, session: Session) -> None:
     LOGGER.info("%s, %.1fM parameters; %d images, %d steps of %d", args.vq_model,
                 sum(p.numel() for p in trainer.model.parameters()) / 1e6, len(crops.dataset), num_steps,
                 args.global_batch_size)
-    training.train()
+    try:
+        training.train()
+    except ValueError:                              # of reading a picture that is broken, one too many
+        trainer.note_failures()
+        trainer.failures.check()
+        raise
     if session.is_main:
         save_tokenizer(output, trainer, training)
         training.finish()

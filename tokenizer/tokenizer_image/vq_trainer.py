@@ -17,6 +17,7 @@ from autoregressive.runtime.distributed import Session, keyed_random, sync_gradi
 from autoregressive.runtime.log import LOGGER
 from autoregressive.runtime.optim import ModelOptimizer, OptimSettings
 from autoregressive.runtime.training import Meter
+from tokenizer.tokenizer_image.crops import Failures, TrainingCrops
 from tokenizer.tokenizer_image.images import to_float
 from tokenizer.tokenizer_image.lpips import LPIPS
 from tokenizer.tokenizer_image.vq_loss import GAN_LOSSES, adaptive_weight
@@ -27,6 +28,7 @@ from tokenizer.validation.reconstruction import Validation
 STATISTICS = ("reconstruction", "perceptual", "codebook", "commitment", "entropy", "generator", "discriminator",
               "grad_norm", "discriminator_grad_norm")
 RECONSTRUCTION_LOSSES = {"l2": F.mse_loss, "l1": F.l1_loss}
+FAILURES_EVERY = 100            # steps between two looks at the pictures that were found to be broken
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class TokenizerTrainer:
 
     def __init__(self, model: VQModel, discriminator: nn.Module | None, perceptual: LPIPS | None,
                  settings: TokenizerSettings, optim: OptimSettings, session: Session, *, num_steps: int,
-                 validation: Validation | None = None):
+                 validation: Validation | None = None, crops: TrainingCrops | None = None):
         """
         Args:
             model: VQ model in float32.
@@ -91,9 +93,12 @@ class TokenizerTrainer:
             session: Session.
             num_steps: length of the run, at whose end no codes move.
             validation: Validation of the model, or None.
+            crops: what the batches are made of, to name the pictures in it that are broken; or None.
         """
         device = session.device
         self.session, self.settings, self.num_steps, self.validation = session, settings, num_steps, validation
+        self.crops = crops
+        self.failures = Failures(len(crops.dataset), crops.max_failures) if crops else None
         self.model = model.to(device)
         self.wrapped = wrap_for_training(self.model, session)
         self.optimizer = ModelOptimizer(self.model, optim, device)
@@ -129,6 +134,14 @@ class TokenizerTrainer:
         steps = step + 1
         if settings.revive_every and steps % settings.revive_every == 0 and steps < self.num_steps:
             LOGGER.info("step %d: %d unused codes moved", steps, self.revive(steps, images))
+        if self.crops and (steps % FAILURES_EVERY == 0 or steps == self.num_steps):
+            self.note_failures()
+            self.failures.gather(self.session)
+            self.failures.check(consequence="others take their place")
+
+    def note_failures(self) -> None:
+        """Names the pictures that this process has found to be broken since the last call."""
+        self.failures.add(self.crops.failures(known=self.failures.found))
 
     def _generator(self, images: Tensor, has_gan: bool, is_last: bool) -> tuple[Tensor, Tensor]:
         """Adds the gradient of one micro-batch to the VQ model; returns its share of the terms (6,), reconstruction."""

@@ -1,7 +1,7 @@
 """A look at a VQ model through a set of pictures: it reconstructs them, and we say how well."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import Tensor
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.log import progress
 from autoregressive.runtime.pictures import save_grid
-from tokenizer.tokenizer_image.crops import CenterCrops, load_crops
+from tokenizer.tokenizer_image.crops import CenterCrops, Failures, load_crops
 from tokenizer.tokenizer_image.images import ImageSet, to_float, to_uint8
 from tokenizer.tokenizer_image.vq_model import VQModel
 from tokenizer.validation.metrics import codebook_usage, psnr
@@ -42,52 +42,65 @@ class ReconstructionMeter:
         return dict(zip(self.measures, means.tolist(), strict=True)) | codebook_usage(session.sum(self.counts))
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Validation:
-    """What a VQ model is judged by.
+    """What a VQ model is judged by; broken pictures are left out.
 
     Attributes:
         dataset: the pictures.
         image_size: side of their centre crops in pixels.
         batch_size: pictures reconstructed together by a process.
         num_workers: processes that read them.
+        max_failures: share of the pictures that may be broken.
+        failures: those that are, as far as this process has met them.
     """
 
     dataset: ImageSet
     image_size: int
     batch_size: int
     num_workers: int
+    max_failures: float = 0.0
+    failures: Failures = field(init=False)
+
+    def __post_init__(self):
+        self.failures = Failures(len(self.dataset), self.max_failures)
 
     @torch.inference_mode()
     def reconstruct(self, model: VQModel, meter: ReconstructionMeter, session: Session,
                     description: str) -> Iterator[np.ndarray]:
-        """Yields the reconstructions (B, P, P, 3) uint8 of this process's share of the pictures, and measures them.
+        """Yields the reconstructions (n, P, P, 3) uint8 of this process's share of the pictures, and measures them.
 
         Args:
             model: on the session's device.
             meter: what every batch is added to.
             session: Session.
             description: of the work, for the progress bar.
-
-        Raises:
-            ValueError: a file is broken.
         """
         rows = session.share_of(len(self.dataset))
         ranges = [rows[first:first + self.batch_size] for first in range(0, len(rows), self.batch_size)]
         with progress(session, len(rows), description, "image") as bar:
             for batch in load_crops(self.dataset, self.image_size, ranges, self.num_workers):
+                self.failures.add(batch.failures)
+                bar.update(len(batch.rows))
                 pictures = torch.from_numpy(batch.whole()).to(session.device)
+                if not len(pictures):
+                    continue
                 images, _, codes = model(to_float(pictures))
                 reconstructions = to_uint8(images)
                 meter.add(codes, pictures, reconstructions)
                 yield reconstructions.cpu().numpy()
-                bar.update(len(pictures))
 
     def measure(self, model: VQModel, session: Session) -> dict[str, float]:
-        """Returns psnr, the mean over the images, and what codebook_usage says (all processes call this)."""
+        """Returns psnr, the mean over the images, and what codebook_usage says (all processes call this).
+
+        Raises:
+            SystemExit: with exit code 1, if more pictures are broken than may be.
+        """
         meter = ReconstructionMeter({"psnr": psnr}, model.quantize.embedding.num_embeddings, session.device)
         for _ in self.reconstruct(model, meter, session, "validate"):
             pass
+        self.failures.gather(session)
+        self.failures.check()
         return meter.read(session)
 
     @torch.inference_mode()
@@ -95,5 +108,7 @@ class Validation:
         """Saves the first pictures above their reconstructions."""
         first = CenterCrops(self.dataset, self.image_size)[range(min(NUM_SHOWN, len(self.dataset)))]
         originals = torch.from_numpy(first.whole())
+        if not len(originals):
+            return
         reconstructions = to_uint8(model(to_float(originals.to(device)))[0]).cpu()
         save_grid(path, torch.cat([originals, reconstructions]), columns=len(originals))

@@ -16,13 +16,19 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])      # the repository root instead of this folder
 
+import math
+import tempfile
+from collections.abc import Iterator
+from typing import BinaryIO
+
 import numpy as np
 
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.entry import Flags, Parser, at_least, check_one_process, checks, run
-from autoregressive.runtime.files import check_writable_folder, open_npz, write_json
+from autoregressive.runtime.files import check_output, open_npz, write_json
 from autoregressive.runtime.log import LOGGER, open_logger
-from tokenizer.tokenizer_image.images import add_image_args, open_dataset, to_float
+from tokenizer.tokenizer_image.crops import add_failure_args
+from tokenizer.tokenizer_image.images import add_image_args, dataset_sha256, open_dataset, to_float
 from tokenizer.tokenizer_image.loading import load_vq
 from tokenizer.tokenizer_image.lpips import add_lpips_args, load_lpips
 from tokenizer.tokenizer_image.vq_model import VQConfig, add_vq_args, check_image_size
@@ -39,8 +45,16 @@ def build_parser() -> Parser:
     parser.add_argument("--batch-size", type=at_least(1), default=32, help="images taken together")
     parser.add_argument("--num-workers", type=at_least(0), default=24,
                         help="processes that read images, at most as many as there are cores")
+    add_failure_args(parser)
     parser.add_argument("--output", default="reconstructions.npz", help="the npz; the numbers go beside it with .json")
     return parser
+
+
+def read_pictures(file: BinaryIO, shape: tuple[int, int, int]) -> Iterator[np.ndarray]:
+    """Yields the pictures (P, P, 3) uint8 of `shape` that were written into a file."""
+    file.seek(0)
+    while picture := file.read(math.prod(shape)):
+        yield np.frombuffer(picture, np.uint8).reshape(shape)
 
 
 def main(args: Flags, session: Session) -> None:
@@ -54,7 +68,8 @@ def main(args: Flags, session: Session) -> None:
         output = Path(args.output)
         if output.suffix != ".npz":
             raise ValueError(f"--output: expected a name ending in .npz, got {output}")
-        check_writable_folder(output.parent)
+        check_output(output)
+        check_output(output.with_suffix(".json"))
     measures = {"psnr": psnr}
     if args.image_size >= SSIM_WINDOW:
         measures["ssim"] = ssim
@@ -64,14 +79,22 @@ def main(args: Flags, session: Session) -> None:
         lpips.to(session.device)
         measures["lpips"] = lambda pictures, others: lpips(to_float(pictures), to_float(others))
     meter = ReconstructionMeter(measures, args.codebook_size, session.device)
-    settings = {"kind": "reconstructions", "vq_model": args.vq_model, "image_size": args.image_size,
-                "dataset": args.dataset, "class_names": dataset.class_names, **hashes}
-    validation = Validation(dataset, args.image_size, args.batch_size, args.num_workers)
-    with open_npz(output, settings) as npz:
-        npz.add_rows("arr_0", np.uint8, (len(dataset), args.image_size, args.image_size, 3),
-                     validation.reconstruct(vq.to(session.device), meter, session, "reconstruct"))
-        npz.add("labels", dataset.labels)
-    numbers = meter.read(session) | {"num_images": len(dataset)}
+    validation = Validation(dataset, args.image_size, args.batch_size, args.num_workers,
+                            args.max_failures)
+    shape = (args.image_size, args.image_size, 3)
+    with tempfile.TemporaryFile(dir=output.parent) as spool:    # how many will be whole is not known yet
+        for pictures in validation.reconstruct(vq.to(session.device), meter, session, "reconstruct"):
+            spool.write(pictures.tobytes())
+        validation.failures.check()
+        rows = np.setdiff1d(np.arange(len(dataset)), list(validation.failures.found))
+        settings = {"kind": "reconstructions", "vq_model": args.vq_model,
+                    "image_size": args.image_size, "dataset": args.dataset,
+                    "class_names": dataset.class_names,
+                    "images_sha256": dataset_sha256(dataset, rows), **hashes}
+        with open_npz(output, settings) as npz:
+            npz.add_rows("arr_0", np.uint8, (len(rows), *shape), read_pictures(spool, shape))
+            npz.add("labels", dataset.labels[rows])
+    numbers = meter.read(session) | {"num_images": len(rows)}
     write_json(output.with_suffix(".json"), numbers | {"settings": settings})
     LOGGER.info("%s; %s", ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()), output)
 
