@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from autoregressive.runtime.lock import hold
 
+PARENT = os.getppid()                               # torchrun, if it started this process
 PARENT_POLL_SECONDS, PARENT_PATIENCE_SECONDS = 1, 60
 COLLECTIVE_TIMEOUT = datetime.timedelta(hours=2)    # a rank that reads a slow disk must not end the others
 
@@ -42,14 +43,16 @@ class Session:
     debug: bool = False
     held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, compare=False, repr=False)
 
-    def hold(self, target: str | Path) -> None:
+    def hold(self, target: str | Path, *others: str | Path) -> None:
         """Keeps other starts from writing to `target` until this one ends; rank 0 does it for all.
+
+        Leftovers of killed starts, of `target` and of `others`, are removed.
 
         Raises:
             ValueError: another start writes there.
         """
         if self.is_main:
-            self.held.enter_context(hold(target))
+            self.held.enter_context(hold(target, *others))
 
     @property
     def is_main(self):
@@ -80,13 +83,25 @@ class Session:
 
 
 def launched_rank():
-    """Returns the rank that the launcher gave to this process, before any process group exists."""
-    return int(os.environ.get("RANK", 0))
+    """Returns the rank that the launcher gave to this process, before any process group exists; else 0."""
+    rank = os.environ.get("RANK", "")
+    return int(rank) if rank.isdecimal() and "WORLD_SIZE" in os.environ else 0
 
 
 def launched_world_size():
-    """Returns the number of processes that the launcher started."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    """Returns the number of processes that the launcher started.
+
+    Raises:
+        ValueError: the environment is only half of a launcher's.
+    """
+    given = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE") if name in os.environ}
+    if not given:
+        return 1
+    if len(given) < 2 or not all(value.isdecimal() for value in given.values()):
+        raise ValueError("expected numbers in both RANK and WORLD_SIZE of the environment, or neither of them, found "
+                         f"{', '.join(f'{name}={value}' for name, value in given.items())}; start with torchrun, or "
+                         "unset them")
+    return int(given["WORLD_SIZE"])
 
 
 def cores_per_process():
@@ -109,9 +124,6 @@ def open_session(device="auto", debug=False):
     Raises:
         ValueError: cuda was asked for and there is none, or debug under several processes.
     """
-    if ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ):
-        raise ValueError("expected both RANK and WORLD_SIZE in the environment, or neither, found one of them; start "
-                         "with torchrun, or unset it")
     world_size = launched_world_size()
     if debug and world_size > 1:
         raise ValueError(f"--debug: expected one process, got {world_size}; start with python instead of torchrun")
@@ -122,10 +134,10 @@ def open_session(device="auto", debug=False):
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         device = f"cuda:{torch.cuda.current_device()}"
+    if "TORCHELASTIC_RUN_ID" in os.environ:         # before the processes wait for each other
+        threading.Thread(target=_leave_with_parent, daemon=True).start()
     if world_size > 1:
         dist.init_process_group(_backend(torch.device(device)), timeout=COLLECTIVE_TIMEOUT)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        threading.Thread(target=_leave_with_parent, args=(os.getppid(),), daemon=True).start()
     with contextlib.ExitStack() as held:
         try:
             yield Session(launched_rank(), world_size, torch.device(device), debug, held)
@@ -139,9 +151,9 @@ def _backend(device: torch.device) -> str:
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
-def _leave_with_parent(parent: int) -> None:
+def _leave_with_parent() -> None:
     """Ends this process, which torchrun started, once torchrun is gone: nobody else would."""
-    while os.getppid() == parent:
+    while os.getppid() == PARENT:
         time.sleep(PARENT_POLL_SECONDS)
     os.kill(os.getpid(), signal.SIGTERM)            # training saves and leaves
     time.sleep(PARENT_PATIENCE_SECONDS)

@@ -1,8 +1,8 @@
 """One writer at a time: what results are written to is held by one start of one script.
 
-The lock is a hidden file beside what it protects. It names its holder: host, process and when that process began. On
-one host a holder that is dead is replaced at once. Of another host nothing is known but that its holder touches the
-file every few seconds; a file that nobody touches for a minute is nobody's.
+The lock is a hidden file beside what it protects. It names its holder: machine, process and when that process began.
+On one machine a dead holder is replaced at once. Of another machine nothing is known but that its holder renews the
+file every few seconds; a lock that is not renewed for a minute is stale.
 """
 
 import contextlib
@@ -19,16 +19,23 @@ from typing import Any
 
 from autoregressive.runtime.log import LOGGER
 
-BEAT_SECONDS = 15               # between two touches of a lock that is held
-PATIENCE_SECONDS = 60           # without a touch, after which the lock of another host is nobody's
+BEAT_SECONDS = 15               # between two renewals of a lock
+PATIENCE_SECONDS = 60           # without a renewal, after which the lock of another machine is stale
 POLL_SECONDS = 1
+WRITING_SECONDS = 5             # that a new lock may be there without its content
 
 
 @contextlib.contextmanager
-def hold(target: str | Path) -> Iterator[None]:
+def hold(target: str | Path, *others: str | Path, patience: float = 0) -> Iterator[None]:
     """Holds `target`, a file or folder that need not exist yet, during the block (one process of a session does).
 
-    What a start that was killed has left of it, `.{name}.*.tmp` beside it, is removed.
+    What a killed start has left of it and of `others`, files that are written under the same lock, is removed:
+    `.{name}.*.tmp` beside them.
+
+    Args:
+        target: what the lock protects.
+        others: further files.
+        patience: seconds to wait for another holder.
 
     Raises:
         ValueError: somebody else holds it; the message says who, and since when.
@@ -36,12 +43,24 @@ def hold(target: str | Path) -> Iterator[None]:
     path = lock_of(target)
     path.parent.mkdir(parents=True, exist_ok=True)
     own = describe_process() | {"since": datetime.datetime.now().isoformat(" ", "seconds")}
+    deadline = time.monotonic() + patience
     while not _create(path, own):
-        _remove_if_dead(path, target)
-    for unfinished in path.parent.glob(f".{glob.escape(Path(target).stem)}.*.tmp"):     # of a start that was killed
-        unfinished.unlink(missing_ok=True)
+        holder = _read(path)
+        if holder is None:                          # released meanwhile
+            continue
+        if not _is_alive(holder, path):
+            _remove_stale(path, holder)
+        elif time.monotonic() < deadline:
+            time.sleep(0.05)
+        else:
+            raise ValueError(f"{target}: expected to be the only one who writes here, found process {holder['pid']} "
+                             f"on {holder['host']}, since {holder['since']}; wait for it, or stop it")
+    for file in (target, *others):
+        file = Path(file)
+        for unfinished in file.parent.glob(f".{glob.escape(file.name)}.*.tmp"):
+            unfinished.unlink(missing_ok=True)
     stop = threading.Event()
-    beat = threading.Thread(target=_beat, args=(path, stop), daemon=True)
+    beat = threading.Thread(target=_beat, args=(path, own, stop), daemon=True)
     beat.start()
     try:
         yield
@@ -53,14 +72,22 @@ def hold(target: str | Path) -> Iterator[None]:
 
 
 def lock_of(target: str | Path) -> Path:
-    """Returns the lock file of a file or folder."""
-    target = Path(target).absolute()
+    """Returns the lock file of a file or folder, whatever links lead to it."""
+    target = Path(target).resolve()
     return target.with_name(f".{target.name}.lock")
 
 
 def describe_process() -> dict[str, Any]:
     """Returns what tells this process from every other one, also from a later one of the same number."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "started": _start_of(os.getpid())}
+    return {"host": socket.gethostname(), "machine": _machine(), "pid": os.getpid(), "started": _start_of(os.getpid())}
+
+
+def _machine() -> str | None:
+    """Returns what the processes that can see each other have in common; None if the system does not tell."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
 
 
 def _start_of(pid: int) -> str | None:
@@ -75,65 +102,50 @@ def _start_of(pid: int) -> str | None:
 
 
 def _create(path: Path, own: dict[str, Any]) -> bool:
-    """Makes the lock file unless there is one; it appears with its content."""
-    temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}")
-    temporary.write_text(json.dumps(own))
+    """Makes the lock file unless there is one."""
     try:
-        os.link(temporary, path)
-        return True
+        with open(path, "x") as file:
+            file.write(json.dumps(own))
     except FileExistsError:
         return False
-    finally:
-        temporary.unlink()
-
-
-def _beat(path: Path, stop: threading.Event) -> None:
-    """Touches a lock that is held until `stop` is set."""
-    while not stop.wait(BEAT_SECONDS):
-        with contextlib.suppress(OSError):          # a disk that hangs for a moment does not end the work
-            os.utime(path)
+    return True
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        holder = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    is_whole = isinstance(holder, dict) and {"host", "pid", "started", "since"} <= set(holder)
-    return holder if is_whole else None
+    """Returns the holder that a lock names: None if there is no lock, empty if it is damaged."""
+    deadline = time.monotonic() + WRITING_SECONDS
+    while True:
+        try:
+            holder = json.loads(path.read_text())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError):
+            holder = None
+        if isinstance(holder, dict) and {"host", "machine", "pid", "started", "since"} <= set(holder):
+            return holder
+        if time.monotonic() > deadline:
+            return {}
+        time.sleep(0.05)
 
 
-def _remove_if_dead(path: Path, target: str | Path) -> None:
-    """Removes a lock whose holder is dead; raises ValueError if it lives."""
-    holder = _read(path)
-    if holder is None:                              # it went away meanwhile, or was damaged with its host
-        path.unlink(missing_ok=True)
-        return
-    if holder["host"] == socket.gethostname():
-        is_alive = _start_of(holder["pid"]) == holder["started"]
-    else:
-        is_alive = _is_touched(path, holder)
-    if is_alive:
-        raise ValueError(f"{target}: expected to be the only one who writes here, found process {holder['pid']} on "
-                         f"{holder['host']}, since {holder['since']}; wait for it, or stop it")
-    # Renaming decides between several starts that found the same dead holder: one of them gets the file.
-    grave = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.dead")
-    with contextlib.suppress(FileNotFoundError):
-        os.rename(path, grave)
-        if _read(grave) != holder:                  # somebody was faster, and this is the lock of the new holder
-            os.link(grave, path)
-        grave.unlink()
+def _is_alive(holder: dict[str, Any], path: Path) -> bool:
+    """Says whether the holder of a lock still works."""
+    if not holder:
+        return False
+    if holder["machine"] is not None and holder["machine"] == _machine():
+        return _start_of(holder["pid"]) == holder["started"]
+    return _is_renewed(path, holder)
 
 
-def _is_touched(path: Path, holder: dict[str, Any]) -> bool:
-    """Says whether the holder of a lock, on another host, touches it within PATIENCE_SECONDS."""
-    LOGGER.warning("%s: held by process %d on %s; waiting up to %d s for a sign of it", path, holder["pid"],
+def _is_renewed(path: Path, holder: dict[str, Any]) -> bool:
+    """Says whether the holder of a lock, on another machine, renews it within PATIENCE_SECONDS."""
+    LOGGER.warning("%s: held by process %d on %s; waiting up to %d s for its heartbeat", path, holder["pid"],
                    holder["host"], PATIENCE_SECONDS)
-    before = _touched_at(path)
+    before = _renewed_at(path)
     deadline = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
-        now = _touched_at(path)
+        now = _renewed_at(path)
         if now is None:
             return False                            # it was released
         if now != before:
@@ -141,8 +153,36 @@ def _is_touched(path: Path, holder: dict[str, Any]) -> bool:
     return False
 
 
-def _touched_at(path: Path) -> int | None:
+def _renewed_at(path: Path) -> int | None:
     try:
         return path.stat().st_mtime_ns
     except OSError:
         return None
+
+
+def _remove_stale(path: Path, holder: dict[str, Any]) -> None:
+    """Removes the lock of a dead holder; of several starts that found it, one does."""
+    guard = path.with_name(f"{path.name.removesuffix('.lock')}.takeover.tmp")
+    try:
+        open(guard, "x").close()
+    except FileExistsError:
+        renewed = _renewed_at(guard)
+        if renewed is not None and time.time() - renewed / 1e9 > PATIENCE_SECONDS:      # a start was killed in here
+            guard.unlink(missing_ok=True)
+        time.sleep(0.05)
+        return
+    if _read(path) == holder:                       # nobody was faster
+        path.unlink(missing_ok=True)
+    guard.unlink(missing_ok=True)
+
+
+def _beat(path: Path, own: dict[str, Any], stop: threading.Event) -> None:
+    """Renews a lock until `stop` is set; ends the process if others took it over while the machine stood still."""
+    while not stop.wait(BEAT_SECONDS):
+        holder = _read(path)
+        if holder and holder != own:
+            LOGGER.error("%s: taken over by process %d on %s, since this one did not renew it for %d s; leaving", path,
+                         holder["pid"], holder["host"], PATIENCE_SECONDS)
+            os._exit(1)                             # whatever is still to be written would go into the other's files
+        with contextlib.suppress(OSError):          # a disk that hangs for a moment does not end the work
+            os.utime(path)
