@@ -1,6 +1,7 @@
 """The ground floor: whole files, run folders that resume, flags and one-line errors, hashes, batches read ahead."""
 
 import argparse
+import contextlib
 import hashlib
 import json
 import logging
@@ -40,8 +41,9 @@ from autoregressive.runtime.files import (
 from autoregressive.runtime.identity import RunFolder, find_run_folder
 from autoregressive.runtime.loader import read_ahead
 from autoregressive.runtime.log import MetricsFile, read_metrics
-from autoregressive.runtime.optim import OptimSettings, build_optimizer, learning_rate
+from autoregressive.runtime.optim import OptimSettings, add_optim_args, build_optimizer, learning_rate
 from autoregressive.runtime.pictures import CAPTION_HEIGHT, GAP, LEGIBLE_SIDE, save_grid
+from autoregressive.runtime.training import add_training_args, open_run_folder
 
 ALONE = Session(rank=0, world_size=1, device=torch.device("cpu"))
 
@@ -130,6 +132,24 @@ def test_a_new_run_names_the_nearest_other_one_and_what_differs(tmp_path, caplog
     assert "002-x: a new run; " in caplog.text and "000-x is another one, by lr\n" in caplog.text
 
 
+def test_two_new_runs_of_one_moment_take_two_folders(tmp_path):
+    """The second looks while the first has its folder, and not more."""
+    parser = Parser("test")
+    add_optim_args(parser)
+    add_training_args(parser)
+    with contextlib.ExitStack() as sessions:
+        paths = []
+        for lr in ("1", "2", "1"):
+            args = parser.parse_args(["--results-dir", str(tmp_path), "--lr", lr])
+            session = Session(0, 1, torch.device("cpu"), held=sessions)
+            if len(paths) < 2:
+                paths.append(open_run_folder(args, session, "x", args.identity(), 5).path.name)
+                continue
+            with pytest.raises(SystemExit):         # the same run again
+                open_run_folder(args, session, "x", args.identity(), 5)
+    assert paths == ["000-x", "001-x"]
+
+
 def test_a_folder_whose_start_was_killed_before_its_config_is_begun_again(tmp_path):
     (tmp_path / "000-x").mkdir()
     assert find_run_folder(tmp_path, "x", {"lr": 1}, {}).path.name == "000-x"
@@ -140,7 +160,8 @@ def test_a_folder_whose_start_was_killed_before_its_config_is_begun_again(tmp_pa
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
 def test_half_of_a_launchers_environment_is_refused(monkeypatch, name):
     monkeypatch.setenv(name, "0")
-    with pytest.raises(ValueError, match="expected both RANK and WORLD_SIZE"), open_session():
+    words = f"expected numbers in both RANK and WORLD_SIZE .* found {name}=0"
+    with pytest.raises(ValueError, match=words), open_session():
         pass
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autoregressive.runtime.files import check_writable_folder, read_json, write_json
+from autoregressive.runtime.files import check_output, read_json, write_json
 from autoregressive.runtime.log import LOGGER
 
 
@@ -48,13 +48,24 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def verified(self) -> Path:
+        """An empty file that says that the data were found to be what their checksums say."""
+        return self.path / "verified"
+
+    @property
     def result(self) -> dict[str, Any] | None:
         """What mark_finished recorded; None while the run has not come to its end."""
         path = self.path / "finished.json"
         return read_json(path, {"steps": int}) if path.is_file() else None
 
     def start(self, config: dict[str, Any]) -> None:
-        """Creates the folder if it is new and records `config` in it (rank 0 alone calls this, which holds it)."""
+        """Creates the folder if it is new and records `config` in it (rank 0 alone calls this, which holds it).
+
+        Raises:
+            ValueError: something that cannot be written is in the way.
+        """
+        for name in ("config.json", "log.txt", "metrics.jsonl", "finished.json"):
+            check_output(self.path / name)
         write_json(self.path / "config.json", config)           # first: it says whose folder this is
         self.checkpoints.mkdir(exist_ok=True)
         for unfinished in self.path.rglob(".*.tmp"):            # of a start that was killed
@@ -71,10 +82,10 @@ class RunFolder:
 
 def find_run_folder(results_dir: str | Path, name: str, identity: dict[str, Any], defaults: dict[str, Any],
                     new_run: bool = False) -> RunFolder:
-    """Finds the run folder that the same command should continue, or names a new one. Writes nothing but results_dir.
+    """Finds the run folder that the same command should continue, or names a new one. Writes nothing.
 
     Args:
-        results_dir: where run folders lie; created if missing.
+        results_dir: where run folders lie.
         name: what follows the index in the folder's name.
         identity: of the run. What else a config.json records may differ.
         defaults: default of every flag: it stands for a flag that an older config.json does not know.
@@ -82,11 +93,7 @@ def find_run_folder(results_dir: str | Path, name: str, identity: dict[str, Any]
 
     Returns:
         RunFolder: the newest of the same identity; if there is none, one that does not exist yet.
-
-    Raises:
-        ValueError: results_dir cannot be written.
     """
-    check_writable_folder(results_dir)
     numbered = [(int(match.group(1)), path) for path in Path(results_dir).iterdir()
                 if (match := re.match(r"(\d{3,})-", path.name))]
     expected = json.loads(json.dumps(identity))                 # as a file gives it back

@@ -31,7 +31,7 @@ class MetricsFile:
 def cut_log(path, resume_step):
     """Cuts a log.txt back to the lines before the first `step N` with N above a step."""
     if Path(path).is_file():
-        lines = Path(path).read_text().splitlines(keepends=True)
+        lines = Path(path).read_text("utf-8", "backslashreplace").splitlines(keepends=True)
         beyond = (place for place, line in enumerate(lines)
                   if (found := re.search(r"\] step (\d+)", line)) and int(found.group(1)) > resume_step)
         with atomic_write(path) as file:
@@ -58,16 +58,23 @@ def open_logger(session, path=None):
     LOGGER.handlers.clear()
     LOGGER.propagate = False
     LOGGER.setLevel(logging.INFO if session.is_main else logging.ERROR)
-    handlers = [_BarHandler()] + ([logging.FileHandler(path)] if path and session.is_main else [])
+    handlers = [_BarHandler()] + ([_file_handler(path)] if path and session.is_main else [])
     for handler in handlers:
         handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S"))
         LOGGER.addHandler(handler)
     return LOGGER
 
 
+def _file_handler(path):
+    return logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+
+
 class _BarHandler(logging.Handler):
+    """Prints above the progress bars; what the terminal cannot show, as names of files may hold it, is escaped."""
+
     def emit(self, record):
-        tqdm.write(self.format(record))
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        tqdm.write(self.format(record).encode(encoding, "backslashreplace").decode(encoding))
 
 
 def progress(session, total, description, unit, initial=0):

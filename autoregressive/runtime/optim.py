@@ -31,6 +31,12 @@ def add_optim_args(parser: Parser) -> None:
                        f"{EMA_DECAY}, for runs of a few thousand steps")
 
 
+def check_optim(ema: bool, ema_warmup: bool) -> None:
+    """Raises ValueError for flags of add_optim_args without effect."""
+    if ema_warmup and not ema:
+        raise ValueError("--ema-warmup: expected --ema, whose decay it warms up; give both, or neither")
+
+
 @dataclass(frozen=True)
 class OptimSettings:
     """Settings of AdamW: the flags of add_optim_args that stay as they are during a run.

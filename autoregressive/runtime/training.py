@@ -25,9 +25,11 @@ from autoregressive.runtime.checkpoint import (
 )
 from autoregressive.runtime.compute import PRECISIONS
 from autoregressive.runtime.distributed import Session
-from autoregressive.runtime.entry import Parser, at_least, free
-from autoregressive.runtime.identity import RunFolder
+from autoregressive.runtime.entry import Flags, Parser, at_least, describe, exit_with, free, on_main
+from autoregressive.runtime.files import check_writable_folder
+from autoregressive.runtime.identity import RunFolder, find_difference, find_run_folder
 from autoregressive.runtime.loader import read_ahead
+from autoregressive.runtime.lock import hold
 from autoregressive.runtime.log import (
     LOGGER,
     MetricsFile,
@@ -40,6 +42,7 @@ from autoregressive.runtime.log import (
 from autoregressive.runtime.optim import learning_rate
 from autoregressive.runtime.speed import Speedometer, peak_memory_mib
 
+FIND_SECONDS = 60               # that a start waits for another one that looks for its run folder
 VERIFY_SECONDS = 30             # of looking at the data before the first step
 DRAW_SECONDS = 60               # between two pictures of the curves, which take half a second each
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)      # clusters send them before they take a node; Ctrl-C
@@ -182,6 +185,35 @@ class RunSettings:
         return self.max_steps or self.epochs * batches.per_epoch
 
 
+def open_run_folder(args: Flags, session: Session, name: str, identity: dict[str, Any], num_steps: int,
+                    check_start: Callable[[], None] = lambda: None) -> RunFolder:
+    """Finds the run folder that a command continues, or makes a new one, and holds it until the session ends.
+
+    Of starts at one moment one looks after the other, so that no two runs choose the same new folder. A run that is
+    finished is left as it is.
+
+    Args:
+        args: parsed flags: --results-dir, --new-run, and what config.json records.
+        session: Session.
+        name: what follows the index in the folder's name.
+        identity: what the run depends on.
+        num_steps: length of the run.
+        check_start: raises ValueError if a run that has no checkpoint yet cannot begin.
+    """
+    def find() -> RunFolder:
+        check_writable_folder(args.results_dir)
+        with hold(Path(args.results_dir) / name, patience=FIND_SECONDS):
+            folder = find_run_folder(args.results_dir, name, identity, args.defaults(), args.new_run)
+            session.hold(folder.path)
+            if not list_checkpoints(folder.checkpoints):
+                check_start()
+            if not folder.is_finished(num_steps):
+                folder.start(args.plain() | identity)
+        return folder
+
+    return on_main(session, find)
+
+
 class TrainingRun:
     """One run: it finds where it stands, runs the steps that are missing, and leaves everything in its folder.
 
@@ -216,36 +248,36 @@ class TrainingRun:
         self._verification = None
 
     def verify_data(self, verify: Callable[[], None]) -> None:
-        """Looks at the data at the first start of a run, on rank 0: what takes long goes on beside the first steps.
+        """Looks at the data once in a run, on rank 0: what takes long goes on beside the first steps.
 
         Args:
             verify: raises ValueError if the data are not what they were.
 
         Raises:
-            ValueError: it did so within VERIFY_SECONDS; later, `train` does.
+            ValueError: it did so within VERIFY_SECONDS; later, `train` ends with it.
         """
-        if self.session.is_main and not list_checkpoints(self.folder.checkpoints):
-            self._verification = _Verification(verify)
+        if self.session.is_main and not self.folder.verified.exists():
+            self._verification = _Verification(verify, self.folder.verified)
             self._verification.start()
-            self._verification.join(VERIFY_SECONDS)
-            if self._verification.error:
-                raise self._verification.error
+            if error := self._verification.result(VERIFY_SECONDS):
+                raise error
 
-    def resume(self, config: dict[str, Any], start: Any = None) -> None:
-        """Opens the run folder and continues from its newest whole checkpoint, else from `start`, else from nothing.
+    def resume(self, start: Any = None) -> None:
+        """Continues from the folder's newest whole checkpoint, else from `start`, else from nothing.
 
         Args:
-            config: what is recorded in config.json.
             start: path and payload of a file: another run's checkpoint if it holds an optimizer's state; or None.
         """
         path, skipped = None, []
         if self.session.is_main:
-            self.folder.start(config)
             path, skipped = newest_whole_checkpoint(self.folder.checkpoints)     # reads every byte: on one process
             for damaged in list_checkpoints(self.folder.checkpoints)[::-1][:len(skipped)]:
                 damaged.rename(damaged.with_suffix(".damaged"))                 # or --keep-checkpoints would keep it
         path, skipped = self.session.gather((path, skipped))[0]
         payload = read_checkpoint(path) if path else None
+        hashes = [name for name in self.record if name.endswith("sha256")]
+        if payload and (difference := find_difference(self.record, payload["settings"], hashes)):
+            exit_with(f"{path}: expected a checkpoint of this run with {difference}; remove it")
         if path is None and start and "optimizer" in start.payload:
             path, payload = start.path, start.payload
         if path is not None:
@@ -320,13 +352,13 @@ class TrainingRun:
         """Saves a checkpoint if one is due; leaves if a signal asked to."""
         settings = self.settings
         is_late = 0 < settings.ckpt_minutes * 60 <= time.monotonic() - self._saved
-        error = self._verification.error if self._verification else None
+        is_last = self.steps == self.num_steps
+        error = self._verification.result(None if is_last else 0) if self._verification else None
         votes = self.session.gather((is_late, error, self._received_signal))
         is_late, error, _ = votes[0]                            # by the clock of rank 0
         if error:
-            raise error
+            exit_with(describe(error))
         received = max(number for _, _, number in votes)        # whoever received it, all leave
-        is_last = self.steps == self.num_steps
         is_due = self._is_due(settings.ckpt_steps) or self._is_due(settings.ckpt_every * self.batches.per_epoch)
         if is_last or is_late or received or is_due:
             self._check_finite()                                # saving waits for the device anyway
@@ -379,11 +411,17 @@ class TrainingRun:
         is_cuda = self.session.device.type == "cuda"
         processes = self.session.gather({"cpu": torch.get_rng_state(), "sums": meter.sums.cpu(), "count": meter.count,
                                          "cuda": torch.cuda.get_rng_state() if is_cuda else None})
+        error = None
         if self.session.is_main:
             images_seen = self.steps * self.settings.global_batch_size
-            save_checkpoint(self.folder.checkpoints / f"{self.steps:07d}.pt", state | {
-                "steps": self.steps, "processes": processes, "settings": self.record, "images_seen": images_seen})
-            delete_old_checkpoints(self.folder.checkpoints, self.settings.keep_checkpoints)
+            try:
+                save_checkpoint(self.folder.checkpoints / f"{self.steps:07d}.pt", state | {
+                    "steps": self.steps, "processes": processes, "settings": self.record, "images_seen": images_seen})
+                delete_old_checkpoints(self.folder.checkpoints, self.settings.keep_checkpoints)
+            except OSError as failure:              # a full disk
+                error = describe(failure)
+        if error := self.session.gather(error)[0]:
+            exit_with(error)
 
     def _load(self, path: Path, payload: dict[str, Any]) -> None:
         self.trainable.load(payload)
@@ -405,18 +443,23 @@ class TrainingRun:
 
 
 class _Verification(threading.Thread):
-    """A look at the data beside the work; `error` is what it found."""
+    """A look at the data beside the work; it leaves an empty file `verified` if it finds nothing wrong."""
 
-    def __init__(self, verify: Callable[[], None]):
+    def __init__(self, verify: Callable[[], None], verified: Path):
         super().__init__(daemon=True)
-        self.verify = verify
-        self.error = None
+        self._verify, self._verified, self._error = verify, verified, None
 
     def run(self) -> None:
         try:
-            self.verify()
-        except (ValueError, OSError) as error:
-            self.error = error
+            self._verify()
+            self._verified.touch()
+        except Exception as error:                  # whatever it is: unverified data do not count as good
+            self._error = error
+
+    def result(self, seconds: float | None) -> Exception | None:
+        """Waits some seconds, or to the end (None); returns what is wrong, None if nothing was found until then."""
+        self.join(seconds)
+        return self._error
 
 
 def _as_text(values: dict[str, float], style: str) -> str:

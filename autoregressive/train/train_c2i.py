@@ -42,14 +42,13 @@ from autoregressive.pipeline import Pipeline, check_codebook, check_recorded, lo
 from autoregressive.runtime.checkpoint import find_checkpoint, load_strictly
 from autoregressive.runtime.compute import PRECISIONS, can_compile
 from autoregressive.runtime.distributed import PARALLEL, Session, seed_everything, wrap_for_training
-from autoregressive.runtime.entry import Flags, Parser, at_least, checks, free, on_main, run, share
+from autoregressive.runtime.entry import Flags, Parser, at_least, checks, flag_of, free, on_main, pixels, run, share
 from autoregressive.runtime.files import weights_sha256
-from autoregressive.runtime.identity import find_run_folder
 from autoregressive.runtime.log import LOGGER, open_logger
-from autoregressive.runtime.optim import ModelOptimizer, OptimSettings, add_optim_args
+from autoregressive.runtime.optim import ModelOptimizer, OptimSettings, add_optim_args, check_optim
 from autoregressive.runtime.pictures import save_grid
 from autoregressive.runtime.speed import Speedometer
-from autoregressive.runtime.training import RunSettings, TrainingRun, add_training_args, check_batch
+from autoregressive.runtime.training import RunSettings, TrainingRun, add_training_args, check_batch, open_run_folder
 from autoregressive.train.objective import GPTTrainer, Objective
 from tokenizer.tokenizer_image.images import to_uint8
 from tokenizer.tokenizer_image.loading import default_vq_path
@@ -72,7 +71,7 @@ def build_parser() -> Parser:
     add_training_args(parser)
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", default="imagenet_code", choices=("imagenet_code",), help="a store of codes")
-    group.add_argument("--image-size", type=at_least(1), default=256, help="pixels of a picture's side")
+    group.add_argument("--image-size", type=pixels, default=256, help="pixels of a picture's side")
     group.add_argument("--vocab-size", type=at_least(1), default=16384, help="number of codes, V")
     group.add_argument("--mapping-path", help="mapping of the codebook; default: the published one's")
     group.add_argument("--val-share", type=share, default=0.01, help="share of the images that --val-every holds out")
@@ -106,10 +105,12 @@ def check_flags(args: Flags, session: Session) -> None:
     grid_of(args.image_size, args.downsample_size)
     check_cluster_size(args.vocab_size, args.cluster_size)
     check_batch(args.global_batch_size, args.gradient_accumulation_steps, session)
+    check_optim(args.ema, args.ema_warmup)
     if args.val_every and not args.val_share:
         raise ValueError("--val-share: expected more than 0 with --val-every, got 0")
-    if args.init_from_original and not args.gpt_ckpt:
-        raise ValueError("--init-from-original: expected --gpt-ckpt, the GPT to start from, got none")
+    for name in ("init_from_original", "weights_only"):
+        if getattr(args, name) and not args.gpt_ckpt:
+            raise ValueError(f"{flag_of(name)}: expected --gpt-ckpt, the GPT to start from, got none")
     if args.parallel == "fsdp" and args.mixed_precision == "fp16":
         raise ValueError("--parallel fsdp: expected --mixed-precision bf16 or none, got fp16; its scaler does not see "
                          "shards")
@@ -175,9 +176,8 @@ def open_data(args: Flags, session: Session) -> TrainingData:
 def verify_codes(paths: list[str]) -> None:
     """Compares stores of codes with their checksums; the older layout has none. Raises ValueError where they differ."""
     for path in paths:
-        store = open_codes(path)
-        if store.manifest.get("codes_sha256"):
-            verify_checksums(store)
+        if (Path(path) / "manifest.json").is_file():            # the older one takes minutes to open
+            verify_checksums(open_codes(path))
 
 
 def open_vq(args: Flags, mapping: Mapping) -> VQModel | None:
@@ -203,8 +203,10 @@ def check_tokens(args: Flags, file: GPTFile, mapping: Mapping) -> None:
                        "over codes in their original order needs --init-from-original", file.path, mapping.path)
 
 
-def check_start(args: Flags, file: GPTFile, num_steps: int) -> None:
-    """Raises ValueError unless this run can go on from a checkpoint."""
+def check_start(args: Flags, file: GPTFile | None, num_steps: int) -> None:
+    """Raises ValueError unless this run can begin with what read_start returned."""
+    if file is None or not file.payload:
+        return
     steps = file.payload.get("steps")
     if not isinstance(steps, int) or not 0 <= steps < num_steps:
         raise ValueError(f"{file.path}: expected a checkpoint of fewer than the run's {num_steps} steps, found "
@@ -217,7 +219,7 @@ def check_start(args: Flags, file: GPTFile, num_steps: int) -> None:
                          "alone: --weights-only")
 
 
-def read_start(args: Flags, path: Path | None, config: GPTConfig, mapping: Mapping, num_steps: int) -> GPTFile | None:
+def read_start(args: Flags, path: Path | None, config: GPTConfig, mapping: Mapping) -> GPTFile | None:
     """Returns what --gpt-ckpt names: a checkpoint to go on from, or weights alone to start from; None for nothing."""
     if path is None:
         return None
@@ -225,7 +227,6 @@ def read_start(args: Flags, path: Path | None, config: GPTConfig, mapping: Mappi
     check_tokens(args, file, mapping)
     payload = {}
     if "optimizer" in file.payload and not (args.weights_only or args.init_from_original):
-        check_start(args, file, num_steps)
         moments = name_moments(file.payload["optimizer"], file.state, file.path)
         payload = file.payload | {"model": file.state, "optimizer": moments}
     state = move_rows_to_tokens(file.state, mapping.tokens, file.path) if args.init_from_original else file.state
@@ -237,7 +238,7 @@ def read_start(args: Flags, path: Path | None, config: GPTConfig, mapping: Mappi
 def describe(args: Flags, data: TrainingData) -> dict:
     """Returns what a reader of a checkpoint must know of it."""
     names = ("gpt_model", "vocab_size", "num_classes", "image_size", "cluster_size", "lambda_cce",
-             "global_batch_size")
+             "global_batch_size", "ema", "ema_warmup")
     manifest = data.store.manifest
     return {name: getattr(args, name) for name in names} | {
         "class_names": manifest["class_names"], "grid": data.store.grid, "label_dropout": LABEL_DROPOUT,
@@ -310,15 +311,14 @@ def main(args: Flags, session: Session) -> None:
                             drop_path=args.drop_path_rate)
         settings = RunSettings(**args.pick(RunSettings))
         num_steps = settings.num_steps(data.batches)
-        start = read_start(args, start_path, config, data.mapping, num_steps)
+        start = read_start(args, start_path, config, data.mapping)
         identity = args.identity() | data.identity()
         if start and not start.payload:             # a checkpoint to go on from may grow meanwhile
             identity["start_sha256"] = weights_sha256(start.state)
         name = f"{args.gpt_model}-lambda={args.lambda_cce:g}-cluster_size={args.cluster_size}"
-        folder = find_run_folder(args.results_dir, name, identity, args.defaults(), args.new_run)
-        is_finished = folder.is_finished(num_steps)
-        session.hold(folder.path)
-    if is_finished:
+    folder = open_run_folder(args, session, name, identity, num_steps,
+                             functools.partial(check_start, args, start, num_steps))
+    if folder.is_finished(num_steps):
         LOGGER.info("%s is finished: %s", folder.path, folder.result)
         return
 
@@ -329,7 +329,7 @@ def main(args: Flags, session: Session) -> None:
                            curves=trainer.meter.names, result=RESULT, draw_every=args.validation_step)
     with checks(session):
         training.verify_data(functools.partial(verify_codes, args.code_path))
-    training.resume(args.plain() | identity, start)
+    training.resume(start)
     if session.is_main and vq:
         save_first_rows(folder.path / "data.png", data, vq, args.num_classes)
     store = data.store

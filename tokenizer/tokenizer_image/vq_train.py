@@ -17,6 +17,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])      # the repository root instead of this folder
 
+import os
 import platform
 
 import torch
@@ -25,12 +26,11 @@ from autoregressive.runtime.checkpoint import save_checkpoint
 from autoregressive.runtime.distributed import Session, seed_everything
 from autoregressive.runtime.entry import Flags, Parser, at_least, checks, free, run, share_above_0
 from autoregressive.runtime.files import check_output, read_json, write_json
-from autoregressive.runtime.identity import find_run_folder
 from autoregressive.runtime.loader import BatchOrder
 from autoregressive.runtime.log import LOGGER, open_logger
-from autoregressive.runtime.optim import OptimSettings, add_optim_args
+from autoregressive.runtime.optim import OptimSettings, add_optim_args, check_optim
 from autoregressive.runtime.speed import Speedometer
-from autoregressive.runtime.training import RunSettings, TrainingRun, add_training_args, check_batch
+from autoregressive.runtime.training import RunSettings, TrainingRun, add_training_args, check_batch, open_run_folder
 from tokenizer.tokenizer_image.crops import TrainingCrops, add_failure_args
 from tokenizer.tokenizer_image.discriminator import NORMS, SMALLEST_IMAGE, PatchDiscriminator
 from tokenizer.tokenizer_image.images import add_image_args, dataset_sha256, open_dataset
@@ -82,6 +82,7 @@ def open_data(args: Flags, session: Session) -> tuple[TrainingCrops, Validation 
     """Returns what to train on and what to validate with, after looking at the flags that concern them."""
     check_image_size(args.image_size, args.vq_model)
     check_batch(args.global_batch_size, args.gradient_accumulation_steps, session)
+    check_optim(args.ema, args.ema_warmup)
     if args.disc_weight and args.image_size < SMALLEST_IMAGE:
         raise ValueError(f"--image-size: expected at least {SMALLEST_IMAGE} pixels for the discriminator, "
                          f"got {args.image_size}; or give --disc-weight 0")
@@ -122,14 +123,13 @@ def describe(args: Flags, crops: TrainingCrops, validation: Validation | None) -
         "python": platform.python_version(), "torch": str(torch.__version__)}
 
 
-def check_own_output(output: Path, folder: Path) -> None:
-    """Raises ValueError if a file cannot be written at `output`, or if another run than that of `folder` wrote it."""
-    check_output(output)
+def check_owner(output: Path, folder: Path) -> None:
+    """Raises ValueError if another run than that of `folder` wrote the tokenizer at `output`."""
     if not output.exists():
         return
-    record = output.with_suffix(".json")
+    record = output.with_suffix(".json")            # written first
     owner = read_json(record, {"run_folder": str})["run_folder"] if record.is_file() else None
-    if owner is None or Path(owner).resolve() != folder.resolve():
+    if owner is None or (output.parent / owner).resolve() != folder.resolve():
         raise ValueError(f"{output}: expected the tokenizer of {folder}, found that of {owner or 'another run'}; name "
                          "another --output, or remove it")
 
@@ -140,9 +140,9 @@ def save_tokenizer(output: Path, trainer: TokenizerTrainer, training: TrainingRu
     model = trainer.best_model()
     validation = trainer.validation or Validation(training.batches.dataset, record["image_size"], 1, num_workers=0)
     validation.save_pictures(folder / "reconstructions.png", model, training.session.device)
-    save_checkpoint(output, {"model": model.state_dict(), "settings": record})
     numbers = {name.removeprefix("val_"): value for name, value in training.result().items()}
-    write_json(output.with_suffix(".json"), record | numbers | {"run_folder": str(folder)})
+    write_json(output.with_suffix(".json"), record | numbers | {"run_folder": os.path.relpath(folder, output.parent)})
+    save_checkpoint(output, {"model": model.state_dict(), "settings": record})
 
 
 def main(args: Flags, session: Session) -> None:
@@ -155,16 +155,17 @@ def main(args: Flags, session: Session) -> None:
         if args.vq_ckpt:                            # fine-tuning
             start, start_hashes = load_vq(args.vq_ckpt, config)
         identity = args.identity() | start_hashes | {"images_sha256": dataset_sha256(crops.dataset)}
-        folder = find_run_folder(args.results_dir, args.vq_model, identity, args.defaults(), args.new_run)
-        output = Path(args.output or folder.path / "tokenizer.pt")
-        if args.output:
-            check_own_output(output, folder.path)
-            session.hold(output)
         settings = RunSettings(**args.pick(RunSettings))
         num_steps = settings.num_steps(crops)
-        is_finished = folder.is_finished(num_steps) and output.is_file()
-        session.hold(folder.path)
-    if is_finished:
+        if args.output:
+            check_output(args.output)
+    folder = open_run_folder(args, session, args.vq_model, identity, num_steps)
+    output = Path(args.output or folder.path / "tokenizer.pt")
+    with checks(session):
+        if args.output:
+            session.hold(output, output.with_suffix(".json"))
+            check_owner(output, folder.path)
+    if folder.is_finished(num_steps) and output.is_file():
         LOGGER.info("%s is finished: %s", output, folder.result)
         return
 
@@ -173,7 +174,7 @@ def main(args: Flags, session: Session) -> None:
                            speed=Speedometer(session.device, session.world_size),
                            curves=CURVES + (GAN_CURVES if args.disc_weight else ()), result=RESULT,
                            draw_every=args.val_every)
-    training.resume(args.plain() | identity)
+    training.resume()
     LOGGER.info("%s, %.1fM parameters; %d images, %d steps of %d", args.vq_model,
                 sum(p.numel() for p in trainer.model.parameters()) / 1e6, len(crops.dataset), num_steps,
                 args.global_batch_size)
