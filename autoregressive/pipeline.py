@@ -21,7 +21,7 @@ from autoregressive.models.gpt import GPT, add_gpt_args, gpt_config, grid_of
 from autoregressive.models.loading import GPTFile, build_gpt
 from autoregressive.models.packed import can_pack, pack_linears
 from autoregressive.runtime.compute import PRECISIONS
-from autoregressive.runtime.entry import Parser, at_least, free
+from autoregressive.runtime.entry import Parser, free, pixels
 from autoregressive.runtime.files import weights_sha256
 from autoregressive.runtime.log import LOGGER
 from autoregressive.sample.presets import PRESETS
@@ -135,8 +135,8 @@ def add_pipeline_args(parser: Parser) -> None:
     group.add_argument("--vq-precision", default="none", choices=tuple(PRECISIONS), help="of the VQ decoder")
     group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
                        help="compile the decode step, as CUDA graphs on a GPU (minutes at the start)")
-    group.add_argument("--image-size", type=at_least(1), default=384, help="pixels of a generated picture's side")
-    group.add_argument("--image-size-eval", type=at_least(1), default=256, help="pixels of a stored picture's side")
+    group.add_argument("--image-size", type=pixels, default=384, help="pixels of a generated picture's side")
+    group.add_argument("--image-size-eval", type=pixels, default=256, help="pixels of a stored picture's side")
     group.add_argument("--resize", default="bicubic", choices=("bicubic", "antialias"),
                        help="bicubic as published, or with antialiasing")
     free(parser.add_argument("--preset", choices=PRESETS, help="settings of a published row"))  # what is given wins
@@ -168,6 +168,10 @@ def load_pipeline(file: GPTFile, settings: PipelineSettings, sampler: Sampler, v
     gpt = build_gpt(file, gpt_config(settings.gpt_model, grid=grid_of(settings.image_size, settings.downsample_size),
                                      vocab_size=vq_config.codebook_size, num_classes=settings.num_classes))
     check_recorded("--cluster-size", settings.cluster_size, file.settings.get("cluster_size"), file.path)
+    class_names = file.settings.get("class_names")
+    if class_names is not None and len(class_names) != settings.num_classes:
+        raise ValueError(f"{file.path}: expected class_names of {settings.num_classes} classes, found "
+                         f"{len(class_names)}; take another checkpoint of the run")
     if sampler.cfg_scale > 1 and file.settings.get("label_dropout") == 0:
         raise ValueError(f"--cfg-scale: expected at most 1 for {file.path}, which was trained without label dropout "
                          f"and knows no null label, got {sampler.cfg_scale}")
@@ -186,4 +190,4 @@ def load_pipeline(file: GPTFile, settings: PipelineSettings, sampler: Sampler, v
         part.to(vq_dtype, memory_format=torch.channels_last)
     tile = min(LARGEST_TILE, default_batch_size(vq_config.vq_model, settings.image_size, vq_dtype, device))
     return Pipeline(gpt, vq, sampler, settings.image_size_eval, settings.resize == "antialias", tile,
-                    file.settings.get("class_names"), hashes, CompiledSteps(gpt) if settings.compile else None)
+                    class_names, hashes, CompiledSteps(gpt) if settings.compile else None)

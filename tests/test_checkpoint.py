@@ -1,6 +1,9 @@
 """Checkpoints: every published layout is read, nothing in a file ever runs, and differences are named."""
 
 import argparse
+import contextlib
+import errno
+import io
 import os
 import pickle
 import zipfile
@@ -9,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from autoregressive.runtime import checkpoint
 from autoregressive.runtime.checkpoint import (
     find_checkpoint,
     load_strictly,
@@ -17,6 +21,7 @@ from autoregressive.runtime.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
+from autoregressive.runtime.files import atomic_write
 
 STATE = {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.tensor([4, 5])}
 
@@ -140,13 +145,14 @@ def flip_a_byte(path):
 @pytest.mark.parametrize("spoil", [
     *(truncated(size) for size in (0, 1, 100, 4096, 4097, 20000, 65536)), flip_a_byte,
     lambda path: save_checkpoint(path, torch.ones(3)), lambda path: save_checkpoint(path, {"model": {}}),
-    lambda path: save_checkpoint(path, {3: torch.ones(2)}), lambda path: path.write_text("no checkpoint")])
+    lambda path: save_checkpoint(path, {3: torch.ones(2)}), lambda path: path.write_text("no checkpoint"),
+    lambda path: save_checkpoint(path, OURS | {"steps": "six"})])
 def test_training_goes_on_from_the_newest_checkpoint_that_is_whole_and_ours(tmp_path, spoil):
     save_checkpoint(tmp_path / "0000003.pt", OURS)
     save_checkpoint(tmp_path / "0000006.pt", OURS)
     spoil(tmp_path / "0000006.pt")
     found, skipped = newest_whole_checkpoint(tmp_path)
-    assert found == tmp_path / "0000003.pt" and len(skipped) == 1 and "0000006.pt: expected a" in skipped[0]
+    assert found == tmp_path / "0000003.pt" and len(skipped) == 1 and "0000006.pt: expected " in skipped[0]
 
 
 def test_sampling_takes_the_newest_whole_file_of_a_folder_too(tmp_path):
@@ -154,6 +160,35 @@ def test_sampling_takes_the_newest_whole_file_of_a_folder_too(tmp_path):
     save_checkpoint(tmp_path / "0000006.pt", OURS)
     flip_a_byte(tmp_path / "0000006.pt")
     assert find_checkpoint(tmp_path) == tmp_path / "0000003.pt"
+    save_checkpoint(tmp_path / "0000006.pt", torch.ones(3))      # whole, but not of a training run
+    assert find_checkpoint(tmp_path) == tmp_path / "0000003.pt"
+
+
+def test_an_error_of_the_disk_is_no_damage(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "0000003.pt", OURS)
+
+    def fail(*_arguments, **_named):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(OSError, match="Stale"):
+        newest_whole_checkpoint(tmp_path)
+
+
+def test_a_full_disk_is_named_with_the_file(tmp_path, monkeypatch):
+    class Full(io.BytesIO):
+        def write(self, _data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    @contextlib.contextmanager
+    def open_full(path):
+        with atomic_write(path):
+            yield Full()
+
+    monkeypatch.setattr(checkpoint, "atomic_write", open_full)
+    with pytest.raises(OSError, match="No space left on device: .*0000003.pt"):
+        save_checkpoint(tmp_path / "0000003.pt", OURS)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_newest_folder_of_a_sharded_training_is_found(tmp_path):

@@ -6,6 +6,7 @@ import zipfile
 import numpy as np
 import pytest
 
+from autoregressive.runtime.files import read_npz_settings
 from evaluations.c2i.npz_reader import NpzImages
 
 
@@ -114,7 +115,7 @@ HOSTILE = {
     "no type": ({"arr_0": header("none", (3, 12, 12, 3))}, "as a numpy array"),
     "negative labels": ({"labels": header("<i8", (-3,)) + bytes(24)}, "a plain array under labels"),
     "absurd labels": ({"labels": header("<i8", (10**17,))}, "a plain array under labels"),
-    "deep settings": ({"settings": np.array("[" * 100_000)}, "settings as one JSON object"),
+    "deep settings": ({"settings": np.array("[" * 100_000)}, "expected settings as one JSON object"),
 }
 
 
@@ -133,3 +134,27 @@ def test_a_hostile_file_is_one_error_with_its_name(folder, case):
         images = NpzImages("hostile.npz")
         images.labels()
         list(images.batches(50))
+
+
+NO_SETTINGS = {
+    "encrypted": (lambda path: with_field(path, 6, 8, 1), "expected a whole npz, .*encrypted"),
+    "unknown method": (lambda path: with_field(path, 8, 10, 99), "expected a whole npz, .*compression"),
+    "cut off": (lambda path: path.write_bytes(path.read_bytes()[:-30]), "expected a whole npz"),
+    "empty": (lambda path: path.write_bytes(b""), "expected a whole npz"),
+    "array": (lambda path: np.save(path.open("wb"), np.arange(3)), "expected a whole npz"),
+    "list": (lambda path: write_npz(path, settings=np.array("[1]")), "expected settings as one JSON object"),
+    "no JSON": (lambda path: write_npz(path, settings=np.array("{")), "expected settings as one JSON object"),
+    "several": (lambda path: write_npz(path, settings=np.array(["{}", "{}"])), "expected settings as one JSON object"),
+    "no array": (lambda path: write_npz(path, settings=b"{}"), "expected a plain array under settings"),
+    "objects": (lambda path: np.savez(path, settings=np.array({})), "expected a plain array under settings"),
+}
+
+
+@pytest.mark.parametrize("case", NO_SETTINGS)
+def test_settings_that_cannot_be_read_are_one_error_with_the_files_name(folder, case):
+    damage_it, message = NO_SETTINGS[case]
+    write_npz(folder / "samples.npz", settings=np.array("{}"))
+    assert read_npz_settings("samples.npz") == {}
+    damage_it(folder / "samples.npz")
+    with pytest.raises(ValueError, match=f"^samples.npz: {message}.*; (copy or )?make the file again$"):
+        read_npz_settings("samples.npz")

@@ -180,6 +180,7 @@ WRONG_INPUTS = [                                    # what users get wrong: comm
     (sample, "--num-fid-samples 0", "--num-fid-samples: expected at least 1, got 0"),
     (sample, "--vq-ckpt {0}/vq.pt", "come from different runs"),
     (sample, "--cluster-size 16", "--cluster-size: expected 8"),
+    (sample, "--per-proc-batch-size 1000000000000000000", "--per-proc-batch-size: expected at most 65536"),
     (sample, "--temperature 0", "--temperature: expected more than 0"),
     (sample, "--image-size 32", "expected weights trained on a grid of 8, got 4"),
     (sample, "--gpt-type t2i", "--gpt-type: invalid choice: 't2i'"),

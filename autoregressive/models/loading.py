@@ -10,10 +10,13 @@ from torch import Tensor
 
 from autoregressive.models.gpt import GPT, GPT_MODELS, GPTConfig
 from autoregressive.runtime.checkpoint import find_checkpoint, load_strictly, model_state, read_checkpoint
+from autoregressive.runtime.files import check_kinds
 from autoregressive.runtime.log import LOGGER
 
 PUBLIC_MATRICES = ("attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w3", "feed_forward.w2")
 RECORDED = ("gpt_model", "image_size", "num_classes", "cluster_size")       # flags that a checkpoint's settings name
+KINDS = {"gpt_model": str, "image_size": int, "num_classes": int, "cluster_size": int, "vocab_size": int, "grid": int,
+         "class_names": (list, type(None)), "label_dropout": (int, float)}  # of what settings may name
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,10 @@ def read_gpt(path: str | Path | None, weights: str = "raw", bare: bool = False) 
         raise ValueError(f"{path}: expected an average of the weights for --weights ema, found none; train with --ema")
     state = model_state({"model": payload["ema"]} if weights == "ema" else payload, path)
     settings = parts.get("settings", {}) if isinstance(parts.get("model"), dict) else {}
+    check_kinds({"settings": settings}, {"settings": dict}, path)
+    check_kinds(settings, {name: kind for name, kind in KINDS.items() if name in settings}, path)
+    if settings.get("grid", 1) < 1:
+        raise ValueError(f"{path}: expected a grid of at least 1, found {settings['grid']}; take another checkpoint")
     return GPTFile(path, state, settings, payload)
 
 
@@ -135,6 +142,8 @@ def name_moments(optimizer: dict[str, Any], weights: dict[str, Tensor], path: Pa
     Raises:
         ValueError: the state is of another model.
     """
+    check_kinds({"optimizer": optimizer}, {"optimizer": dict}, path)
+    check_kinds(optimizer, {"state": dict, "param_groups": list}, path)
     state, groups = optimizer["state"], optimizer["param_groups"]
     if all(isinstance(name, str) for name in state):
         return optimizer
@@ -146,10 +155,15 @@ def name_moments(optimizer: dict[str, Any], weights: dict[str, Tensor], path: Pa
         norms += [f"layers.{layer}.{name}.weight" for name in ("attention_norm", "ffn_norm")]
     names = [*matrices, "output.weight", *norms, "norm.weight"]
     for number, name in enumerate(names):
-        found = tuple(state[number]["exp_avg"].shape) if number in state else None
-        expected = tuple(weights[name].shape)
-        if found != expected:
+        moments = state.get(number)
+        found = tuple(moments["exp_avg"].shape) if isinstance(moments, dict) and "exp_avg" in moments else None
+        expected = tuple(weights[name].shape) if name in weights else None
+        if found is None or found != expected:
             raise ValueError(f"{path}: expected moments {number} of {name} {expected}, found {found}; "
                              "start from the weights alone: --weights-only")
+    numbers = [number for group in groups for number in group["params"]]
+    if sorted(numbers) != list(range(len(names))):
+        raise ValueError(f"{path}: expected moments of {len(names)} parameters in param_groups, found others; "
+                         "start from the weights alone: --weights-only")
     return {"state": {name: state[number] for number, name in enumerate(names)},
             "param_groups": [group | {"params": [names[number] for number in group["params"]]} for group in groups]}

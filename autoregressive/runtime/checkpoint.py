@@ -6,10 +6,11 @@ import pickle
 import re
 import zipfile
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
-from autoregressive.runtime.files import atomic_write, check_file
+from autoregressive.runtime.files import atomic_write, check_file, check_kinds
 from autoregressive.runtime.log import LOGGER
 
 STATE_KEYS = ("model", "module", "state_dict")       # our own and DDP, DeepSpeed, others; a bare dict comes from FSDP
@@ -17,16 +18,32 @@ WRAPPER_PREFIXES = ("_orig_mod.", "module.")         # torch.compile, Distribute
 DROPPED_KEYS = re.compile(r"freqs_cis|layers\.\d+\.attention\.kv_cache\..*")    # tables and caches in published files
 CHECKPOINT_SUFFIX = ".pt"
 CONSOLIDATED = "consolidated.pth"                    # LlamaGen's name for the whole weights of a sharded training
-OWN_KEYS = ("model", "optimizer", "steps", "processes", "settings")                 # of a checkpoint of our training
+OWN_KINDS = {"model": dict, "optimizer": dict, "steps": int, "processes": list, "settings": dict}  # of our training
 
 
 def save_checkpoint(path, payload):
     """Saves tensors and plain containers at `path`, atomically; equal payloads give equal bytes."""
     with atomic_write(path) as file:
+        target = _WatchedFile(file)
         try:
-            torch.save(payload, file)
+            torch.save(payload, target)
         except RuntimeError as error:               # what torch makes of a write that fails
-            raise OSError(errno.ENOSPC, f"could not be written, is the disk full? ({error})", str(path)) from error
+            raise target.error or error from error
+
+
+class _WatchedFile:
+    """A file to write to that remembers why a write failed."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self.error = file, None
+        self.flush = file.flush
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
 
 def read_checkpoint(path, hint=""):
@@ -54,6 +71,9 @@ def read_checkpoint(path, hint=""):
         raise ValueError(f"{path}: expected a checkpoint written by torch.save, found other or damaged content; "
                          "copy or download the file again") from None
     except (RuntimeError, OSError, EOFError, KeyError, AttributeError, UnicodeDecodeError, zipfile.BadZipFile) as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):      # of the disk, not of the file
+            error.filename = str(path)
+            raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path}: expected a whole checkpoint, found a damaged one ({reason}); "
                          "copy or download the file again") from None
@@ -83,6 +103,9 @@ def model_state(payload, path):
         is_dict = isinstance(payload, dict)
         found = f"keys {', '.join(map(str, list(payload)[:6]))}" if is_dict else type(payload).__name__
         raise ValueError(f"{path}: expected a state dict, bare or under {' / '.join(STATE_KEYS)}, found {found}")
+    for name, tensor in state.items():
+        if tensor.layout != torch.strided:
+            raise ValueError(f"{path}: expected dense weights, found a sparse {name}; take another checkpoint")
     return {name: tensor for name, tensor in _without_prefixes(state).items() if not DROPPED_KEYS.fullmatch(name)}
 
 
@@ -132,8 +155,8 @@ def list_checkpoints(folder):
     return sorted(found, key=lambda path: int(path.stem))
 
 
-def newest_whole_checkpoint(folder: str | Path, keys: tuple[str, ...] = OWN_KEYS) -> tuple[Path | None, list[str]]:
-    """Finds the newest checkpoint of a folder that holds `keys` and whose every byte is as it was written.
+def newest_whole_checkpoint(folder: str | Path, kinds: dict[str, type] = OWN_KINDS) -> tuple[Path | None, list[str]]:
+    """Finds the newest checkpoint of a folder that holds the keys of `kinds`, every byte as it was written.
 
     Returns:
         its path, None if there is none, and one line on every newer file that is no such checkpoint.
@@ -141,19 +164,17 @@ def newest_whole_checkpoint(folder: str | Path, keys: tuple[str, ...] = OWN_KEYS
     skipped = []
     for path in reversed(list_checkpoints(folder)):
         try:
-            check_whole(path, keys)
+            check_whole(path, kinds)
             return path, skipped
         except ValueError as error:
             skipped.append(f"{error}; continuing from the checkpoint before it")
     return None, skipped
 
 
-def check_whole(path: Path, keys: tuple[str, ...]) -> None:
-    """Raises ValueError unless a file is a checkpoint with `keys` whose every byte is as it was written."""
+def check_whole(path: Path, kinds: dict[str, type]) -> None:
+    """Raises ValueError unless a file is a checkpoint with the keys of `kinds`, every byte as it was written."""
     payload = read_checkpoint(path)
-    missing = [key for key in keys if not isinstance(payload, dict) or key not in payload]
-    if missing:
-        raise ValueError(f"{path}: expected a checkpoint of a training run, found a file without {', '.join(missing)}")
+    check_kinds(payload if isinstance(payload, dict) else {}, kinds, path)
     if not zipfile.is_zipfile(path):                # an older format, without checksums
         return
     with zipfile.ZipFile(path) as archive:
@@ -178,11 +199,12 @@ def find_checkpoint(path: str | Path) -> Path:
     path = Path(path)
     if path.is_dir():
         for folder in (path, path / "checkpoints"):
-            newest, skipped = newest_whole_checkpoint(folder, keys=())
-            for line in skipped:
-                LOGGER.warning("%s", line)
-            if newest is not None:
-                return newest
+            for kinds in (OWN_KINDS, {}):           # the rule of training; then whatever is whole
+                newest, skipped = newest_whole_checkpoint(folder, kinds)
+                if newest is not None:
+                    for line in skipped:
+                        LOGGER.warning("%s", line)
+                    return newest
         consolidated = [found for found in (path, *path.iterdir()) if (found / CONSOLIDATED).is_file()]
         if not consolidated:
             raise ValueError(f"{path}: expected a checkpoint (<steps>{CHECKPOINT_SUFFIX}) in this folder, found none; "

@@ -3,16 +3,27 @@
 import contextlib
 import hashlib
 import json
+import lzma
+import math
 import os
 import socket
+import struct
 import tempfile
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+
+# What zipfile raises on damage; RuntimeError is encryption, or an unknown method of compression.
+DAMAGED_ARCHIVE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, struct.error, RuntimeError, OSError,
+                   OverflowError)
+# What numpy raises on content that is no plain array.
+NO_ARRAY = (ValueError, TypeError, OverflowError, MemoryError, SyntaxError, tokenize.TokenError)
 
 
 @contextlib.contextmanager
@@ -30,8 +41,10 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)              # a full disk does not say of what
         raise
 
 
@@ -64,17 +77,87 @@ def open_npz(path: str | Path, settings: dict[str, Any]) -> Iterator[NpzWriter]:
         writer.add("settings", np.array(json.dumps(settings)))
 
 
+@contextlib.contextmanager
+def read_npz(path: str | Path) -> Iterator[zipfile.ZipFile]:
+    """Opens an npz as the archive that it is.
+
+    Raises:
+        ValueError: the file is damaged, which may show when a member is read inside the block.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except DAMAGED_ARCHIVE as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise                                   # of the operating system, which names the file
+        raise ValueError(f"{path}: expected a whole npz, {error or 'its end is missing'}; "
+                         "copy or make the file again") from error
+
+
+def npz_members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """Returns what lies in an npz: name of the array -> its member."""
+    return {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
+
+
+def read_npz_array(path: str | Path, name: str) -> np.ndarray | None:
+    """Returns a small array of an npz, or None if it has none of that name.
+
+    Raises:
+        ValueError: the file is damaged, or the array holds Python objects.
+    """
+    with read_npz(path) as archive:
+        member = npz_members(archive).get(name)
+        if member is None:
+            return None
+        with archive.open(member) as stream:
+            try:
+                return np.lib.format.read_array(stream, allow_pickle=False)
+            except NO_ARRAY as error:
+                raise ValueError(f"{path}: expected a plain array under {name}, found other content ({error}); "
+                                 "make the file again") from error
+
+
 def read_npz_settings(path: str | Path) -> dict[str, Any]:
     """Returns the settings that open_npz stored in an npz; none if it is of others.
 
     Raises:
-        ValueError: the file is damaged.
+        ValueError: the file is damaged, or the settings are no JSON object.
     """
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return json.loads(str(arrays["settings"])) if "settings" in arrays else {}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: expected an npz, found a damaged file ({error}); remove it") from error
+    stored = read_npz_array(path, "settings")
+    if stored is None:
+        return {}
+    with contextlib.suppress(ValueError, TypeError, RecursionError):    # not one text, not JSON
+        if isinstance(settings := json.loads(stored.item()), dict):
+            return settings
+    raise ValueError(f"{path}: expected settings as one JSON object, found {stored.dtype} {stored.shape} with other "
+                     "content; make the file again")
+
+
+class Spool:
+    """Arrays of bytes, all of one shape, on the disk until their number is known, with which an npz begins.
+
+    It is made by open_spool.
+    """
+
+    def __init__(self, file: BinaryIO, shape: tuple[int, ...]):
+        self._file, self._shape = file, shape
+
+    def add(self, arrays: np.ndarray) -> None:
+        """Adds arrays (n, *shape) uint8; n may be 0."""
+        self._file.write(arrays.tobytes())
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Yields every array, of `shape` and uint8, in the order in which they were added."""
+        self._file.seek(0)
+        while content := self._file.read(math.prod(self._shape)):
+            yield np.frombuffer(content, np.uint8).reshape(self._shape)
+
+
+@contextlib.contextmanager
+def open_spool(folder: str | Path, shape: tuple[int, ...]) -> Iterator[Spool]:
+    """Opens a Spool of arrays of `shape`: a file without a name in `folder`, which is gone after the block."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        yield Spool(file, shape)
 
 
 def write_json(path, content):
@@ -99,11 +182,19 @@ def read_json(path: str | Path, kinds: dict[str, type | tuple[type, ...]] | None
         raise ValueError(f"{path}: expected JSON, {error}; the file is damaged, make it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, found a {type(content).__name__}; make the file again")
-    for key, kind in (kinds or {}).items():
-        if not isinstance(content.get(key), kind):
-            found = f"a {type(content[key]).__name__}" if key in content else "none"
-            raise ValueError(f"{path}: expected {key} of another kind, found {found}; make the file again")
+    check_kinds(content, kinds or {}, path)
     return content
+
+
+def check_kinds(content: dict[str, Any], kinds: dict[str, type | tuple[type, ...]], path: str | Path) -> None:
+    """Raises ValueError unless `content`, read from `path`, has every key of `kinds` with a value of its types."""
+    for key, kind in kinds.items():
+        value = content.get(key)
+        kinds_of_key = kind if isinstance(kind, tuple) else (kind,)
+        if not isinstance(value, kind) or (isinstance(value, bool) and bool not in kinds_of_key):
+            expected = " or ".join(kind.__name__ for kind in kinds_of_key)
+            found = type(value).__name__ if key in content else "none"
+            raise ValueError(f"{path}: expected {key} as {expected}, found {found}; the file is damaged, make it again")
 
 
 def check_file(path, hint=""):

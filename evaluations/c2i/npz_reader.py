@@ -1,23 +1,21 @@
 """Pictures in an npz, read batch by batch: the file may be larger than memory, compressed or not, zip64 too."""
 
-import contextlib
-import json
-import lzma
 import math
-import struct
-import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from autoregressive.runtime.files import check_file
+from autoregressive.runtime.files import (
+    NO_ARRAY,
+    check_file,
+    npz_members,
+    read_npz,
+    read_npz_array,
+    read_npz_settings,
+)
 
 IMAGES = "arr_0"
-# What zipfile raises on damage; RuntimeError is encryption, or an unknown method of compression.
-DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, struct.error, RuntimeError,
-           OSError, OverflowError)
 
 
 class NpzImages:
@@ -35,8 +33,8 @@ class NpzImages:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         check_file(path, "name an npz of pictures")
-        with self._archive() as archive:
-            self._members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+        with read_npz(path) as archive:
+            self._members = npz_members(archive)
             if IMAGES not in self._members:
                 found = ", ".join(sorted(self._members)) or "nothing"
                 raise ValueError(f"{path}: expected pictures under {IMAGES}, found {found}; "
@@ -52,7 +50,7 @@ class NpzImages:
         if size < math.prod(self.shape):
             raise ValueError(f"{path}: expected {math.prod(self.shape)} bytes of pictures, found {size}; "
                              "the file is damaged, make it again")
-        self.settings = self._read_settings()
+        self.settings = read_npz_settings(path)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -70,7 +68,7 @@ class NpzImages:
             ValueError: the file is damaged.
         """
         picture_bytes = math.prod(self.shape[1:])
-        with self._archive() as archive, archive.open(self._members[IMAGES]) as member:
+        with read_npz(self.path) as archive, archive.open(self._members[IMAGES]) as member:
             self._read_header(member)
             for start in range(0, len(self), batch_size):
                 count = min(batch_size, len(self) - start)
@@ -86,14 +84,7 @@ class NpzImages:
         Raises:
             ValueError: the file is damaged, or the array holds Python objects.
         """
-        if name not in self._members:
-            return None
-        with self._archive() as archive, archive.open(self._members[name]) as member:
-            try:
-                return np.lib.format.read_array(member, allow_pickle=False)
-            except (ValueError, TypeError, OverflowError, MemoryError, SyntaxError) as error:
-                raise ValueError(f"{self.path}: expected a plain array under {name}, found other "
-                                 f"content ({error})") from error
+        return read_npz_array(self.path, name)
 
     def labels(self) -> np.ndarray | None:
         """Returns the class index of each picture, (N,) int64, or None.
@@ -109,32 +100,11 @@ class NpzImages:
                              f"found {labels.dtype} {labels.shape}")
         return labels.astype(np.int64)
 
-    def _read_settings(self):
-        stored = self.array("settings")
-        if stored is None:
-            return {}
-        with contextlib.suppress(ValueError, TypeError, RecursionError):    # not one text, not JSON
-            if isinstance(settings := json.loads(stored.item()), dict):
-                return settings
-        raise ValueError(f"{self.path}: expected settings as one JSON object, found {stored.dtype} {stored.shape} "
-                         "with other content")
-
-    @contextlib.contextmanager
-    def _archive(self):
-        try:
-            with zipfile.ZipFile(self.path) as archive:
-                yield archive
-        except DAMAGED as error:
-            if isinstance(error, OSError) and error.filename is not None:
-                raise                           # of the operating system, which names the file
-            raise ValueError(f"{self.path}: expected a whole npz, {error or 'its end is missing'}; "
-                             "copy or make the file again") from error
-
     def _read_header(self, member):
         try:
             version = np.lib.format.read_magic(member)
             read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
             return read(member)
-        except (ValueError, KeyError, TypeError, OverflowError, SyntaxError) as error:
+        except (*NO_ARRAY, KeyError) as error:
             raise ValueError(f"{self.path}: expected {IMAGES} as a numpy array, found other content "
                              f"({error})") from error
