@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from autoregressive.runtime.entry import at_least, finite, share_above_0
+from autoregressive.runtime.entry import at_least, between, share_above_0
 
 SMALLEST_TEMPERATURE = 1e-5
 BUCKET = 64                     # positions; a compiled step reads the cache up to the next multiple
@@ -52,7 +52,8 @@ class Sampler:
 def add_sampler_args(parser):
     """Declares the flags of Sampler."""
     group = parser.add_argument_group("sampler")
-    group.add_argument("--cfg-scale", type=finite, default=1.5, help="classifier-free guidance; at most 1 means none")
+    group.add_argument("--cfg-scale", type=between(-1000.0, 1000.0), default=1.5,
+                       help="classifier-free guidance; at most 1 means none")
     group.add_argument("--cfg-interval", type=at_least(-1), default=-1,
                        help="guide tokens 0 to this + 1 only; -1 guides all")
     group.add_argument("--temperature", type=at_least(0.0), default=1.0, help="divides the logits")

@@ -122,6 +122,11 @@ def above(bound: float) -> Callable[[str], float]:
     return _number(float, lambda number: number > bound, f"more than {bound:g}")
 
 
+def between(least: int | float, most: int | float) -> Callable[[str], int | float]:
+    """Returns an argparse type: numbers from `least` to `most`, of their type."""
+    return _number(type(least), lambda number: least <= number <= most, f"{least} to {most}")
+
+
 def _number(kind: type, accepts: Callable[[Any], bool], expected: str) -> Callable[[str], Any]:
     def read(text):
         number = kind(text)
@@ -133,6 +138,7 @@ def _number(kind: type, accepts: Callable[[Any], bool], expected: str) -> Callab
     return read
 
 
+pixels = between(1, 2**16)                                      # of a picture's side
 finite = _number(float, lambda number: True, "a finite number")
 share = _number(float, lambda number: 0 <= number < 1, "0 to below 1")
 share_above_0 = _number(float, lambda number: 0 < number <= 1, "a share above 0, at most 1")

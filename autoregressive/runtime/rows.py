@@ -145,12 +145,14 @@ def _preallocate(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
         if hasattr(os, "posix_fallocate"):                          # not on every system
             with open(temporary, "r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
-    except OSError as error:
+    except (OSError, ValueError) as error:          # ValueError and EINVAL: more bytes than any disk has
         temporary.unlink(missing_ok=True)
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        is_os = isinstance(error, OSError)
+        if is_os and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EINVAL):
             raise
-        needed, free = np.prod(shape) * dtype.itemsize / 2**20, shutil.disk_usage(path.parent).free / 2**20
-        raise ValueError(f"{path}: expected room for {needed:.1f} MiB, {error.strerror} ({free:.1f} MiB are free); "
+        needed, free = math.prod(shape) * dtype.itemsize / 2**20, shutil.disk_usage(path.parent).free / 2**20
+        reason = error.strerror if is_os else "which no disk has"
+        raise ValueError(f"{path}: expected room for {needed:.1f} MiB, {reason} ({free:.1f} MiB are free); "
                          "choose a folder on another disk") from error
     os.replace(temporary, path)
 

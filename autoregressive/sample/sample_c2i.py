@@ -23,8 +23,8 @@ from autoregressive.models.generate import Sampler, random_numbers
 from autoregressive.models.loading import read_gpt
 from autoregressive.pipeline import PipelineSettings, add_pipeline_args, load_pipeline
 from autoregressive.runtime.distributed import Session
-from autoregressive.runtime.entry import Flags, Parser, at_least, check_one_process, checks, run
-from autoregressive.runtime.files import check_writable_folder
+from autoregressive.runtime.entry import Flags, Parser, between, check_one_process, checks, run
+from autoregressive.runtime.files import check_output
 from autoregressive.runtime.log import open_logger
 from autoregressive.runtime.pictures import save_grid
 from autoregressive.sample.presets import preset_flags
@@ -37,7 +37,7 @@ def build_parser() -> Parser:
     add_pipeline_args(parser)
     parser.add_argument("--class-ids", default="207,360,387,974,88,979,417,279",
                         help="classes, by index or by the name that travels in the checkpoint, with commas between")
-    parser.add_argument("--num-per-class", type=at_least(1), default=4,
+    parser.add_argument("--num-per-class", type=between(1, 1000), default=4,
                         help="pictures of each class, a row of the grid")
     parser.add_argument("--output", default="samples/classes.png", help="the PNG")
     return parser
@@ -76,7 +76,8 @@ def main(args: Flags, session: Session) -> None:
         pipeline = load_pipeline(gpt_file, PipelineSettings(**args.pick(PipelineSettings)),
                                  Sampler(**args.pick(Sampler)), VQConfig(**args.pick(VQConfig)), session.device)
         classes = read_classes(args.class_ids, args.num_classes, pipeline.class_names)
-        check_writable_folder(Path(args.output).parent)
+        check_output(args.output)
+        session.hold(args.output)
     labels = np.repeat(classes, args.num_per_class)
     _, uniforms = random_numbers(args.global_seed, range(len(labels)), args.num_classes,
                                  pipeline.gpt.config.num_tokens)

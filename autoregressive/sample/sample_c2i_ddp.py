@@ -28,7 +28,7 @@ from autoregressive.models.loading import read_gpt
 from autoregressive.pipeline import Pipeline, PipelineSettings, add_pipeline_args, load_pipeline
 from autoregressive.runtime.checkpoint import find_checkpoint
 from autoregressive.runtime.distributed import Session
-from autoregressive.runtime.entry import Flags, Parser, at_least, checks, free, on_main, run
+from autoregressive.runtime.entry import Flags, Parser, at_least, between, checks, free, on_main, run
 from autoregressive.runtime.files import check_writable_folder, open_npz, read_npz_settings
 from autoregressive.runtime.identity import find_difference
 from autoregressive.runtime.log import open_logger, progress
@@ -47,7 +47,7 @@ def build_parser() -> Parser:
     parser = Parser("Draw pictures for scoring and pack them into one npz.")
     add_pipeline_args(parser)
     free(parser.add_argument("--sample-dir", default="samples", help="folder of the npz"))
-    parser.add_argument("--per-proc-batch-size", type=at_least(1), default=32,
+    parser.add_argument("--per-proc-batch-size", type=between(1, 2**16), default=32,
                         help="pictures drawn together by a process")
     parser.add_argument("--num-fid-samples", type=at_least(1), default=50000, help="pictures in the npz")
     parser.add_argument("--labels", default="random", help="random: drawn uniformly, the published protocol; balanced: "
@@ -146,7 +146,7 @@ def main(args: Flags, session: Session) -> None:
         path = Path(args.sample_dir) / f"{run_name(args, gpt_file.path)}.npz"
         identity = identity_of(args, pipeline, session.device)
         rows = open_rows(path, identity, args, pipeline)
-        session.hold(path)
+        session.hold(path, path.with_suffix(".png"))
         finished = path.exists()
         if finished and (difference := find_difference(identity, read_npz_settings(path))):
             raise ValueError(f"{path}: expected samples with {difference}; choose another --sample-dir or remove them")

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from autoregressive.runtime.entry import at_least
+from autoregressive.runtime.entry import pixels
 from tokenizer.tokenizer_image.listing import list_images
 
 MOST_PIXELS = 2**27             # of a picture that is enlarged to be cut; Pillow refuses files above 2^27.4
@@ -44,7 +44,7 @@ def add_source_args(parser):
 
 def add_image_args(parser):
     """Declares the flags that say which images, and how large: those of add_source_args and --image-size."""
-    add_source_args(parser).add_argument("--image-size", type=at_least(1), default=256, help="side in pixels")
+    add_source_args(parser).add_argument("--image-size", type=pixels, default=256, help="side in pixels")
 
 
 class ImageSet:
