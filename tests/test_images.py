@@ -189,13 +189,16 @@ def test_links_that_lead_in_a_circle_end(tmp_path, warnings):
     assert len(warnings) == 1 and "2 links that lead back" in warnings[0]
 
 
-def test_folder_that_is_called_like_an_image_is_a_row_that_fails(tmp_path):
-    save(tmp_path / "a" / "1.png", np.zeros((3, 4, 3), np.uint8))
-    save(tmp_path / "a" / "x.png" / "inside.jpg", np.zeros((3, 4, 3), np.uint8))
-    ours = open_dataset("imagenet", tmp_path)
-    assert [ours.name_of(row) for row in range(len(ours))] == ["a/1.png", "a/x.png", "a/x.png/inside.jpg"]
-    with pytest.raises(ValueError, match="a/x.png: expected an image"):
-        ours.read(1)
+def test_folder_that_is_called_like_an_image_is_entered_and_no_row_as_in_torchvision(tmp_path, warnings):
+    for name in ("a/1.png", "a/x.png/inside.jpg", "a/y.png", "other/1.jpg"):
+        save(tmp_path / name, np.zeros((3, 4, 3), np.uint8))
+    (tmp_path / "a" / "empty.png").mkdir()
+    (tmp_path / "a" / "linked.png").symlink_to(tmp_path / "other")
+    ours, theirs = open_dataset("imagenet", tmp_path), ImageFolder(str(tmp_path))
+    assert [ours.name_of(row) for row in range(len(ours))] == [
+        "a/1.png", "a/y.png", "a/linked.png/1.jpg", "a/x.png/inside.jpg", "other/1.jpg"]
+    assert [str(tmp_path / ours.name_of(row)) for row in range(len(ours))] == [path for path, _ in theirs.samples]
+    assert not warnings
 
 
 @pytest.mark.parametrize(("make", "found"), [

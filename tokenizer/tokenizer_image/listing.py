@@ -86,8 +86,8 @@ def _is_image(entry: os.DirEntry, left_out: Counter) -> bool:
     kind = _kind_of(entry)
     is_hidden = entry.name.startswith(".")
     is_named_so = entry.name.lower().endswith(IMAGE_SUFFIXES) and not is_hidden
-    if is_named_so and kind != SPECIAL:
-        return True     # a folder that is called like an image, too: its failure is recorded
+    if is_named_so and kind == FILE:
+        return True     # a folder that is called like an image is none: it is entered as any other
     if kind == SPECIAL:
         left_out["pipes or devices"] += 1
     elif kind == FILE:
