@@ -24,6 +24,7 @@ from autoregressive.data.codes import (
 )
 from autoregressive.runtime.distributed import keyed_random
 from autoregressive.runtime.files import mapping_sha256, write_json
+from autoregressive.runtime.lock import hold, lock_of
 from autoregressive.runtime.log import LOGGER
 
 MANIFEST = {"dataset": "test", "num_images": 7, "num_crops": 2, "num_tokens": 9, "grid": 3, "codebook_size": 24,
@@ -111,6 +112,18 @@ def test_folder_of_other_files_is_never_touched(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+def test_lock_in_a_folder_and_its_leftovers_are_no_other_files(tmp_path):
+    writer = CodeWriter(tmp_path / "codes", MANIFEST)
+    (tmp_path / "codes").mkdir()
+    (tmp_path / "codes" / ".codes.npy.takeover.tmp").touch()
+    with hold(writer.target):
+        (tmp_path / "codes" / ".codes.npy.takeover.tmp").touch()
+        writer.create(LABELS)
+        assert lock_of(writer.target).parent == tmp_path / "codes" and lock_of(writer.target).exists()
+    assert sorted(path.name for path in (tmp_path / "codes").iterdir()) == [
+        "codes.npy", "labels.npy", "manifest.json", "status.npy"]
+
+
 def test_full_disk_is_a_clear_error_and_the_same_command_works_when_there_is_room(tmp_path, monkeypatch):
     def no_room(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -164,12 +177,12 @@ def test_checksum_of_labels_covers_all_of_them_and_that_of_older_stores_holds(tm
 
 @pytest.mark.parametrize(("content", "words"), [
     (b"", "expected JSON"), (b"[]", "expected a JSON object, found a list"), (b'{"a": "\xff"}', "expected JSON"),
-    ({"complete": None}, "expected complete of another kind"), ({"num_images": "7"}, "expected num_images of"),
-    ({"grid": None}, "expected grid of"), ({"class_names": {}}, "expected class_names of"),
-    ({"failed": None}, "expected failed of"), ({"failed": [3]}, "expected a row of every image in failed"),
-    ({"tokenizer_sha256": 3}, "expected tokenizer_sha256 of"), ({"codes_sha256": None}, "expected codes_sha256 of"),
+    ({"complete": None}, "expected complete as bool, found NoneType"), ({"num_images": "7"}, "expected num_images as"),
+    ({"grid": None}, "expected grid as"), ({"class_names": {}}, "expected class_names as"),
+    ({"failed": None}, "expected failed as"), ({"failed": [3]}, "expected a row of every image in failed"),
+    ({"tokenizer_sha256": 3}, "expected tokenizer_sha256 as"), ({"codes_sha256": None}, "expected codes_sha256 as"),
     ({"num_tokens": 10}, "found 10 tokens for a grid of 3 x 3"), ({"grid": 0, "num_tokens": 0}, "a grid of 0 x 0"),
-    ({"codes_sha256": []}, "expected 1 checksums of the codes, found 0"),
+    ({"codes_sha256": []}, "expected 1 checksums in codes_sha256, found 0"),
 ])
 def test_manifest_that_lacks_something_is_refused_by_its_name_and_replaced_by_overwrite(store, content, words):
     path = Path(store.path) / "manifest.json"
@@ -220,6 +233,13 @@ def test_too_many_failures_leave_a_store_unfinished_and_are_tried_again(tmp_path
     for row in (0, 4):
         writer.write(range(row, row + 1), codes[row:row + 1], {})
     assert writer.finish(1) == [] and np.array_equal(open_codes(tmp_path / "codes").codes, codes)
+
+
+def test_store_of_broken_images_alone_is_unfinished_whatever_may_fail_and_all_are_tried_again(tmp_path):
+    writer, _ = fill(tmp_path / "codes", failures=dict.fromkeys(range(7), ("x.jpg", "truncated")))
+    assert len(writer.finish(7)) == 7 and not writer.is_complete
+    writer.create(LABELS)
+    assert writer.rows.missing(7) == [range(7)]
 
 
 def test_several_stores_of_the_same_images_add_their_crops_and_leave_out_what_failed_in_either(tmp_path):
@@ -279,6 +299,26 @@ def test_older_layout_is_read_without_the_images_that_filled_its_last_round_and_
     assert tokens.shape == (4, 9)
     assert [warning.split(": ")[1].split(",")[0] for warning in warnings] == (
         ["left out the last 3 of 14 files"] if padding else [])
+
+
+@pytest.mark.parametrize("count", [1, 2, 11])
+def test_older_layout_has_checksums_by_which_other_codes_and_labels_are_told_apart(tmp_path, count):
+    codes, labels = np.random.default_rng(0).integers(24, size=(count, 2, 9)), np.arange(count)
+    other_codes, other_labels = codes.copy(), labels.copy()
+    other_codes[0, 1, 8] += 1
+    other_labels[-1] += 1
+    stores = {"old": (codes, labels), "same": (codes.astype(np.int32), labels), "codes": (other_codes, labels),
+              "labels": (codes, other_labels), "longer": (codes[[*range(count), 0]], labels[[*range(count), 0]])}
+    found = {}
+    for name, (its_codes, its_labels) in stores.items():
+        write_older(tmp_path / name, its_codes, its_labels)
+        store = open_codes(tmp_path / name)
+        verify_checksums(store)                                  # there is nothing to compare
+        found[name] = store.manifest["codes_sha256"], store.manifest["labels_sha256"]
+    assert found["old"] == found["same"] and found["old"][1] == checksum(labels)
+    assert [found["old"][part] == found[name][part] for name in ("codes", "labels") for part in (0, 1)] == [
+        False, True, True, False]
+    assert isinstance(found["old"][0], str) and found["longer"][0] != found["old"][0]
 
 
 @pytest.mark.parametrize(("rows", "lengths"), [
@@ -358,6 +398,14 @@ def test_stores_are_drawn_equally_often_whatever_their_crops_and_their_crops_equ
     assert shares == pytest.approx([1 / len(sizes) / size for size in sizes for _ in range(size)])
     if len(set(sizes)) == 1:
         assert np.array_equal(crops, np.arange(sum(sizes)))      # the draws that there were before
+
+
+def test_images_of_two_stores_of_unequal_size_come_from_each_half_of_the_time():
+    codes = CombinedCodes([np.full((100, crops, 4), store, np.uint16) for store, crops in enumerate((1, 3))])
+    store = CodeStore("", {}, codes, np.zeros(100, np.int64), np.arange(100))
+    batches = TokenBatches(store, np.arange(2), 100, seed=1, num_classes=1, label_dropout=0.0)
+    drawn = torch.cat([batches[epoch, range(100)][0] for epoch in range(20)])
+    assert 0.46 < drawn.double().mean() < 0.54                   # uniformly over the crops it would be 0.75
 
 
 def test_parts_of_processes_make_up_the_batch_of_one_process(store):

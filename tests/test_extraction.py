@@ -13,6 +13,7 @@ from processes import run_here, start, start_and_kill
 
 from autoregressive.data.codes import open_codes
 from autoregressive.runtime.checkpoint import save_checkpoint
+from autoregressive.runtime.lock import hold
 from tokenizer.tokenizer_image.encoding import CropEncoder, agreement, default_batch_size
 from tokenizer.tokenizer_image.images import center_crop, crop_names, cut_crops, open_dataset, to_float
 from tokenizer.tokenizer_image.loading import load_vq
@@ -20,12 +21,12 @@ from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 
 EXTRACT, CHECK = "autoregressive/train/extract_codes_c2i.py", "autoregressive/train/check_codes.py"
 TEN = crop_names(ten_crop=True, mirrored=True)
-BROKEN = ("apple/broken.jpg", "apple/empty.jpg", "pear/folder.png", "pear/nowhere.jpg", "pear/text.jpg")
+BROKEN = ("apple/broken.jpg", "apple/empty.jpg", "pear/nowhere.jpg", "pear/text.jpg")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder of 41 photos of noise and shapes in three classes, five of them broken, and a tokenizer."""
+    """A folder of 41 photos of noise and shapes in three classes, four of them broken, and a tokenizer."""
     folder = tmp_path_factory.mktemp("extraction")
     noise = np.random.default_rng(0)
     for number in range(36):
@@ -38,7 +39,6 @@ def folder(tmp_path_factory):
     for name, content in zip(BROKEN[:2], (whole[:len(whole) // 2], b""), strict=True):
         (folder / "images" / name).write_bytes(content)
     (folder / "images/pear/text.jpg").write_text("not a picture")
-    (folder / "images/pear/folder.png").mkdir()
     (folder / "images/pear/nowhere.jpg").symlink_to("/no/such/file")
     torch.manual_seed(0)
     save_checkpoint(folder / "vq.pt", {"model": VQModel(VQConfig("VQ-4-small", 64, 8)).state_dict()})
@@ -80,7 +80,7 @@ def test_killed_and_resumed_extraction_makes_the_same_store(folder, kills, proce
     for goal in goals:
         status = start_and_kill(EXTRACT, *flags(folder, path.name), processes=processes,
                                 when=lambda goal=goal: done_rows() >= goal)
-        assert status == -9 and goal <= done_rows() < 42
+        assert status == -9 and goal <= done_rows() < 41
     assert extract(folder, path.name, processes=processes).returncode == 0
     assert contents(path) == contents(folder / "codes")
 
@@ -92,7 +92,7 @@ def test_failures_are_listed_and_labels_do_not_shift(folder):
     for failure in failed:
         assert images.name_of(failure["row"]) == failure["path"] and failure["path"] in failure["reason"]
         assert not store.codes[failure["row"]].any() and failure["row"] not in store.rows
-    assert store.manifest["class_names"] == ["apple", "fig", "pear"] and len(store.rows) == len(images) - 5 == 37
+    assert store.manifest["class_names"] == ["apple", "fig", "pear"] and len(store.rows) == len(images) - 4 == 37
     assert all(images.name_of(row).split("/")[0] == ["apple", "fig", "pear"][store.labels[row]] for row in store.rows)
 
 
@@ -134,17 +134,17 @@ def test_default_batch_size_follows_the_size_of_a_crop():
 
 
 def test_too_many_failures_end_with_exit_code_1_and_repaired_files_are_tried_again(folder):
-    strict = ("--max-failures", 0.1)
+    strict = ("--max-failures", 0.08)
     done = extract(folder, "strict", *strict)
-    assert done.returncode == 1 and "5 of 42 images are broken" in done.stdout and "Traceback" not in done.stderr
-    assert len(json.loads((folder / "strict/manifest.json").read_text())["failed"]) == 5
+    assert done.returncode == 1 and "4 of 41 images are broken" in done.stdout and "Traceback" not in done.stderr
+    assert len(json.loads((folder / "strict/manifest.json").read_text())["failed"]) == 4
     broken = folder / "images" / BROKEN[0]
     before = broken.read_bytes()
     shutil.copy(folder / "images/apple/0.jpg", broken)
     try:
-        done = extract(folder, "strict", "--max-failures", 0.1)
+        done = extract(folder, "strict", *strict)
         assert done.returncode == 0, done.stderr
-        assert len(open_codes(folder / "strict").manifest["failed"]) == 4
+        assert len(open_codes(folder / "strict").manifest["failed"]) == 3
     finally:
         broken.write_bytes(before)
 
@@ -170,7 +170,7 @@ def check(folder, name, images="images"):
 def test_check_passes_a_right_store_and_draws_it(folder):
     done = check(folder, "codes")
     assert done.returncode == 0 and "all checks passed" in done.stdout, done.stdout + done.stderr
-    assert done.stdout.count("ok ") == 8 and "37 images, 5 broken" in done.stdout
+    assert done.stdout.count("ok ") == 8 and "37 images, 4 broken" in done.stdout
     assert Image.open(folder / "codes.png").size == (4 * (128 + 4) + 4, 8 * (64 + 15 + 4) + 4)
 
 
@@ -204,10 +204,41 @@ def test_strip_that_would_be_enlarged_beyond_memory_is_one_failure_that_is_liste
     assert "1 of 2 images are broken" in capsys.readouterr().out
 
 
+def test_broken_images_alone_are_tried_again_by_the_same_command_as_it_says(folder, tmp_path, capsys):
+    broken = tmp_path / "images" / "a" / "0.jpg"
+    broken.parent.mkdir(parents=True)
+    broken.write_text("not a picture")
+    more = ("--data-path", tmp_path / "images", "--code-path", tmp_path / "codes", "--num-workers", 0, "--max-failures",
+            1)
+    for _ in range(2):
+        assert run_here(EXTRACT, *flags(folder, "", *more)) == 1
+        printed = capsys.readouterr()
+        assert "the same command tries only these again" in printed.out and not printed.err.count("error")
+    shutil.copy(folder / "images/apple/0.jpg", broken)
+    assert run_here(EXTRACT, *flags(folder, "", *more)) == 0
+    assert open_codes(tmp_path / "codes").rows.tolist() == [0]
+
+
+def test_one_extraction_at_a_time_by_a_lock_inside_its_folder(folder, tmp_path, capsys):
+    held = tmp_path / "codes" / "codes.npy"
+    with hold(held):
+        assert run_here(EXTRACT, *flags(folder, "", "--code-path", tmp_path / "codes")) == 2
+    assert f"{held}: expected to be the only one who writes here" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["codes"] and not any((tmp_path / "codes").iterdir())
+
+
+def test_check_removes_what_a_killed_one_left(folder, tmp_path):
+    for name in (".check.png.host.7.tmp", ".other.png.host.7.tmp"):
+        (tmp_path / name).touch()
+    assert run_here(CHECK, "--code-path", folder / "codes", "--data-path", folder / "images", "--vq-ckpt",
+                    folder / "vq.pt", "--output", tmp_path / "check.png", "--num-rows", 1) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.png.host.7.tmp", "check.png"]
+
+
 @pytest.mark.parametrize("change, more, words", [
     ({}, ("--output", "{0}"), "expected the name of a file to write, found a folder"),
     ({}, ("--output", "{0}/codes/codes.npy/check.png"), "codes.npy: expected a writable folder"),
-    ({"vq_model": None}, (), "expected vq_model of another kind, found a NoneType"),
+    ({"vq_model": None}, (), "expected vq_model as str, found NoneType"),
     ({"vq_model": "VQ-2"}, (), "manifest.json: --vq-model: expected VQ-16 or VQ-8 or VQ-4-small, got VQ-2"),
     ({"crops": ["middle"] * 10}, (), "expected 10 crops by name"),
     ({"crops": []}, (), "expected 10 crops by name"),
@@ -227,8 +258,8 @@ def test_check_that_cannot_end_does_not_begin(folder, tmp_path, capsys, change, 
 
 def test_check_of_labels_and_codes_out_of_range_says_so_instead_of_failing(folder, tmp_path, capsys):
     shutil.copytree(folder / "codes", tmp_path / "codes")
-    np.save(tmp_path / "codes/labels.npy", np.full(42, -1))
-    np.save(tmp_path / "codes/codes.npy", np.full((42, 10, 64), -7, np.int32))
+    np.save(tmp_path / "codes/labels.npy", np.full(41, -1))
+    np.save(tmp_path / "codes/codes.npy", np.full((41, 10, 64), -7, np.int32))
     assert run_here(CHECK, "--code-path", tmp_path / "codes", "--data-path", folder / "images", "--vq-ckpt",
                     folder / "vq.pt") == 1
     printed = capsys.readouterr().out
@@ -241,7 +272,7 @@ def test_check_of_labels_and_codes_out_of_range_says_so_instead_of_failing(folde
     (("--image-size", 30), "--image-size: expected a multiple of 4"),
     (("--crop-range", 0.9), "--crop-range: expected at least 1"),
     (("--crop-range", 4.5), "--crop-range: expected 1 to 4"),
-    (("--batch-size", -1), "at least 0, got -1"),
+    (("--batch-size", -1), "--batch-size: expected 0 to 65536, got -1"),
     (("--max-failures", 2), "--max-failures: expected a share"),
     (("--data-path", "{0}/without/classes"), "expected one folder a class, found 1 files and no folder"),
     (("--data-path", "{0}/hollow"), "hollow/b: expected images"),

@@ -1,12 +1,10 @@
 """Reads .npy files: what is wrong with one is said in one line that names it."""
 
-import tokenize
 from pathlib import Path
 
 import numpy as np
 
-UNREADABLE = (OSError, ValueError, TypeError, EOFError, OverflowError, MemoryError, SyntaxError,
-              tokenize.TokenError)                  # what numpy raises on damaged headers and data
+from autoregressive.runtime.files import NO_ARRAY
 
 
 def read_integers(path: Path, hint: str, mapped: bool = False) -> np.ndarray:
@@ -22,7 +20,7 @@ def read_integers(path: Path, hint: str, mapped: bool = False) -> np.ndarray:
     """
     try:
         array = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
-    except UNREADABLE as error:
+    except (OSError, EOFError, *NO_ARRAY) as error:
         raise ValueError(f"{path}: expected an array, {error or type(error).__name__}; {hint}") from error
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "iu":
         found = array.dtype if isinstance(array, np.ndarray) else "an archive"

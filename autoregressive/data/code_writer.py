@@ -17,6 +17,7 @@ class CodeWriter:
 
     Attributes:
         path: its folder.
+        target: the file in it that an extraction holds (Session.hold): what is above the folder may be of others.
         manifest: dict of what the codes are; never of when, or by how many processes, they were made.
         rows: RowWriter of the store's arrays.
     """
@@ -28,6 +29,7 @@ class CodeWriter:
             manifest: dict with at least num_images, num_crops, num_tokens, codebook_size.
         """
         self.path, self.manifest = Path(path), manifest
+        self.target = self.path / "codes.npy"
         self._record = self.path / "manifest.json"
         crops = (code_dtype(manifest["codebook_size"]), (manifest["num_crops"], manifest["num_tokens"]))
         self.rows = RowWriter(path, manifest, manifest["num_images"],
@@ -62,13 +64,18 @@ class CodeWriter:
             elif found["complete"]:
                 self._remove_scaffolding()
                 return
-        elif self.path.is_dir() and any(self.path.iterdir()):
+        elif self.path.is_dir() and not all(self._is_of_lock(path) for path in self.path.iterdir()):
             raise ValueError(f"{self.path}: expected a new or empty folder, or a store; found other files")
         self.rows.create()
         status = np.array(self.rows.array("status"))
         status[status == FAILED] = TO_DO
         self.rows.write(range(len(labels)), labels=labels, status=status)
         shutil.rmtree(self.path / "failures", ignore_errors=True)
+
+    def _is_of_lock(self, path: Path) -> bool:
+        """Says whether a file is the lock of this store, which lies in its folder, or a leftover of taking it over."""
+        is_ours = path.name.startswith(f".{self.target.name}.")
+        return is_ours and path.suffix in (".lock", ".tmp")
 
     def _read_record(self, overwrite: bool) -> dict[str, Any]:
         """Returns the manifest that lies there; a damaged one that is to be replaced is that of no extraction."""
@@ -104,7 +111,7 @@ class CodeWriter:
         One process calls this, after rows.wait_for_others.
 
         Args:
-            most_failures: rows that may have failed in a store that is whole.
+            most_failures: rows that may have failed in a store that is whole; one without any image never is.
             bar: progress bar of the rows that are summed up.
 
         Returns:
@@ -116,7 +123,7 @@ class CodeWriter:
         if missing := self.rows.num_rows - self.rows.num_done:
             raise RuntimeError(f"{self.path}: {missing} rows were not written; run the same command again")
         failed = [read_json(path) for path in sorted((self.path / "failures").glob("*.json"))]
-        complete = len(failed) <= most_failures
+        complete = len(failed) <= most_failures and len(failed) < self.rows.num_rows
         manifest = self.manifest | {"failed": failed, "complete": complete}
         if complete:
             codes = self.rows.array("codes")

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from autoregressive.data.arrays import read_integers
-from autoregressive.data.older_codes import open_older_codes
+from autoregressive.data.older_codes import OlderCodes, open_older_codes
 from autoregressive.runtime.checkpoint import read_checkpoint
 from autoregressive.runtime.entry import Parser
 from autoregressive.runtime.files import mapping_sha256, read_json
@@ -157,7 +157,9 @@ def _open_one(path):
             num_tokens = codes.shape[2]
             manifest = dict.fromkeys(SAME_IN_COMBINED) | {
                 "num_images": len(labels), "num_crops": codes.shape[1], "num_tokens": num_tokens,
-                "grid": math.isqrt(num_tokens), "crops": None, "failed": []}
+                "grid": math.isqrt(num_tokens), "crops": None, "failed": [],
+                "codes_sha256": codes.sample_sha256,            # a text: no list of checksums of all rows
+                "labels_sha256": checksum_of_labels(labels)}
             _check_grid(manifest, path)
             return CodeStore(str(path), manifest, codes, labels, np.arange(len(labels)))
         raise ValueError(f"{path}: expected a code store with a manifest.json, found "
@@ -175,8 +177,12 @@ def _open_one(path):
         raise ValueError(f"{path}: expected codes {shape} and as many labels, found {codes.shape} and {labels.shape}; "
                          f"{DAMAGED}")
     failed = [failure.get("row") if isinstance(failure, dict) else None for failure in manifest["failed"]]
-    if not all(isinstance(row, int) for row in failed):
+    if not all(isinstance(row, int) and 0 <= row < len(labels) for row in failed):
         raise ValueError(f"{path / 'manifest.json'}: expected a row of every image in failed, found others; {DAMAGED}")
+    num_checksums = -(-len(codes) // CHECKSUM_ROWS)
+    if len(manifest["codes_sha256"]) != num_checksums:
+        raise ValueError(f"{path / 'manifest.json'}: expected {num_checksums} checksums in codes_sha256, found "
+                         f"{len(manifest['codes_sha256'])}; {DAMAGED}")
     rows = np.setdiff1d(np.arange(len(labels)), failed)
     if not len(rows):
         raise ValueError(f"{path}: expected at least one image, found none that could be read")
@@ -191,7 +197,7 @@ def _check_grid(manifest: dict[str, Any], path: Path) -> None:
 
 
 def verify_checksums(store: CodeStore, bar: Any = None) -> None:
-    """Reads a whole store and compares it with the checksums of its manifest.
+    """Reads a whole store and compares it with the checksums of its manifest; the older layout has none.
 
     Args:
         store: CodeStore of one folder.
@@ -200,12 +206,9 @@ def verify_checksums(store: CodeStore, bar: Any = None) -> None:
     Raises:
         ValueError: rows are not what was written; the message names them.
     """
-    expected = store.manifest["codes_sha256"]
-    num_blocks = -(-len(store.codes) // CHECKSUM_ROWS)
-    if len(expected) != num_blocks:
-        raise ValueError(f"{store.path}/manifest.json: expected {num_blocks} checksums of the codes, found "
-                         f"{len(expected)}; {DAMAGED}")
-    for index, checksum in enumerate(expected):
+    if isinstance(store.codes, OlderCodes):
+        return
+    for index, checksum in enumerate(store.manifest["codes_sha256"]):
         first = index * CHECKSUM_ROWS
         if checksum_of_rows(store.codes, first, bar) != checksum:
             raise ValueError(f"{store.path}/codes.npy: expected rows {first} to "

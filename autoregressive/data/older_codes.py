@@ -48,7 +48,13 @@ def open_older_codes(path: Path) -> tuple["OlderCodes", np.ndarray] | None:
     labels = np.array([_read_label(labels_folder / f"{row}.npy") for row in range(count)], np.int64)
     codes = OlderCodes(codes_folder, count)
     codes.check_sizes()
-    num_images = count - _find_padding(codes, labels)
+    longest = min(LONGEST_PADDING, count - 1)
+    sample = sorted({0, *range(longest), *range(count - longest, count)})
+    found = {row: _fingerprint(codes, labels, row) for row in sample}
+    codes.sample_sha256 = _checksum_of_sample(codes.shape, found)
+    first = [found[row] for row in range(longest)]
+    last = [found[row] for row in range(count - longest, count)]
+    num_images = count - _find_padding(first, last, count, codes.folder)
     codes.shape = (num_images, *codes.shape[1:])
     return codes, labels[:num_images]
 
@@ -68,31 +74,40 @@ def _count_files(folder: Path) -> int:
     return len(numbers)
 
 
-def _find_padding(codes: "OlderCodes", labels: np.ndarray) -> int:
+def _find_padding(first: list[tuple[int, bytes]], last: list[tuple[int, bytes]], count: int, folder: Path) -> int:
     """Returns how many files at the end repeat the first ones because a writer filled its last round with them.
 
     Data that repeat themselves end in their beginning in several ways, and nothing says which of them
     is padding, if any: then it is none. A warning says what is concluded.
+
+    Args:
+        first, last: fingerprints of as many of the first and of the last rows as may be padding, in order.
+        count: number of the files.
+        folder: of the codes.
     """
-    count = len(labels)
-    longest = min(LONGEST_PADDING, count - 1)
-    first = [_fingerprint(codes, labels, row) for row in range(longest)]
-    last = [_fingerprint(codes, labels, row) for row in range(count - longest, count)]
-    possible = [length for length in range(1, longest + 1) if last[-length:] == first[:length]]
+    possible = [length for length in range(1, len(first) + 1) if last[-length:] == first[:length]]
     if len(possible) > 1:
         LOGGER.warning("%s: the last files repeat the first ones, %s of them: nothing tells what is padding, so all "
-                       "%d are used; remove what is", codes.folder, " or ".join(map(str, possible[:4])), count)
+                       "%d are used; remove what is", folder, " or ".join(map(str, possible[:4])), count)
         return 0
     if not possible:
         return 0
     length, = possible
     LOGGER.warning("%s: left out the last %d of %d files, which repeat the first ones as a writer with several "
-                   "processes does to fill its last round", codes.folder, length, count)
+                   "processes does to fill its last round", folder, length, count)
     return length
 
 
 def _fingerprint(codes: "OlderCodes", labels: np.ndarray, row: int) -> tuple[int, bytes]:
     return int(labels[row]), hashlib.sha256(np.ascontiguousarray(codes.read(row), np.int64)).digest()
+
+
+def _checksum_of_sample(shape: tuple[int, ...], found: dict[int, tuple[int, bytes]]) -> str:
+    """Returns the SHA-256 of the shape of all codes and of the codes of the rows in `found`, whatever their dtype."""
+    digest = hashlib.sha256(repr(shape).encode())
+    for row in sorted(found):
+        digest.update(found[row][1])
+    return digest.hexdigest()
 
 
 class OlderCodes:
@@ -101,7 +116,10 @@ class OlderCodes:
     Attributes:
         folder: of the files.
         shape: (N, crops, T).
+        sample_sha256: of the shape and of at most 2 LONGEST_PADDING rows: other codes have another one, most likely.
     """
+
+    sample_sha256: str
 
     def __init__(self, folder: Path, count: int):
         self.folder = folder

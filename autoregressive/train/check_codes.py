@@ -158,6 +158,7 @@ def main(args: Flags, session: Session) -> None:
         vq, hashes = load_vq(args.vq_ckpt, VQConfig.recorded_in(store.manifest))
         output = Path(args.output or Path(args.code_path) / "check.png")
         check_output(output)
+        session.hold(output)
     random = keyed_random(args.global_seed, 0, 0)
     rows = np.sort(random.choice(store.rows, min(args.num_rows, len(store.rows)), replace=False))
     crops = random.integers(store.codes.shape[1], size=len(rows))

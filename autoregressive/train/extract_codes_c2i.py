@@ -20,7 +20,8 @@ from autoregressive.data.code_writer import CodeWriter
 from autoregressive.data.codes import add_code_args, open_codes, verify_checksums
 from autoregressive.runtime.compute import PRECISIONS, can_compile
 from autoregressive.runtime.distributed import Session, seed_everything
-from autoregressive.runtime.entry import Flags, Parser, at_least, checks, free, run
+from autoregressive.runtime.entry import Flags, Parser, at_least, between, checks, free, run
+from autoregressive.runtime.files import check_writable_folder
 from autoregressive.runtime.log import LOGGER, open_logger, progress
 from tokenizer.tokenizer_image.crops import Failures, add_failure_args, load_crops
 from tokenizer.tokenizer_image.encoding import CropEncoder, agreement, default_batch_size
@@ -50,7 +51,7 @@ def build_parser() -> Parser:
     parser.add_argument("--no-flip", action="store_true", help="leave out the mirrored crops (digits, text)")
     parser.add_argument("--precision", default="none", choices=tuple(PRECISIONS),
                         help="of the encoder; the nearest code is always searched in float32")
-    free(parser.add_argument("--batch-size", type=at_least(0), default=0,
+    free(parser.add_argument("--batch-size", type=between(0, 2**16), default=0,
                              help="crops encoded together; 0: found from the memory"))
     free(parser.add_argument("--num-workers", type=at_least(0), default=24,
                              help="processes that decode and crop images, at most as many as there are cores"))
@@ -84,8 +85,9 @@ def main(args: Flags, session: Session) -> None:
         vq, hashes = load_vq(args.vq_ckpt, VQConfig(**args.pick(VQConfig)))
         manifest = describe_store(args, dataset, hashes)
         writer = CodeWriter(args.code_path, manifest)
-        session.hold(args.code_path)
         if session.is_main:
+            check_writable_folder(args.code_path)
+            session.hold(writer.target)
             writer.create(dataset.labels, args.overwrite)
     if writer.is_complete:
         with checks(session), progress(session, len(dataset), "verify", "image") as bar:
