@@ -188,6 +188,7 @@ def reorder_by(given: Mapping, payload: dict, state: dict[str, Tensor], args: Fl
     outputs = name_outputs(args.vq_ckpt, args.output_dir, args.cluster_size, identity["method"])
     with checks(session):
         check_output(outputs.reordered)
+        session.hold(outputs.mapping, outputs.reordered)        # as those do who cluster
         if not args.overwrite:
             check_reordered_file(outputs.reordered, state, record)
     order = order_of(mapping)
@@ -216,6 +217,7 @@ def main(args: Flags, session: Session) -> None:
         outputs = name_outputs(args.vq_ckpt, args.output_dir, args.cluster_size, args.method)
         for path in outputs.all():
             check_output(path)
+        session.hold(*outputs.all())
         if not args.overwrite:
             check_mapping_file(outputs, identity)
             check_reordered_file(outputs.reordered, state, identity)

@@ -16,6 +16,7 @@ from PIL import Image
 import balance_k_means
 from autoregressive.runtime.checkpoint import read_checkpoint, save_checkpoint
 from autoregressive.runtime.entry import run
+from autoregressive.runtime.lock import hold
 from tokenizer.clustering import balanced_sse, normalize_codes
 
 CODEBOOK = "quantize.embedding.weight"
@@ -237,6 +238,24 @@ def test_files_of_others_are_replaced_by_overwrite_alone(change, flags, message,
     assert record["mapping_sha256"] == sha256(read_checkpoint(saved.parent / MAPPING))
     assert record == read_checkpoint(saved.parent / REORDERED)["reordering"]
     assert record["original_codebook_sha256"] == sha256(read_checkpoint(saved)["model"][CODEBOOK])
+
+
+def test_a_start_removes_what_killed_ones_left_of_all_files(saved, monkeypatch):
+    for name in FILES:
+        (saved.parent / f".{name}.host.7.tmp").touch()
+    balance(monkeypatch, "--vq-ckpt", saved, "--cluster-size", 7)
+    assert {path.name for path in saved.parent.iterdir()} == FILES | {"vq.pt"}
+    (saved.parent / f".{REORDERED}.host.7.tmp").touch()
+    balance(monkeypatch, "--vq-ckpt", saved, "--cluster-size", 7, "--mapping", saved.parent / MAPPING)
+    assert {path.name for path in saved.parent.iterdir()} == FILES | {"vq.pt"}
+
+
+def test_one_start_at_a_time_writes_a_mapping_or_what_belongs_to_it(saved, monkeypatch, capsys):
+    balance(monkeypatch, "--vq-ckpt", saved, "--cluster-size", 7)
+    for flags in ([], ["--mapping", saved.parent / MAPPING]):
+        with hold(saved.parent / MAPPING), pytest.raises(SystemExit):
+            balance(monkeypatch, "--vq-ckpt", saved, "--cluster-size", 7, *flags)
+        assert f"{MAPPING}: expected to be the only one who writes here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("lost", [[], [REORDERED], [MAPPING], [f"report-{SUFFIX}.json"], [MAPPING, REORDERED]])

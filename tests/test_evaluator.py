@@ -12,6 +12,7 @@ from PIL import Image
 
 from autoregressive.runtime import entry
 from autoregressive.runtime.files import file_sha256
+from autoregressive.runtime.lock import hold
 from evaluations.c2i import evaluator, make_reference, train_classifier
 from evaluations.c2i.classifier import ClassifierFeatures, SmallClassifier, save_classifier
 from evaluations.c2i.features import extract_features
@@ -276,6 +277,24 @@ def test_outputs_that_are_folders_are_found_before_the_work(files, capsys, name)
     assert f"{name}: expected the name of a file to write, found a folder" in line
 
 
+@pytest.mark.parametrize("script, outputs, words", [
+    (evaluator, ("made.json", "made.txt"), ("ref.npz", "samples.npz", "--classifier", "classifier.pt", "--metrics",
+                                            "recall")),
+    (make_reference, ("made.npz",), ("--data-path", "ref.npz", "--image-size", SIZE)),
+    (train_classifier, ("made.pt",), ("--dataset", "digits", "--data-path", "val", "--val-path", "val", "--image-size",
+                                      8, "--max-steps", 1)),
+])
+def test_a_start_removes_what_killed_ones_left_and_is_alone(files, capsys, script, outputs, words):
+    for name in outputs:
+        (files / f".{name}.host.7.tmp").touch()
+    with hold(outputs[0]):
+        (files / f".{outputs[0]}.host.8.tmp").touch()           # of the start that holds it
+        assert "expected to be the only one who writes here" in refusal(capsys, script, *words, "--output", outputs[0])
+        assert (files / f".{outputs[0]}.host.8.tmp").exists()
+    call(script, *words, "--output", outputs[0])
+    assert sorted(path.name for path in files.glob("*made*")) == sorted(outputs)
+
+
 @pytest.mark.parametrize("change, words, is_reused", [
     ({}, (), True), ({}, ("--metrics", "fid"), False), ({"cfg_scale": 3.0}, (), False), ({"global_seed": 7}, (), False),
     ({"reference": 1}, (), False), ({"classifier": 1}, (), False), ({"damaged": 1}, (), False)])
@@ -359,6 +378,8 @@ def test_fewer_pictures_are_spread_evenly_and_equal_commands_give_equal_files(fo
     (("--num-images", "-1"), "--num-images: expected at least 0, got -1"),
     (("--output", "made.zip"), "--output: expected a name ending in .npz"),
     (("--data-path", "nowhere"), "nowhere: expected a folder"),
+    (("--data-path", "made.npz", "--output", "./made.npz"), "--output: expected another file than --data-path"),
+    (("--data-path", "link.npz", "--output", "made.npz"), "--output: expected another file than --data-path"),
     (("--data-path", "ref.npz", "--image-size", "13"), "ref.npz: expected pictures of 13 x 13 pixels"),
     (("--classifier", "classifier.pt", "--image-size", "16"), "--image-size: expected 12"),
     (("--output", "taken.npz"), "taken.npz: expected the name of a file to write, found a folder"),
@@ -367,6 +388,7 @@ def test_fewer_pictures_are_spread_evenly_and_equal_commands_give_equal_files(fo
 ])
 def test_make_reference_refuses_bad_arguments(folder, capsys, words, message):
     (folder.parent / "taken.npz").mkdir()
+    (folder.parent / "link.npz").symlink_to("made.npz")
     line = refusal(capsys, make_reference, "--data-path", folder, "--image-size", SIZE, "--output", "made.npz", *words)
     assert message in line and not list(folder.parent.glob("made*"))
 

@@ -23,13 +23,13 @@ HASHES = ("codebook_sha256", "mapping_sha256", "original_codebook_sha256")
 
 @dataclasses.dataclass(frozen=True)
 class Outputs:
-    """The files of one command."""
+    """The files of one command; the mapping, which is first, is held while they are written."""
 
-    reordered: Path
     mapping: Path
     record: Path
     picture: Path
     report: Path
+    reordered: Path
 
     def all(self) -> Iterator[Path]:
         """Yields every path."""

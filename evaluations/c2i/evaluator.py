@@ -173,6 +173,7 @@ def main(args: Flags, session: Session) -> None:
     with checks(session):
         check_one_process(session)
         reference, samples, output = open_files(args)
+        session.hold(output, output.with_suffix(".txt"))
         network = ClassifierFeatures(args.classifier, session.device) if args.classifier else \
             open_inception(args.inception_path, args.backend, session.device)
         for images in (reference, samples):

@@ -15,15 +15,14 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])      # the repository root instead of this folder
 
 import itertools
-import tempfile
-from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.entry import Flags, Parser, at_least, check_one_process, checks, run
-from autoregressive.runtime.files import check_output, open_npz
+from autoregressive.runtime.files import Spool, check_output, open_npz, open_spool
 from autoregressive.runtime.log import open_logger, progress
 from evaluations.c2i.classifier import ClassifierFeatures
 from evaluations.c2i.features import STATISTICS, FeatureNetwork
@@ -58,6 +57,9 @@ def open_source(args: Flags) -> tuple[NpzImages | ImageSet, np.ndarray, np.ndarr
     if Path(args.output).suffix != ".npz":
         raise ValueError(f"--output: expected a name ending in .npz, got {args.output}")
     if args.data_path.endswith(".npz"):
+        if Path(args.output).resolve() == Path(args.data_path).resolve():
+            raise ValueError(f"--output: expected another file than --data-path, got {args.output} for both; the "
+                             "reference would replace its source, choose another name")
         source, resize = NpzImages(args.data_path), "none: pictures of an npz"
         source.check_side(args.image_size, "--image-size")
         labels, class_names = source.labels(), source.settings.get("class_names")
@@ -81,11 +83,9 @@ def originals_sha256(source: NpzImages | ImageSet, rows: np.ndarray) -> str | No
     return source.settings.get("images_sha256") if len(rows) == len(source) else None
 
 
-def spool_crops(spool: BinaryIO, dataset: ImageSet, rows: np.ndarray, size: int, failures: Failures,
+def spool_crops(spool: Spool, dataset: ImageSet, rows: np.ndarray, size: int, failures: Failures,
                 session: Session) -> np.ndarray:
-    """Writes the centre crops of the rows that are not broken into a file; returns these rows.
-
-    How many there will be is not known before, and an npz begins with their number.
+    """Adds the centre crops of the rows that are not broken to a spool; returns these rows.
 
     Raises:
         SystemExit: more are broken than may be; they are listed.
@@ -95,17 +95,10 @@ def spool_crops(spool: BinaryIO, dataset: ImageSet, rows: np.ndarray, size: int,
         for row in rows.tolist():
             crop = crops[range(row, row + 1)]
             failures.add(crop.failures)
-            spool.write(crop.whole().tobytes())
+            spool.add(crop.whole())
             bar.update()
     failures.check()
     return np.setdiff1d(rows, list(failures.found))
-
-
-def read_spool(spool: BinaryIO, size: int) -> Iterator[np.ndarray]:
-    """Yields the pictures (P, P, 3) uint8 of spool_crops."""
-    spool.seek(0)
-    while picture := spool.read(3 * size * size):
-        yield np.frombuffer(picture, np.uint8).reshape(size, size, 3)
 
 
 def read_npz(source: NpzImages, rows: np.ndarray) -> Iterator[np.ndarray]:
@@ -114,7 +107,7 @@ def read_npz(source: NpzImages, rows: np.ndarray) -> Iterator[np.ndarray]:
     return itertools.compress(every, np.isin(range(len(source)), rows))
 
 
-def write_reference(path: str, pictures: Iterator[np.ndarray], shape: tuple[int, ...], settings: dict[str, Any],
+def write_reference(path: str, pictures: Iterable[np.ndarray], shape: tuple[int, ...], settings: dict[str, Any],
                     labels: np.ndarray | None, network: FeatureNetwork | None,
                     advance: Callable[[int], None]) -> None:
     """Writes a reference, streaming its pictures.
@@ -129,6 +122,7 @@ def write_reference(path: str, pictures: Iterator[np.ndarray], shape: tuple[int,
         advance: called with the number of pictures written, for a progress bar.
     """
     statistics = [StreamingStatistics() for _ in STATISTICS]
+    pictures = iter(pictures)
 
     def batches():
         while batch := list(itertools.islice(pictures, BATCH_IMAGES)):
@@ -155,18 +149,19 @@ def main(args: Flags, session: Session) -> None:
     with checks(session):
         check_one_process(session)
         source, rows, labels, settings = open_source(args)
+        session.hold(args.output)
         if args.classifier:
             network = ClassifierFeatures(args.classifier, session.device)
             settings |= {"feature_network": network.name, "feature_network_sha256": network.sha256}
             if network.image_size != size:
                 raise ValueError(f"--image-size: expected {network.image_size} for {network.name}, got {size}")
-    with tempfile.TemporaryFile(dir=Path(args.output).parent) as spool, checks(session):
+    with open_spool(Path(args.output).parent, (size, size, 3)) as spool, checks(session):
         if isinstance(source, NpzImages):
             pictures = read_npz(source, rows)
         else:
             failures = Failures(len(rows), args.max_failures)
             rows = spool_crops(spool, source, rows, size, failures, session)
-            pictures = read_spool(spool, size)
+            pictures = spool
             if failures.found:
                 settings |= {"num_images": len(rows), "failed": [
                     {"row": row, "path": path, "reason": reason}

@@ -131,6 +131,7 @@ def main(args: Flags, session: Session) -> None:
     with checks(session):
         check_one_process(session)
         train, val = open_sets(args)
+        session.hold(args.output)
     seed_everything(args.global_seed)
     train_pictures, train_labels = read_all(train, args, session, "read training pictures")
     pictures, labels = read_all(val, args, session, "read val pictures")

@@ -16,16 +16,11 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])      # the repository root instead of this folder
 
-import math
-import tempfile
-from collections.abc import Iterator
-from typing import BinaryIO
-
 import numpy as np
 
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.entry import Flags, Parser, at_least, check_one_process, checks, run
-from autoregressive.runtime.files import check_output, open_npz, write_json
+from autoregressive.runtime.files import check_output, open_npz, open_spool, write_json
 from autoregressive.runtime.log import LOGGER, open_logger
 from tokenizer.tokenizer_image.crops import add_failure_args
 from tokenizer.tokenizer_image.images import add_image_args, dataset_sha256, open_dataset, to_float
@@ -50,13 +45,6 @@ def build_parser() -> Parser:
     return parser
 
 
-def read_pictures(file: BinaryIO, shape: tuple[int, int, int]) -> Iterator[np.ndarray]:
-    """Yields the pictures (P, P, 3) uint8 of `shape` that were written into a file."""
-    file.seek(0)
-    while picture := file.read(math.prod(shape)):
-        yield np.frombuffer(picture, np.uint8).reshape(shape)
-
-
 def main(args: Flags, session: Session) -> None:
     open_logger(session)
     with checks(session):
@@ -68,8 +56,10 @@ def main(args: Flags, session: Session) -> None:
         output = Path(args.output)
         if output.suffix != ".npz":
             raise ValueError(f"--output: expected a name ending in .npz, got {output}")
+        record = output.with_suffix(".json")
         check_output(output)
-        check_output(output.with_suffix(".json"))
+        check_output(record)
+        session.hold(output, record)
     measures = {"psnr": psnr}
     if args.image_size >= SSIM_WINDOW:
         measures["ssim"] = ssim
@@ -82,9 +72,9 @@ def main(args: Flags, session: Session) -> None:
     validation = Validation(dataset, args.image_size, args.batch_size, args.num_workers,
                             args.max_failures)
     shape = (args.image_size, args.image_size, 3)
-    with tempfile.TemporaryFile(dir=output.parent) as spool:    # how many will be whole is not known yet
+    with open_spool(output.parent, shape) as spool:             # how many will be whole is not known yet
         for pictures in validation.reconstruct(vq.to(session.device), meter, session, "reconstruct"):
-            spool.write(pictures.tobytes())
+            spool.add(pictures)
         validation.failures.check()
         rows = np.setdiff1d(np.arange(len(dataset)), list(validation.failures.found))
         settings = {"kind": "reconstructions", "vq_model": args.vq_model,
@@ -92,10 +82,10 @@ def main(args: Flags, session: Session) -> None:
                     "class_names": dataset.class_names,
                     "images_sha256": dataset_sha256(dataset, rows), **hashes}
         with open_npz(output, settings) as npz:
-            npz.add_rows("arr_0", np.uint8, (len(rows), *shape), read_pictures(spool, shape))
+            npz.add_rows("arr_0", np.uint8, (len(rows), *shape), spool)
             npz.add("labels", dataset.labels[rows])
     numbers = meter.read(session) | {"num_images": len(rows)}
-    write_json(output.with_suffix(".json"), numbers | {"settings": settings})
+    write_json(record, numbers | {"settings": settings})
     LOGGER.info("%s; %s", ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()), output)
 
 
