@@ -66,7 +66,7 @@ FREE = {                        # no result depends on these, nor on device and 
                                                 "loss_mib"},
     "autoregressive/sample/sample_c2i_ddp.py": {"preset", "sample_dir"},
     "autoregressive/sample/sample_c2i.py": {"preset"},
-    "tokenizer/tokenizer_image/vq_train.py": RUN | {"max_failures"},
+    "tokenizer/tokenizer_image/vq_train.py": RUN | {"max_failures", "output"},
     "tokenizer/validation/val.py": {"max_failures"},
     "balance_k_means.py": {"overwrite"},
     "evaluations/c2i/make_reference.py": {"max_failures"},

@@ -1,0 +1,348 @@
+"""Files for test_hostile.py: a folder `good` with a small one of everything, and a folder `bad` of its relatives."""
+
+import json
+import os
+import shutil
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from processes import run_here
+
+from autoregressive.runtime.checkpoint import read_checkpoint, save_checkpoint
+from tokenizer.tokenizer_image.images import open_dataset
+from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
+
+VQ = "--vq-model VQ-4-small --codebook-size 64"
+GPT = "--gpt-model GPT-tiny --num-classes 10 --image-size 16 --downsample-size 4 --cluster-size 8"
+DIGITS = "--dataset digits --data-path val --image-size 16"
+PIPELINE = (f"{GPT} {VQ} --vq-ckpt good/reordered.pt --gpt-ckpt good/gpt.pt --image-size-eval 16 --precision none")
+# Script and flags of a command that is right, and writes into the folder `new`.
+COMMANDS = {
+    "extract": ("autoregressive/train/extract_codes_c2i.py",
+                f"{VQ} {DIGITS} --vq-ckpt good/vq.pt --code-path new/codes --num-workers 0"),
+    "check": ("autoregressive/train/check_codes.py", "--dataset digits --data-path val --vq-ckpt good/vq.pt "
+              "--code-path good/codes --output new/check.png"),
+    "balance": ("balance_k_means.py", "--vq-ckpt good/vq.pt --cluster-size 8 --output-dir new"),
+    "train": ("autoregressive/train/train_c2i.py",
+              f"{GPT} {VQ} --vocab-size 64 --code-path good/codes --mapping-path good/mapping.pt --vq-ckpt "
+              "good/reordered.pt --results-dir new --mixed-precision none --max-steps 4 --ckpt-steps 2 --log-every 1 "
+              "--global-batch-size 32 --num-workers 0"),
+    "sample many": ("autoregressive/sample/sample_c2i_ddp.py",
+                    f"{PIPELINE} --sample-dir new --num-fid-samples 20 --per-proc-batch-size 8"),
+    "sample few": ("autoregressive/sample/sample_c2i.py",
+                   f"{PIPELINE} --output new/classes.png --class-ids 3,7 --num-per-class 2"),
+    "classifier": ("evaluations/c2i/train_classifier.py",
+                   f"{DIGITS} --val-path val --output new/classifier.pt --max-steps 6"),
+    "reference": ("evaluations/c2i/make_reference.py", f"{DIGITS} --output new/reference.npz"),
+    "evaluate": ("evaluations/c2i/evaluator.py", "--classifier good/classifier.pt --output new/scores.json"),
+    "tokenizer": ("tokenizer/tokenizer_image/vq_train.py",
+                  f"{VQ} {DIGITS} --mixed-precision none --num-workers 0 --global-batch-size 16 --perceptual-weight 0 "
+                  "--disc-weight 0 --results-dir new --max-steps 4 --ckpt-steps 2 --log-every 1"),
+    "validate": ("tokenizer/validation/val.py",
+                 f"{VQ} {DIGITS} --vq-ckpt good/vq.pt --output new/reconstructions.npz --num-workers 0"),
+    "sweep report": ("scripts/sweep_report.py", ""),
+    "quickstart report": ("scripts/quickstart_report.py", ""),
+}
+CODEBOOK = "quantize.embedding.weight"
+
+
+def call(name: str, *more: str) -> int:
+    """Runs a right command in this process, with more flags; returns its exit code."""
+    script, flags = COMMANDS[name]
+    words = flags.split()
+    if "--code-path" in more:                                   # in training a second one adds to the first
+        place = words.index("--code-path")
+        del words[place:place + 2]
+    return run_here(script, *words, *more)
+
+
+def make_good(folder: Path) -> None:
+    """Makes `good` in the working folder `folder`: the result of every command of COMMANDS."""
+    good, new = folder / "good", folder / "new"
+    good.mkdir()
+    torch.manual_seed(0)
+    save_checkpoint(good / "vq.pt", {"model": VQModel(VQConfig("VQ-4-small", 64, 8)).state_dict()})
+
+    def keep(name: str, *more: str, **names: str) -> None:
+        """Runs a command and moves what it left: names of files in `good` = patterns of paths in `new`."""
+        assert call(name, *more) == 0
+        for kept, pattern in names.items():
+            (found,) = new.glob(pattern)
+            shutil.move(found, good / kept.replace("__", "."))
+        shutil.rmtree(new)
+
+    keep("extract", codes="codes")
+    keep("balance", mapping__pt="mapping*.pt", mapping__pt__json="mapping*.json", reordered__pt="vq-reorder*.pt")
+    keep("train", gpt__pt="*/checkpoints/0000004.pt", run="*")
+    keep("sample many", samples__npz="*.npz")
+    keep("sample few", classes__png="classes.png")
+    keep("classifier", classifier__pt="classifier.pt")
+    keep("reference", reference__npz="reference.npz")
+    keep("evaluate", "good/reference.npz", "good/samples.npz", scores__json="scores.json")
+    keep("tokenizer", tokenizer__pt="*/tokenizer.pt", tokenizer_run="*")
+    keep("validate", reconstructions__npz="reconstructions.npz")
+    for scale in ("1.0", "1.5"):
+        (good / "sweep" / f"cfg-{scale}").mkdir(parents=True)
+        record = json.loads((good / "scores.json").read_text())
+        record["samples"]["settings"]["cfg_scale"] = float(scale)
+        (good / "sweep" / f"cfg-{scale}" / "samples.json").write_text(json.dumps(record))
+    dataset = open_dataset("digits", "val")
+    for row in range(24):
+        path = good / "pictures" / f"class {row % 2}" / f"{row:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(dataset.read(row)).resize((20, 24)).save(path)
+
+
+def make_bad(folder: Path) -> None:
+    """Makes `bad` beside `good`."""
+    good, bad = folder / "good", folder / "bad"
+    bad.mkdir()
+    make_bad_paths(good, bad)
+    make_bad_weights(good, bad)
+    make_bad_mappings(good, bad)
+    make_bad_stores(good, bad)
+    make_bad_runs(good, bad)
+    make_bad_archives(good, bad)
+    make_bad_pictures(good, bad)
+    make_bad_sweeps(good, bad)
+
+
+def make_bad_paths(good: Path, bad: Path) -> None:
+    (bad / "empty.pt").write_bytes(b"")
+    (bad / "text.pt").write_text("weights\n" * 1000)
+    (bad / "loop.pt").symlink_to("loop.pt")
+    (bad / "nowhere").symlink_to("no/such/folder")
+    os.mkfifo(bad / "pipe.pt")
+    shutil.copy(good / "samples.npz", bad / "npz.pt")
+    shutil.copy(good / "vq.pt", bad / "Tökenizer 模型 'a b'.pt")
+    (bad / "link.pt").symlink_to("../good/vq.pt")
+
+
+def make_bad_weights(good: Path, bad: Path) -> None:
+    """Makes relatives of the tokenizer, the GPT and the classifier."""
+    content = (good / "vq.pt").read_bytes()
+    (bad / "cut.pt").write_bytes(content[:len(content) * 2 // 3])
+    (bad / "late.pt").write_bytes(b"\0" * 512 + content)         # moved by a block, as a bad copy leaves it
+    vq = read_checkpoint(good / "vq.pt")["model"]
+    codes = vq[CODEBOOK]
+    tokenizers = {
+        "list": [vq], "number": {"model": 3}, "integers": dict(enumerate(vq.values())),
+        "none": {"model": None}, "empty-state": {"model": {}},
+        "flat": {"model": vq | {CODEBOOK: codes.flatten()}},
+        "complex": {"model": vq | {CODEBOOK: codes.to(torch.complex64)}},
+        "whole-numbers": {"model": vq | {CODEBOOK: (100 * codes).long()}},
+        "sparse": {"model": vq | {CODEBOOK: codes.to_sparse()}},
+        "zeros": {"model": vq | {CODEBOOK: torch.zeros_like(codes)}},
+        "half": {"model": {name: value.half() for name, value in vq.items()}},
+        "infinite": {"model": vq | {"decoder.conv_out.bias": torch.full((3,), torch.inf)}},
+    }
+    for name, payload in tokenizers.items():
+        torch.save(payload, bad / f"vq-{name}.pt")
+    whole = read_checkpoint(good / "gpt.pt")
+    settings = whole["settings"]
+    gpts = {
+        "settings-list": whole | {"settings": [1, 2]},
+        "settings-text": whole | {"settings": settings | {"grid": "four"}},
+        "settings-zero-grid": whole | {"settings": settings | {"grid": 0}},
+        "settings-names": whole | {"settings": settings | {"class_names": 7}},
+        "few-names": whole | {"settings": settings | {"class_names": ["0", "1"]}},
+        "steps-text": whole | {"steps": "four"},
+        "other-moments": whole | {"optimizer": {"state": {}, "param_groups": []}},
+        "infinite": whole | {"model": whole["model"] | {
+            "output.weight": torch.full_like(whole["model"]["output.weight"], -torch.inf)}},
+    }
+    for name, payload in gpts.items():
+        torch.save(payload, bad / f"gpt-{name}.pt")
+    classifier = read_checkpoint(good / "classifier.pt")
+    classifiers = {
+        "names-number": classifier | {"settings": classifier["settings"] | {"class_names": 10}},
+        "size-text": classifier | {"settings": classifier["settings"] | {"image_size": "16"}},
+        "size-zero": classifier | {"settings": classifier["settings"] | {"image_size": 0}},
+        "accuracy-text": classifier | {"settings": classifier["settings"] | {"accuracy": "high"}},
+    }
+    for name, payload in classifiers.items():
+        torch.save(payload, bad / f"classifier-{name}.pt")
+
+
+def make_bad_mappings(good: Path, bad: Path) -> None:
+    tokens = read_checkpoint(good / "mapping.pt")
+    mappings = {"int8": tokens.to(torch.int8), "complex": tokens.to(torch.complex64), "one-based": tokens + 1,
+                "column": tokens[:, None], "text": {"mapping": tokens}, "side-numbers": tokens, "side-empty": tokens}
+    for name, payload in mappings.items():
+        torch.save(payload, bad / f"mapping-{name}.pt")
+    (bad / "mapping-side-numbers.pt.json").write_text(json.dumps({"mapping_sha256": 5}))
+    (bad / "mapping-side-empty.pt.json").write_text("")
+
+
+def make_bad_stores(good: Path, bad: Path) -> None:
+    """Makes code stores of wrong records and arrays."""
+    manifest = json.loads((good / "codes" / "manifest.json").read_text())
+    labels, codes = (np.load(good / "codes" / f"{name}.npy") for name in ("labels", "codes"))
+
+    def store(name: str, record: Any, **arrays: np.ndarray) -> None:
+        path = bad / f"store-{name}"
+        shutil.copytree(good / "codes", path)
+        (path / "manifest.json").write_text(json.dumps(record))
+        for array_name, array in arrays.items():
+            np.save(path / f"{array_name}.npy", array)
+
+    store("names-text", manifest | {"class_names": "0123456789"})
+    store("names-few", manifest | {"class_names": ["0", "1"]})
+    store("crops-unknown", manifest | {"crops": ["upside down", "inside out"]})
+    store("failed-text", manifest | {"failed": [{"row": "first"}]})
+    store("failed-far", manifest | {"failed": [{"row": 10**12, "path": "x", "reason": "y"}]})
+    store("negative", manifest | {"num_tokens": -16})
+    store("grid-text", manifest | {"grid": "4"})
+    store("size-zero", manifest | {"image_size": 0})
+    store("checksums-none", manifest | {"codes_sha256": []})
+    store("labels-float", manifest, labels=labels + 0.5)
+    store("labels-far", manifest, labels=labels + 10)
+    store("codes-float", manifest, codes=codes.astype(np.float64))
+    store("codes-fortran", manifest, codes=np.asfortranarray(codes))
+    for name, change in (("codes-text", lambda path: path.write_text("codes")),
+                         ("codes-cut", lambda path: os.truncate(path, 999))):
+        store(name, manifest)
+        change(bad / f"store-{name}" / "codes.npy")
+    (bad / "older" / "x_codes").mkdir(parents=True)
+    (bad / "older" / "x_labels").mkdir()
+    for row in range(40):
+        np.save(bad / "older" / "x_codes" / f"{row}.npy", codes[row][None].astype(np.int64))
+        np.save(bad / "older" / "x_labels" / f"{row}.npy", np.array([-1 if row == 7 else labels[row]]))
+
+
+def make_bad_runs(good: Path, bad: Path) -> None:
+    """Makes results folders, each with one run whose end was taken away and which something happened to."""
+
+    def results(name: str, change: Callable[[Path], Any], run: str = "run") -> None:
+        usual = "000-GPT-tiny-lambda=1-cluster_size=8" if run == "run" else "000-VQ-4-small"
+        path = bad / f"results-{name}" / usual
+        shutil.copytree(good / run, path)
+        if run == "run":                                        # its last checkpoint is good/gpt.pt
+            shutil.copy(good / "gpt.pt", path / "checkpoints" / "0000004.pt")
+        change(path)
+
+    def unfinish(path: Path) -> Path:
+        (path / "finished.json").unlink()
+        return path / "checkpoints" / "0000004.pt"
+
+    results("config-bytes", lambda path: (path / "config.json").write_bytes(b"\xff\xfe{}"))
+    results("config-number", lambda path: (path / "config.json").write_text("7"))
+    results("finished-text", lambda path: (path / "finished.json").write_text('{"steps": "many"}'))
+    results("metrics-binary", lambda path: (unfinish(path), (path / "metrics.jsonl").write_bytes(b"\0\xff\n")))
+    results("metrics-numbers", lambda path: (unfinish(path), (path / "metrics.jsonl").write_text("1\n2\n")))
+    results("checkpoint-text", lambda path: unfinish(path).write_text("weights"))
+    results("checkpoint-folder", lambda path: (unfinish(path).unlink(), unfinish_folder(path)))
+    results("checkpoint-steps", lambda path: torch.save(read_checkpoint(good / "gpt.pt") | {"steps": "four"},
+                                                        unfinish(path)))
+    results("checkpoint-moments", lambda path: torch.save(read_checkpoint(good / "gpt.pt") | {
+        "optimizer": {"state": [], "param_groups": {}}}, unfinish(path)))
+    results("checkpoint-tokenizer", lambda path: shutil.copy(good / "tokenizer.pt", unfinish(path)))
+    results("log-folder", lambda path: (unfinish(path), (path / "log.txt").unlink(), (path / "log.txt").mkdir()))
+    results("checkpoints-file", lambda path: (unfinish(path), shutil.rmtree(path / "checkpoints"),
+                                              (path / "checkpoints").write_text("")))
+    results("vq-gpt", lambda path: shutil.copy(good / "gpt.pt", unfinish(path)), "tokenizer_run")
+    results("vq-flipped", lambda path: flip(unfinish(path)), "tokenizer_run")
+
+
+def unfinish_folder(path: Path) -> None:
+    (path / "checkpoints" / "0000004.pt").mkdir()
+
+
+def flip(path: Path) -> None:
+    """Flips one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+def make_bad_archives(good: Path, bad: Path) -> None:
+    """Makes npz files that are none, or hold what nobody asked for."""
+    with np.load(good / "samples.npz") as arrays:
+        pictures, labels, settings = arrays["arr_0"], arrays["labels"], json.loads(str(arrays["settings"]))
+
+    def archive(name: str, **arrays: Any) -> None:
+        np.savez(bad / f"{name}.npz", **({"arr_0": pictures, "labels": labels} | arrays))
+
+    archive("labels-column", labels=labels[:, None])
+    archive("labels-negative", labels=labels - 5)
+    archive("labels-text", labels=labels.astype(str))
+    archive("labels-objects", labels=np.array([{}] * len(labels)))
+    archive("pictures-two-sizes", arr_0=np.array([pictures[0], pictures[0, :8]], dtype=object))
+    archive("pictures-flat", arr_0=pictures.reshape(len(pictures), -1))
+    archive("pictures-signed", arr_0=pictures.astype(np.int8))
+    archive("settings-names-number", settings=np.array(json.dumps(settings | {"class_names": 3})))
+    archive("settings-kind-list", settings=np.array(json.dumps(settings | {"kind": ["samples"]})))
+    archive("settings-bytes", settings=np.frombuffer(b"\xff\xfe", np.uint8))
+    archive("mu-alone", mu=np.zeros(64))
+    archive("mu-complex", mu=np.zeros(64, complex), sigma=np.eye(64))
+    archive("mu-text", mu=np.array(["a"] * 64), sigma=np.eye(64))
+    archive("sigma-skew", mu=np.zeros(64), sigma=np.triu(np.ones((64, 64))))
+    np.save(bad / "array.npy", pictures)
+    shutil.move(bad / "array.npy", bad / "array.npz")
+    with zipfile.ZipFile(bad / "huge.npz", "w") as file:        # 10^18 pictures, it says
+        header = repr({"descr": "|u1", "fortran_order": False, "shape": (10**18, 16, 16, 3)}).ljust(117) + "\n"
+        file.writestr("arr_0.npy", b"\x93NUMPY\x01\0" + struct.pack("<H", len(header)) + header.encode() + b"\0" * 768)
+    with zipfile.ZipFile(bad / "twice.npz", "w") as file, zipfile.ZipFile(good / "samples.npz") as source:
+        for name in ("arr_0.npy", "arr_0.npy"):
+            file.writestr(name, source.read(name))
+    (bad / "sampled").mkdir()
+    name = f"{sample_name()}"
+    (bad / "sampled" / f"{name}.npz").write_text("no archive")
+    (bad / "rows-file").mkdir()
+    (bad / "rows-file" / f"{name}.rows").write_text("no folder")
+    rows = bad / "rows-list" / f"{name}.rows"
+    rows.mkdir(parents=True)
+    (rows / "identity.json").write_text("[]")
+    (bad / "npz-folder" / f"{name}.npz").mkdir(parents=True)
+
+
+def sample_name() -> str:
+    """Returns the name of the npz that the right command of sampling writes, without its ending."""
+    return "GPT-tiny-8-gpt-size-16-size-16-VQ-4-small-topk-0-topp-1.0-temperature-1.0-cfg-1.5-seed-0"
+
+
+def make_bad_pictures(good: Path, bad: Path) -> None:
+    """Makes folders of pictures, most of them strange."""
+    first = (good / "pictures" / "class 0" / "000.png").read_bytes()
+    odd = bad / "pictures"
+    shutil.copytree(good / "pictures", odd)
+    broken = odd / "class 1"
+    (broken / "cut.png").write_bytes(first[:len(first) // 2])
+    (broken / "text.jpg").write_text("a picture")
+    (broken / "empty.webp").write_bytes(b"")
+    (broken / "folder.jpeg").mkdir()
+    strange = bad / "strange"
+    (strange / "Größe 大 \n b").mkdir(parents=True)
+    (strange / "-rf").mkdir()
+    picture = Image.open(good / "pictures" / "class 0" / "000.png")
+    for name, mode in (("grey.png", "L"), ("bits.png", "1"), ("palette.png", "P"), ("alpha.png", "RGBA"),
+                       ("wide grey.png", "I;16"), ("print.jpg", "CMYK"), ("UPPER.JPG", "RGB")):
+        picture.convert("L" if mode == "I;16" else mode).convert(mode).save(strange / "-rf" / name)
+    picture.save(strange / "Größe 大 \n b" / "two\nlines.png")
+    (bad / "hollow\nclass" / "a\nb").mkdir(parents=True)
+    (bad / "looping").mkdir()
+    (bad / "looping" / "round").symlink_to(".")
+    (bad / "one-class" / "only").mkdir(parents=True)
+    (bad / "one-class" / "only" / "1.png").write_bytes(first)
+
+
+def make_bad_sweeps(good: Path, bad: Path) -> None:
+    """Makes folders of evaluator records for the sweep's report."""
+    record = json.loads((good / "scores.json").read_text())
+    numbers, samples = record["numbers"], record["samples"]
+    records = {
+        "list": [record], "no-numbers": {"samples": samples}, "numbers-list": record | {"numbers": [1]},
+        "numbers-text": record | {"numbers": dict.fromkeys(numbers, "good")},
+        "no-settings": record | {"samples": {"name": "x"}},
+        "scale-text": record | {"samples": samples | {"settings": {"cfg_scale": "large"}}},
+        "other-metrics": record | {"numbers": {"Inception Score": 2.0}},
+    }
+    for name, content in records.items():
+        shutil.copytree(good / "sweep", bad / f"sweep-{name}")
+        (bad / f"sweep-{name}" / "cfg-1.5" / "samples.json").write_text(json.dumps(content))
