@@ -96,7 +96,7 @@ def test_training_leaves_what_a_person_looks_at(pipeline):
     assert [row["step"] for row in rows] == [2, 4, 6]
     assert rows[-1]["token_loss"] < rows[0]["token_loss"] < np.log(64) + 0.01
     assert {path.name for path in folder.iterdir()} == {"checkpoints", "config.json", "curves.png", "data.png",
-                                                        "finished.json", "log.txt", "metrics.jsonl"}
+                                                        "finished.json", "log.txt", "metrics.jsonl", "verified"}
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["0000003.pt", "0000006.pt"]
 
 
@@ -180,7 +180,7 @@ WRONG_INPUTS = [                                    # what users get wrong: comm
     (sample, "--num-fid-samples 0", "--num-fid-samples: expected at least 1, got 0"),
     (sample, "--vq-ckpt {0}/vq.pt", "come from different runs"),
     (sample, "--cluster-size 16", "--cluster-size: expected 8"),
-    (sample, "--per-proc-batch-size 1000000000000000000", "--per-proc-batch-size: expected at most 65536"),
+    (sample, "--per-proc-batch-size 1000000000000000000", "--per-proc-batch-size: expected 1 to 65536"),
     (sample, "--temperature 0", "--temperature: expected more than 0"),
     (sample, "--image-size 32", "expected weights trained on a grid of 8, got 4"),
     (sample, "--gpt-type t2i", "--gpt-type: invalid choice: 't2i'"),

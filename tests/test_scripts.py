@@ -115,7 +115,7 @@ def score(scale=2.0, fid=3.5, reference="one", network="net", **settings):
 
 
 @pytest.mark.parametrize("other, message", [
-    ([], "expected a JSON object"), ("", "expected JSON"), ({"numbers": {}}, "expected samples of another kind"),
+    ([], "expected a JSON object"), ("", "expected JSON"), ({"numbers": {}}, "expected samples as dict"),
     (score() | {"samples": {"settings": {}}}, "that hold a number under cfg_scale"),
     (score(scale="2"), "that hold a number under cfg_scale"), (score(fid=None), "expected numbers of the evaluator"),
     (score() | {"numbers": {"Recall": 0.5}}, "expected a score with metrics ['FID'], found one with ['Recall']"),
@@ -164,12 +164,12 @@ for weight in (0, 1):
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("vq.json", {"psnr": 20.5}, "expected codes_used of another kind, found none"),
+    ("vq.json", {"psnr": 20.5}, "expected codes_used as int, found none"),
     ("codes/manifest.json", [], "expected a JSON object"),
-    ("gpt-lambda1/000-x/finished.json", {"token_loss": "1"}, "expected token_loss of another kind"),
-    ("gpt-lambda0/000-x/config.json", {}, "expected vq_model of another kind"),
+    ("gpt-lambda1/000-x/finished.json", {"token_loss": "1"}, "expected token_loss as int or float, found str"),
+    ("gpt-lambda0/000-x/config.json", {}, "expected vq_model as str"),
     ("samples-lambda1/x.json", {"numbers": {"FID": 1}}, "expected numbers under Inception Score, sFID"),
-    ("samples-lambda0/x.json", {}, "expected numbers of another kind"),
+    ("samples-lambda0/x.json", {}, "expected numbers as dict"),
     ("classifier.pt", None, "expected a classifier with settings"),
 ])
 def test_the_report_of_the_quickstart_names_the_record_that_lacks_something(tmp_path, capsys, name, content, message):
