@@ -12,7 +12,7 @@ absolute() { case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; }
 train=$(absolute "$1") val=$(absolute "$2") out=$(absolute "$3")
 CDPATH="" cd "$(dirname "$0")/.."
 . scripts/environment.sh requirements.txt
-classes=$(find -L "$train" -mindepth 1 -maxdepth 1 -type d -not -name '.*' 2>/dev/null | wc -l)
+classes=$({ find -L "$train" -mindepth 1 -maxdepth 1 -type d -not -name '.*' 2>/dev/null || true; } | wc -l)
 vq="--vq-model VQ-4-small --codebook-size 1024"
 gpt="--gpt-model GPT-tiny --num-classes $classes --image-size 32 --downsample-size 4 --cluster-size 32"
 reordered="$out/vq-reorder-kmeans+nearest-cluster_size=32.pt"
