@@ -30,6 +30,9 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)
+
+from autoregressive.models import gpt  # noqa: E402
 
 # What the new side calls otherwise: words of a command, and parts of paths and of keys.
 RENAMED = {
@@ -49,9 +52,12 @@ RENAMED = {
     "samples": "pictures",
 }
 
+# The jobs whose files the new side names by their method.
+GREEDY = ("kmeans-greedy", "kmeans-best")
+
 # The commands by name. Each job runs in a folder of its name; ../NAME/... waits for the job NAME, a
 # * stands for the one path that fits, && begins another command, torchrun starts two processes, and
-# ../images is there before all of them.
+# ../images and ../original are there before all of them.
 DIGITS = "--dataset digits --data-path train"
 IMAGES = "--dataset imagenet --data-path ../images"
 VQ = "--vq-model VQ-4-small --codebook-size 512"
@@ -84,6 +90,7 @@ JOBS = {
         --eval-every 10 --eval-share 0.1 --validation_step 10",
     "gpt": f"python {TRAIN_GPT}",
     "codes-ten": f"torchrun {EXTRACT} {DIGITS} --ten-crop",
+    "codes-again": f"python {EXTRACT} {DIGITS} --no-flip",      # stores of unequal size are drawn otherwise
     "codes-half": f"python {EXTRACT} --dataset digits --data-path heldout --precision bf16",
     "codes-images": f"python {EXTRACT} {IMAGES}",
     "check": f"python {CHECK} {DIGITS} --code-path ../codes",
@@ -93,8 +100,8 @@ JOBS = {
     "gpt-two": f"torchrun {TRAIN_GPT}",
     "gpt-fsdp": f"torchrun {TRAIN_GPT} --parallel fsdp",
     "gpt-token": f"python {TRAIN_GPT} --lambda-cce 0 --no-fused-loss",
-    "gpt-stores": f"python {TRAIN_GPT} --code-path ../codes-ten --lr-schedule cosine --warmup 5",
-    "gpt-original": f"python {TRAIN_GPT} --gpt-ckpt ../gpt/*GPT* --init-from-original",
+    "gpt-stores": f"python {TRAIN_GPT} --code-path ../codes-again --lr-schedule cosine --warmup 5",
+    "gpt-original": f"python {TRAIN_GPT} --gpt-ckpt ../original/gpt.pt --init-from-original",
     "gpt-onward": f"python {TRAIN_GPT} --gpt-ckpt ../gpt/*GPT* --max-updates 26",
     "gpt-resume": f"python {TRAIN_GPT} --ckpt-updates 4 --max-updates 12 \
         && python {TRAIN_GPT} --ckpt-updates 4 --max-updates 20",
@@ -207,6 +214,14 @@ def make_images(folder: Path) -> None:
         Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(path)
 
 
+def make_original(folder: Path) -> None:
+    """Makes a GPT over codes in their original order: weights alone, which know of no tokens."""
+    torch.manual_seed(0)
+    model = gpt.GPT(gpt.gpt_config("GPT-tiny", grid=4, vocab_size=512, num_classes=10))
+    folder.mkdir(exist_ok=True)
+    torch.save(model.state_dict(), folder / "gpt.pt")
+
+
 def needs(name: str) -> set[str]:
     """Returns the jobs whose results a job reads."""
     return {part for part in re.findall(r"\.\./([\w-]+)", JOBS[name]) if part in JOBS}
@@ -260,6 +275,7 @@ def run_jobs(names: set[str], side: Side) -> None:
     started = time.perf_counter()
     (side.results / "logs").mkdir(parents=True, exist_ok=True)
     make_images(side.results / "images")
+    make_original(side.results / "original")
     finished = {name for name in names if (side.results / f"{name}.done").exists()}
     waiting = [name for name in JOBS if name in names - finished]
     running = {}
@@ -349,6 +365,8 @@ def find_results(folder: Path, names: set[str], renamed: dict[str, str]) -> dict
             if path.suffix in READERS and not any(map(path.match, UNCOMPARED_FILES)):
                 parts = (renamed.get(part, part) for part in path.relative_to(folder).parts)
                 short = re.sub(r"/\d{3}-[^/]*", "/run", "/".join(parts))
+                if renamed and name in GREEDY:
+                    short = short.replace("cluster_size=16", "cluster_size=16-greedy")
                 found[re.sub(r"/GPT-[^/]*(\.\w+)$", r"/samples\1", short)] = path
     return found
 

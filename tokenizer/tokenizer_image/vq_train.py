@@ -42,7 +42,7 @@ from tokenizer.tokenizer_image.vq_trainer import RECONSTRUCTION_LOSSES, Tokenize
 from tokenizer.validation.reconstruction import Validation
 
 CURVES, GAN_CURVES = ("reconstruction", "codebook", "usage", "perplexity"), ("generator", "discriminator")
-RESULT = ("reconstruction", "val_psnr", "val_codes_used", "val_usage", "val_perplexity")
+RESULT = ("reconstruction", "usage", "val_psnr", "val_codes_used", "val_usage", "val_perplexity")
 
 
 def build_parser() -> Parser:
