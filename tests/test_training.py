@@ -374,7 +374,7 @@ def test_a_killed_worker_is_restarted_by_torchrun_and_the_run_ends_like_a_straig
     launcher = launch(folder, tmp_path / "killed")
     wait_until(lambda: steps_done(tmp_path / "killed") >= 5)
     os.kill(workers_of(launcher)[0], signal.SIGKILL)
-    assert launcher.wait(timeout=300) == 0
+    assert launcher.wait(timeout=120) == 0
     assert_same_end(tmp_path / "straight", tmp_path / "killed")
 
 

@@ -137,7 +137,11 @@ def open_session(device="auto", debug=False):
     if "TORCHELASTIC_RUN_ID" in os.environ:         # before the processes wait for each other
         threading.Thread(target=_leave_with_parent, daemon=True).start()
     if world_size > 1:
-        dist.init_process_group(_backend(torch.device(device)), timeout=COLLECTIVE_TIMEOUT)
+        # Each restart of a group by torchrun has keys of its own: those of the one before name ports that are closed.
+        store, rank, _ = next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
+        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(_backend(torch.device(device)), store=store, rank=rank, world_size=world_size,
+                                timeout=COLLECTIVE_TIMEOUT)
     with contextlib.ExitStack() as held:
         try:
             yield Session(launched_rank(), world_size, torch.device(device), debug, held)
