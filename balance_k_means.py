@@ -32,6 +32,7 @@ from tokenizer.clustering import (
     check_cluster_size,
     cluster_greedy,
     cluster_optimal,
+    cluster_random,
     mapping_of,
     normalize_codes,
     order_clusters,
@@ -49,7 +50,7 @@ from tokenizer.reordering import (
 )
 
 LARGEST_PICTURE = 512                                   # codes a side; larger codebooks are thinned out
-METHODS = ("optimal", "greedy")
+METHODS = ("optimal", "greedy", "random")
 OF_CLUSTERING = ("method", "seed", "restarts", "keep_best")                    # flags that --mapping leaves no use for
 
 
@@ -60,7 +61,7 @@ def build_parser() -> Parser:
     parser.add_argument("--vq-ckpt", default="pretrained_models/vq_ds16_c2i.pt", help="checkpoint with the codebook")
     parser.add_argument("--cluster-size", type=at_least(1), default=128, help="codes in every cluster")
     parser.add_argument("--method", default=PUBLISHED_METHOD, choices=METHODS,
-                        help="exact balanced k-means, or Algorithm 1 as published")
+                        help="exact balanced k-means; Algorithm 1 as published; or no structure at all, as a control")
     parser.add_argument("--seed", type=at_least(0), default=42, help="of the starting codes")
     parser.add_argument("--restarts", type=at_least(0), default=0,
                         help="further starts, with the seeds that follow; best wins")
@@ -87,7 +88,10 @@ def read_codebook(args: Flags) -> tuple[dict, Tensor]:
                          "download the file again")
     check_cluster_size(len(codebook), args.cluster_size)
     if args.keep_best and args.method != "greedy":
-        raise ValueError("--keep-best: expected --method greedy, got optimal, whose last round is its best")
+        raise ValueError(f"--keep-best: expected --method greedy, got {args.method}")
+    if args.restarts and args.method == "random":
+        raise ValueError(f"--restarts: expected 0 with --method random, whose clusters are not to be the best of many, "
+                         f"got {args.restarts}")
     if args.seed >= 2**63 - args.restarts:
         raise ValueError(f"--seed: expected 0 to 2^63 - 1, got {args.seed}")
     return payload, codebook
@@ -130,7 +134,10 @@ def cluster(codes: np.ndarray, num_clusters: int, args: Flags, session: Session)
     found = {}
     with progress(session, None, "cluster the codebook", "round") as bar:
         for seed in range(args.seed, args.seed + args.restarts + 1):
-            found[seed] = method(codes, start_codes(len(codes), num_clusters, seed), on_round=bar.update)
+            if args.method == "random":
+                found[seed] = cluster_random(codes, num_clusters, seed)
+            else:
+                found[seed] = method(codes, start_codes(len(codes), num_clusters, seed), on_round=bar.update)
             best = min(found.values(), key=lambda clustering: clustering.sse)
             bar.set_postfix(start=len(found), best_sse=f"{best.sse:.1f}")
     return best, {seed: clustering.sse for seed, clustering in found.items()}

@@ -272,10 +272,10 @@ def test_the_same_command_again_leaves_the_same_files(lost, saved, monkeypatch, 
 
 
 def test_methods_lie_side_by_side(saved, monkeypatch):
-    for method in ("optimal", "greedy"):
+    for method in ("optimal", "greedy", "random"):
         balance(monkeypatch, "--vq-ckpt", saved, "--cluster-size", 7, "--method", method)
-    greedy = {name.replace(SUFFIX, f"{SUFFIX}-greedy") for name in FILES}
-    assert set(contents(saved.parent)) == FILES | greedy | {"vq.pt"}
+    others = {name.replace(SUFFIX, f"{SUFFIX}-{method}") for name in FILES for method in ("greedy", "random")}
+    assert set(contents(saved.parent)) == FILES | others | {"vq.pt"}
 
 
 def test_a_mapping_that_ships_alone_gets_its_reordered_checkpoint(saved, monkeypatch, capsys):

@@ -192,6 +192,16 @@ def test_an_unbalanced_assignment_gets_no_certificate():
     assert not clustering.certify(codes, np.array([0, 0, 0, 0, 1, 1]), 2)["balanced"]
 
 
+def test_random_clusters_are_dealt_from_the_permutation_of_the_seed_whatever_the_codes_are():
+    codes = clustering.normalize_codes(torch.randn(60, 4, generator=torch.Generator().manual_seed(0)))
+    found = clustering.cluster_random(codes, 12, seed=3)
+    permutation = torch.randperm(60, generator=torch.Generator().manual_seed(3)).numpy()
+    assert np.array_equal(found.assignment[permutation], np.arange(60) // 5)
+    assert np.array_equal(clustering.cluster_random(codes[::-1], 12, seed=3).assignment, found.assignment)
+    assert found.sse > 2 * clustering.cluster_optimal(codes, np.arange(12)).sse
+    assert not np.array_equal(clustering.cluster_random(codes, 12, seed=4).assignment, found.assignment)
+
+
 # ------------------------------------------------------------------------------------------------------------ quality
 
 @pytest.mark.parametrize("make_codes", [random_codes, clumped_codes])

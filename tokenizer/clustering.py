@@ -1,13 +1,14 @@
 """Exactly balanced clustering of a codebook, and the order of the codes inside a cluster. Pure functions on arrays.
 
 V codes of E dimensions, K clusters of exactly S codes each, V = K * S. An `assignment` is (V,) int64, the cluster of
-each code; the SSE is the sum of squared distances of the codes to the means of their clusters. Two methods:
+each code; the SSE is the sum of squared distances of the codes to the means of their clusters. Three methods:
 
 `cluster_greedy`   Algorithm 1 of the paper (arXiv 2501.00880), as published.
 `cluster_optimal`  a start by deterministic annealing with balanced soft assignments, then rounds of means and EXACT
                    assignments, alternating with swaps of two codes, until neither lowers the SSE.
+`cluster_random`   the control of an experiment: clusters that mean nothing.
 
-Both compute on one thread, whatever the machine has, so results do not depend on the number of threads.
+All compute on one thread, whatever the machine has, so results do not depend on the number of threads.
 """
 
 from collections import deque
@@ -78,6 +79,24 @@ def balanced_sse(codes: np.ndarray, assignment: np.ndarray, num_clusters: int) -
 def start_codes(num_codes: int, num_clusters: int, seed: int) -> np.ndarray:
     """Returns the published start for a seed: (K,) int64, the first K of torch.randperm(V) after manual_seed(seed)."""
     return torch.randperm(num_codes, generator=torch.Generator().manual_seed(seed))[:num_clusters].numpy()
+
+
+def cluster_random(codes: np.ndarray, num_clusters: int, seed: int) -> Clustering:
+    """Deals the codes out at random: balanced clusters without structure, to compare others with.
+
+    Args:
+        codes: (V, E) float32, normalized.
+        num_clusters: K, which divides V.
+        seed: of the permutation whose first V / K codes are the first cluster, and so on.
+
+    Returns:
+        Clustering
+    """
+    num_codes = len(codes)
+    assignment = np.empty(num_codes, np.int64)
+    assignment[start_codes(num_codes, num_codes, seed)] = np.arange(num_codes) // (num_codes // num_clusters)
+    sse = balanced_sse(codes, assignment, num_clusters)
+    return Clustering(assignment, sse, [sse])
 
 
 def cluster_greedy(codes: np.ndarray, start: np.ndarray, keep_best: bool = False,
