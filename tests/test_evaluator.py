@@ -457,6 +457,21 @@ def test_the_classifier_learns_and_is_reproducible(folder, capsys):
     assert network.image_size == 8 and network.sha256 == ClassifierFeatures("b.pt").sha256
 
 
+def test_a_wider_classifier_has_more_features(folder):
+    call(train_classifier, "--data-path", folder, "--val-path", folder, "--image-size", "8", "--batch-size", "6",
+         "--max-steps", "2", "--output", "wide.pt", "--width", "40", "--flip", "--device", "cpu")
+    network = ClassifierFeatures("wide.pt")
+    assert network.settings["width"] == 40
+    assert network.features(random_pictures(3, 0)[:, :8, :8])[0].shape == (3, 80)
+
+
+def test_flip_mirrors_some_pictures_and_leaves_the_others():
+    pictures = torch.arange(3, dtype=torch.uint8).reshape(1, 1, 3, 1).expand(200, 2, 3, 3)
+    torch.manual_seed(0)
+    rows = train_classifier.flip(pictures)[:, 0, :, 0].tolist()
+    assert 70 < rows.count([2, 1, 0]) < 130 and rows.count([0, 1, 2]) + rows.count([2, 1, 0]) == 200
+
+
 def test_shift_moves_whole_pictures_and_repeats_the_border():
     picture = torch.arange(5 * 5, dtype=torch.uint8).reshape(1, 5, 5, 1).expand(200, 5, 5, 3)
     torch.manual_seed(0)

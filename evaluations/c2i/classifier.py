@@ -1,6 +1,6 @@
 """A small classifier as a feature network, for data sets on which Inception says nothing.
 
-Letters: N images, P pixels, C classes.
+Letters: N images, P pixels, C classes, F features.
 """
 
 from pathlib import Path
@@ -11,27 +11,29 @@ import torch
 from torch import Tensor, nn
 
 from autoregressive.runtime.checkpoint import load_strictly, model_state, read_checkpoint, save_checkpoint
-from autoregressive.runtime.files import weights_sha256
+from autoregressive.runtime.files import check_kinds, weights_sha256
 from evaluations.c2i.features import SPATIAL_CHANNELS
 
 SMALLEST_IMAGE = 8      # pixels
+DEFAULT_WIDTH = 32      # channels of the first convolution
 SETTINGS = {"class_names": list, "image_size": int, "accuracy": float | int, "num_val": int,
             "dataset": str, "seed": int}
 
 
 class SmallClassifier(nn.Module):
-    """Five convolutions, a global average pool and a linear layer."""
+    """Five convolutions, a global average pool and a linear layer; features have 2 x `width` channels."""
 
-    def __init__(self, num_classes: int):
+    def __init__(self, num_classes: int, width: int = DEFAULT_WIDTH):
         super().__init__()
-        self.lower = nn.Sequential(_unit(3, 32), _unit(32, 32, stride=2), _unit(32, 64), _unit(64, 64, stride=2))
-        self.upper = _unit(64, 64)
-        self.output = nn.Linear(64, num_classes)
+        self.lower = nn.Sequential(_unit(3, width), _unit(width, width, stride=2), _unit(width, 2 * width),
+                                   _unit(2 * width, 2 * width, stride=2))
+        self.upper = _unit(2 * width, 2 * width)
+        self.output = nn.Linear(2 * width, num_classes)
 
     def maps(self, pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns pool features (N, 64), middle map (N, 64, P/4, P/4), logits (N, C) of a uint8 tensor (N, P, P, 3)."""
-        middle = self.lower((pictures.permute(0, 3, 1, 2).float() - 128) / 128)     # (N, 64, P/4, P/4)
-        pool = self.upper(middle).mean(dim=(2, 3))                                  # (N, 64)
+        """Returns pool features (N, F), middle map (N, F, P/4, P/4), logits (N, C) of a uint8 tensor (N, P, P, 3)."""
+        middle = self.lower((pictures.permute(0, 3, 1, 2).float() - 128) / 128)     # (N, F, P/4, P/4)
+        pool = self.upper(middle).mean(dim=(2, 3))                                  # (N, F)
         return pool, middle, self.output(pool)
 
     def forward(self, pictures: Tensor) -> Tensor:
@@ -66,7 +68,8 @@ class ClassifierFeatures:
         if not are_known or not settings["class_names"] or settings["image_size"] < SMALLEST_IMAGE:
             raise ValueError(f"{path}: expected a classifier made by train_classifier.py, found a file that lacks "
                              f"{', '.join(SETTINGS)}")
-        model = SmallClassifier(len(settings["class_names"]))
+        check_kinds({"width": DEFAULT_WIDTH} | settings, {"width": int}, path)
+        model = SmallClassifier(len(settings["class_names"]), settings.get("width", DEFAULT_WIDTH))
         load_strictly(model, model_state(payload, path), path)
         self.name = f"small classifier {Path(path).name} (not Inception)"
         self.sha256 = weights_sha256(model.state_dict())
@@ -75,7 +78,7 @@ class ClassifierFeatures:
 
     @torch.inference_mode()
     def features(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """See features.FeatureNetwork; pool (N, 64), spatial (N, 7 P/4 P/4), probabilities (N, C)."""
+        """See features.FeatureNetwork; pool (N, F), spatial (N, 7 P/4 P/4), probabilities (N, C)."""
         pool, middle, logits = self._model.maps(torch.tensor(images, device=self._device))
         spatial = middle[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
         return tuple(tensor.cpu().numpy() for tensor in (pool, spatial, logits.softmax(dim=1)))

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autoregressive.runtime.distributed import Session, seed_everything
-from autoregressive.runtime.entry import Flags, Parser, above, at_least, check_one_process, checks, run
+from autoregressive.runtime.entry import Flags, Parser, above, at_least, between, check_one_process, checks, run
 from autoregressive.runtime.files import check_output
 from autoregressive.runtime.log import open_logger, progress
-from evaluations.c2i.classifier import SMALLEST_IMAGE, SmallClassifier, save_classifier
+from evaluations.c2i.classifier import DEFAULT_WIDTH, SMALLEST_IMAGE, SmallClassifier, save_classifier
 from tokenizer.tokenizer_image.crops import CenterCrops, Failures, add_failure_args
 from tokenizer.tokenizer_image.images import ImageSet, add_image_args, open_dataset
 
@@ -36,6 +36,9 @@ def build_parser() -> Parser:
     add_failure_args(parser)
     parser.add_argument("--val-path", required=True, help="like --data-path: the pictures that accuracy is measured on")
     parser.add_argument("--output", required=True, help="file of the classifier")
+    parser.add_argument("--width", type=between(8, 1024), default=DEFAULT_WIDTH,
+                        help="channels of the first convolution; there are twice as many features")
+    parser.add_argument("--flip", action="store_true", help="mirror pictures at random (not digits, not text)")
     parser.add_argument("--epochs", type=at_least(1), default=20, help="passes over the training pictures")
     parser.add_argument("--max-steps", type=at_least(0), default=0, help="length of the run in steps; 0: by --epochs")
     parser.add_argument("--batch-size", type=at_least(2), default=64, help="pictures in a step")
@@ -90,6 +93,12 @@ def shift(pictures: Tensor, reach: int) -> Tensor:
     return pictures[torch.arange(count, device=pictures.device)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
+def flip(pictures: Tensor) -> Tensor:
+    """Mirrors each picture (N, P, P, 3) with probability 1/2."""
+    is_mirrored = torch.rand(len(pictures), device=pictures.device) < 0.5
+    return torch.where(is_mirrored[:, None, None, None], pictures.flip(2), pictures)
+
+
 def train_classifier(model: SmallClassifier, pictures: Tensor, labels: Tensor, args: Flags, session: Session) -> None:
     """Trains a model in place; the last incomplete batch of an epoch is dropped.
 
@@ -106,7 +115,10 @@ def train_classifier(model: SmallClassifier, pictures: Tensor, labels: Tensor, a
             if step % steps_per_epoch == 0:
                 batches = torch.randperm(len(pictures)).to(session.device).split(args.batch_size)
             rows = batches[step % steps_per_epoch]
-            logits = model(shift(pictures[rows], reach=max(1, args.image_size // 8)))
+            batch = shift(pictures[rows], reach=max(1, args.image_size // 8))
+            if args.flip:
+                batch = flip(batch)
+            logits = model(batch)
             loss = F.cross_entropy(logits, labels[rows], label_smoothing=0.05)
             if not loss.isfinite():
                 raise ValueError(f"expected a finite loss, got {loss.item()} in step {step + 1}: "
@@ -135,7 +147,7 @@ def main(args: Flags, session: Session) -> None:
     seed_everything(args.global_seed)
     train_pictures, train_labels = read_all(train, args, session, "read training pictures")
     pictures, labels = read_all(val, args, session, "read val pictures")
-    model = SmallClassifier(len(train.class_names)).to(session.device)
+    model = SmallClassifier(len(train.class_names), args.width).to(session.device)
     with checks(session):                                       # of what only the work shows
         if len(train_pictures) < args.batch_size:
             raise ValueError(f"--batch-size: expected at most the {len(train_pictures)} pictures "
@@ -144,7 +156,7 @@ def main(args: Flags, session: Session) -> None:
         accuracy = measure_accuracy(model, pictures, labels)
         save_classifier(args.output, model, {
             "class_names": train.class_names, "image_size": args.image_size, "accuracy": accuracy,
-            "num_val": len(labels), "dataset": args.dataset, "seed": args.global_seed})
+            "num_val": len(labels), "dataset": args.dataset, "seed": args.global_seed, "width": args.width})
     if accuracy <= labels.bincount().max().item() / len(labels):
         logger.warning("it is no better than naming the most frequent class always, and scores of it "
                        "say nothing; choose a smaller --lr, or train longer")
