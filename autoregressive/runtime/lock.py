@@ -77,9 +77,10 @@ def lock_of(target: str | Path) -> Path:
     return target.with_name(f".{target.name}.lock")
 
 
-def describe_process() -> dict[str, Any]:
-    """Returns what tells this process from every other one, also from a later one of the same number."""
-    return {"host": socket.gethostname(), "machine": _machine(), "pid": os.getpid(), "started": _start_of(os.getpid())}
+def describe_process(pid: int | None = None) -> dict[str, Any]:
+    """Returns what tells a process, by default this one, from every other one, also from a later one of its number."""
+    pid = pid or os.getpid()
+    return {"host": socket.gethostname(), "machine": _machine(), "pid": pid, "started": _start_of(pid)}
 
 
 def _machine() -> str | None:

@@ -1,0 +1,140 @@
+"""The processes of an experiment: in the background, gone with who started them, held still on demand."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from autoregressive.runtime.files import read_json, write_json
+from autoregressive.runtime.lock import describe_process
+
+NICENESS = 15
+SET_DEATH_SIGNAL = 1            # PR_SET_PDEATHSIG of prctl(2)
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+class JobFailed(Exception):
+    """A command ended with an error; the text names its log."""
+
+
+@dataclass
+class Job:
+    """A command that runs.
+
+    Attributes:
+        name: of its log and its record.
+        process: its process.
+        slot: GPU that it sees, or None.
+    """
+
+    name: str
+    process: subprocess.Popen
+    slot: str | None
+
+
+class Jobs:
+    """Commands of one work folder, where their logs and the records of living processes lie."""
+
+    def __init__(self, work: Path):
+        """`work` is the folder that commands run in."""
+        self._work, self._paused, self._records = work, work / "paused", work / "processes"
+
+    def start(self, name: str, words: list[str], slot: str | None) -> Job:
+        """Starts a script.
+
+        Args:
+            name: of the log and the record.
+            words: path of the script, and its arguments.
+            slot: what CUDA_VISIBLE_DEVICES names; None leaves it as it is.
+        """
+        environment = {"OMP_NUM_THREADS": "1"} | os.environ | ({"CUDA_VISIBLE_DEVICES": slot} if slot else {})
+        log = self._log(name)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "ab") as output:
+            process = subprocess.Popen([sys.executable, *words], cwd=self._work, env=environment, stdout=output,
+                                       stdin=subprocess.DEVNULL, stderr=output, preexec_fn=_go_into_the_background)
+        write_json(self._record(name), describe_process(process.pid) | {"script": Path(words[0]).stem})
+        if self.are_paused:                                     # since a moment ago: `pause` has not seen this one
+            process.send_signal(signal.SIGSTOP)
+            if not self.are_paused:
+                process.send_signal(signal.SIGCONT)
+        return Job(name, process, slot)
+
+    def poll(self, job: Job) -> float | None:
+        """Returns the CPU seconds of a job, all its processes together, once it has ended; None before.
+
+        Raises:
+            JobFailed: it ended with an error.
+        """
+        pid, status, usage = os.wait4(job.process.pid, os.WNOHANG)
+        if not pid:
+            return None
+        job.process.returncode = os.waitstatus_to_exitcode(status)
+        self._record(job.name).unlink(missing_ok=True)
+        if job.process.returncode:
+            raise JobFailed(f"{job.name}: ended with {job.process.returncode}; {self._log(job.name)} says why")
+        return usage.ru_utime + usage.ru_stime
+
+    def wait(self) -> None:
+        """Waits until nothing runs any more of an earlier start: it was asked to leave when that one died."""
+        while any(self.alive(path.stem) for path in self._records.glob("*.json")):
+            time.sleep(0.5)
+
+    def stop(self, jobs: list[Job]) -> None:
+        """Asks jobs to leave, and waits for them: a training saves first."""
+        for job in jobs:
+            job.process.terminate()
+            job.process.send_signal(signal.SIGCONT)
+        for job in jobs:
+            with contextlib.suppress(JobFailed):
+                while self.poll(job) is None:
+                    time.sleep(0.1)
+
+    def alive(self, name: str) -> str | None:
+        """Returns the script that runs under a name, also one of an earlier start; None if there is none."""
+        with contextlib.suppress(OSError, ValueError):
+            record = read_json(self._record(name), {"pid": int, "started": str, "script": str})
+            if describe_process(record["pid"]).items() <= record.items():
+                return record["script"]
+        return None
+
+    def pause(self) -> int:
+        """Holds all processes still, and lets no other start; returns how many."""
+        self._paused.touch()
+        return self._send(signal.SIGSTOP)
+
+    def go_on(self) -> int:
+        """Lets the processes go on; returns how many."""
+        self._paused.unlink(missing_ok=True)
+        return self._send(signal.SIGCONT)
+
+    @property
+    def are_paused(self) -> bool:
+        return self._paused.exists()
+
+    def _send(self, number: int) -> int:
+        count = 0
+        for path in self._records.glob("*.json"):
+            if self.alive(path.stem):
+                with contextlib.suppress(OSError, ValueError):  # it has just ended
+                    os.kill(read_json(path, {"pid": int})["pid"], number)
+                    count += 1
+        return count
+
+    def _record(self, name: str) -> Path:
+        return self._records / f"{name.replace('/', '_')}.json"
+
+    def _log(self, name: str) -> Path:
+        return self._work / "logs" / f"{name.replace('/', '_')}.log"
+
+
+def _go_into_the_background() -> None:
+    """Makes the process about to start a nice one that is asked to leave when its parent dies (on Linux)."""
+    os.nice(NICENESS)
+    if LIBC:
+        LIBC.prctl(SET_DEATH_SIGNAL, signal.SIGTERM)

@@ -1,0 +1,196 @@
+"""Experiments: the table's numbers, a plan of arms and seeds, and a harness that is killed anywhere."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from processes import ENVIRONMENT, descendants, kill_and_wait, run_here, stat_of
+from scipy import stats
+
+from autoregressive.runtime.files import write_json
+from scripts.experiments.plan import Experiment, Run
+from scripts.experiments.table import interval, make_table
+
+RUN = "scripts/experiments/run.py"
+VQ = "--vq-model VQ-4-small --codebook-size 64"
+GPT = "--gpt-model GPT-tiny --num-classes 10 --image-size 16 --downsample-size 4 --cluster-size 8"
+DIGITS = "--dataset digits --image-size 16"
+SUFFIX = "kmeans+nearest-cluster_size=8"
+PLAN = {
+    "prepare": [
+        {"vq.pt": f"tokenizer/tokenizer_image/vq_train.py {VQ} {DIGITS} --data-path train --mixed-precision none "
+                  "--num-workers 0 --global-batch-size 16 --perceptual-weight 0 --disc-weight 0 --max-steps 4 "
+                  "--results-dir {work}/vq --output {work}/vq.pt",
+         "classifier.pt": f"evaluations/c2i/train_classifier.py {DIGITS} --data-path train --val-path val "
+                          "--max-steps 30 --output {work}/classifier.pt"},
+        {"codes": f"autoregressive/train/extract_codes_c2i.py {VQ} {DIGITS} --data-path train --vq-ckpt {{work}}/vq.pt "
+                  "--num-workers 0 --code-path {work}/codes",
+         "reference.npz": f"evaluations/c2i/make_reference.py {DIGITS} --data-path val "
+                          "--output {work}/reference.npz"},
+        {f"mapping-{SUFFIX}.pt": "balance_k_means.py --vq-ckpt {work}/vq.pt --cluster-size 8 --output-dir {work}",
+         "val.npz": f"evaluations/c2i/make_reference.py {DIGITS} --data-path train --output {{work}}/val.npz"},
+        {"floor.json": "evaluations/c2i/evaluator.py {work}/reference.npz {work}/val.npz --classifier "
+                       "{work}/classifier.pt --output {work}/floor.json"},
+    ],
+    "train": f"{GPT} {VQ} --vocab-size 64 --code-path {{work}}/codes --mapping-path {{work}}/mapping-{SUFFIX}.pt "
+             f"--vq-ckpt {{work}}/vq-reorder-{SUFFIX}.pt --mixed-precision none --max-steps 30 --log-every 10 "
+             "--val-every 15 --val-share 0.1 --ckpt-steps 10 --global-batch-size 32 --num-workers 0",
+    "sample": f"{GPT} {VQ} --vq-ckpt {{work}}/vq-reorder-{SUFFIX}.pt --image-size-eval 16 --precision none "
+              "--per-proc-batch-size 20",
+    "evaluate": "{work}/reference.npz {samples} --classifier {work}/classifier.pt",
+    "arms": {"lambda0": {"train": "--lambda-cce 0", "sample": ""}, "lambda1": {"train": "", "sample": ""}},
+    "baseline": "lambda0", "seeds": [0, 1],
+    "guidance": {"scales": [1.0, 2.0], "num_samples": 20, "seed": 1000},
+    "num_samples": 40, "sampling_seed": 0,
+    "columns": {"val_token_loss": "val token loss", "val_within_loss": "within", "FID": "FID", "Recall": "recall"},
+    "floors": {"digits": "floor.json"},
+}
+
+
+def test_intervals_are_those_of_student():
+    values = [1.0, 1.5, 0.5, 2.0]
+    low, high = stats.t.interval(0.95, 3, np.mean(values), stats.sem(values))
+    assert interval(values) == pytest.approx(((low + high) / 2, (high - low) / 2))
+    assert interval([3.0])[0] == 3 and np.isnan(interval([3.0])[1])
+
+
+def test_differences_are_paired_by_seed():
+    """Seeds differ by far more than arms do, so that only pairs show the difference."""
+    def result(arm, seed, number):
+        return {"arm": arm, "seed": seed, "numbers": {"x": number}, "cfg_scale": 1.5, "cpu_hours": 0.5,
+                "commit": "a" * 40}
+
+    results = [result("base", seed, 10.0 * seed) for seed in range(3)]
+    results += [result("other", seed, 10.0 * seed + 1) for seed in (2, 1, 0)]
+    table = make_table([*results, result("other", 7, 99.0)], {"floor": {"x": 0.25}}, "base", {"x": "number"})
+    assert "| base | 3 | 10.0000 ± 24.8414 | 1.5 | 0.50 | aaaaaaa |" in table
+    assert "| floor |  | 0.2500 |  |  |  |" in table
+    assert "| other | 3 | +1.0000 ± 0.0000 |" in table
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"arms": []}, "expected arms as dict"), ({"baseline": "best"}, "expected a baseline among lambda0, lambda1"),
+    ({"seeds": None}, "expected seeds as list"), ({"seeds": [1, 2, 1]}, "expected different whole numbers as seeds"),
+    ({"arms": {"lambda0": {"train": ""}}}, "arm lambda0: expected sample as str, found none"),
+    ({"train": "--code-path {works}/codes"}, "expected the names work, data, samples in {}, found 'works'"),
+    ({"guidance": {"scales": [1]}}, "guidance: expected num_samples as int"),
+    ({"prepare": [{"images": "make.py {data}"}]}, "--data: expected what images is made of, got none")])
+def test_a_wrong_plan_is_one_line(tmp_path, capsys, change, words):
+    (tmp_path / "experiment.json").write_text(json.dumps(PLAN | change))
+    assert run_here(RUN, tmp_path / "experiment.json", "--work", tmp_path / "work") == 2
+    error = capsys.readouterr().err
+    assert words in error and len(error.splitlines()) == 1
+
+
+def start_harness(folder):
+    (folder / "experiment.json").write_text(json.dumps(PLAN))
+    words = [sys.executable, ROOT / RUN, folder / "experiment.json", "--work", folder / "work"]
+    return subprocess.Popen(words, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def finish(folder):
+    """Runs the harness to its end; returns the table without what the machine's load decides."""
+    harness = start_harness(folder)
+    printed, error = harness.communicate()
+    assert harness.returncode == 0, error + printed
+    rows = [line.split("|") for line in printed.splitlines() if line.startswith("|")]
+    return [row[:-3] if len(row) == 11 else row for row in rows]
+
+
+def kinds_of_times(folder):
+    return {path: path.stat().st_mtime_ns for path in (folder / "results").glob("*.json")}
+
+
+@pytest.mark.long
+def test_a_harness_that_is_killed_five_times_ends_with_the_same_table_and_does_no_run_twice(tmp_path):
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    straight.mkdir()
+    killed.mkdir()
+    started = time.monotonic()
+    expected = finish(straight)
+    seconds = time.monotonic() - started
+    assert len(expected) == 8             # two heads of two lines, two arms, a floor, a difference
+    choose, written = random.Random(0), {}
+    for number in range(5):
+        harness = start_harness(killed)
+        time.sleep(choose.uniform(0.1, 0.3) * seconds)
+        assert harness.poll() is None
+        children = descendants(harness.pid)
+        harness.kill()
+        if number % 2:                                          # of some, whoever was at work is killed, too
+            for pid in children:
+                kill_and_wait(pid)
+        harness.wait()
+        now = kinds_of_times(killed)
+        assert all(now[path] == when for path, when in written.items())
+        written = now
+    assert finish(killed) == expected
+    assert finish(killed) == expected
+    now = kinds_of_times(killed)
+    assert all(now[path] == when for path, when in written.items())
+
+
+def write_result(folder, arm, seed, **more):
+    """Writes a result of the plan in `folder` as the harness does."""
+    (folder / "experiment.json").write_text(json.dumps(PLAN))
+    experiment = Experiment(folder / "experiment.json", folder / "work", None)
+    path = experiment.result(Run(arm, seed))
+    numbers = {"val_token_loss": 3.0 + seed, "FID": 0.5}
+    write_json(path, {"arm": arm, "seed": seed, **experiment.identity(Run(arm, seed)), "commit": "a" * 40,
+                      "inputs": {"codes": "1" * 64}, "cfg_scale": 1.5, "numbers": numbers, "cpu_hours": 0.5} | more)
+
+
+def test_a_table_is_made_of_results_alone_and_lacks_what_they_lack(tmp_path, capsys):
+    write_result(tmp_path, "lambda0", 0)
+    write_result(tmp_path, "lambda1", 0)
+    assert run_here(RUN, tmp_path / "experiment.json", "--table") == 0
+    assert "| lambda1 | 1 | 3.0000 | nan | 0.5000 | nan | 1.5 | 0.50 | aaaaaaa |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more, words", [
+    ({"train": "--lambda-cce 3"}, "expected one with train"), ({"num_samples": 7}, "expected one with num_samples 40"),
+    ({"inputs": {"codes": "2" * 64}}, "expected one with codes '111"), ({"cfg_scale": "big"}, "cfg_scale as float")])
+def test_results_of_other_flags_or_files_do_not_mix(tmp_path, capsys, more, words):
+    write_result(tmp_path, "lambda0", 0)
+    write_result(tmp_path, "lambda1", 0, **more)
+    assert run_here(RUN, tmp_path / "experiment.json", "--table") == 2
+    error = capsys.readouterr().err
+    assert "lambda1-seed0.json: expected" in error and words in error
+
+
+def test_a_harness_that_is_asked_to_leave_takes_its_jobs_along(tmp_path):
+    harness = start_harness(tmp_path)
+    while not list((tmp_path / "work").glob("processes/*.json")):
+        time.sleep(0.1)
+    children = descendants(harness.pid)
+    harness.terminate()
+    assert harness.wait(timeout=60) == 128 + signal.SIGTERM
+    assert children and not any(stat_of(Path(f"/proc/{pid}/stat"))[0] for pid in children)
+    assert not list((tmp_path / "work").glob("processes/*.json")) and not list((tmp_path / "work").glob(".*.lock"))
+
+
+@pytest.mark.long
+def test_a_harness_is_held_still_and_goes_on_and_says_where_it_stands(tmp_path, capfd):
+    harness = start_harness(tmp_path)
+    where = (tmp_path / "experiment.json", "--work", tmp_path / "work")
+    while not list((tmp_path / "work").glob("processes/*.json")):
+        time.sleep(0.1)
+    assert run_here(RUN, *where, "--pause") == 0
+    processes = [json.loads(path.read_text())["pid"] for path in (tmp_path / "work/processes").glob("*.json")]
+    time.sleep(1)
+    assert processes and {stat_of(Path(f"/proc/{pid}/stat"))[0] for pid in processes} == {"T"}
+    assert run_here(RUN, *where, "--status") == 0
+    assert "paused" in capfd.readouterr().out
+    assert run_here(RUN, *where) == 2 and "expected to be the only one" in capfd.readouterr().err
+    assert run_here(RUN, *where, "--go-on") == 0
+    _, error = harness.communicate()
+    assert harness.returncode == 0, error
+    assert run_here(RUN, *where, "--status") == 0
+    assert capfd.readouterr().out.count(" done\n") == 4
