@@ -16,7 +16,7 @@ from scipy import stats
 
 from autoregressive.runtime.files import write_json
 from scripts.experiments.plan import Experiment, Run
-from scripts.experiments.table import interval, make_table
+from scripts.experiments.table import detectable, interval, make_table
 
 RUN = "scripts/experiments/run.py"
 VQ = "--vq-model VQ-4-small --codebook-size 64"
@@ -61,6 +61,15 @@ def test_intervals_are_those_of_student():
     assert interval([3.0])[0] == 3 and np.isnan(interval([3.0])[1])
 
 
+def test_the_least_difference_that_shows_is_shown_by_eight_of_ten_experiments():
+    random_numbers = np.random.default_rng(0)
+    seen = [0.3, -0.1, 0.5, 0.2]
+    least = detectable(seen, num_seeds=5)
+    experiments = random_numbers.normal(least, np.std(seen, ddof=1), (20_000, 5))
+    halves = stats.t.ppf(0.975, 4) * stats.sem(experiments, axis=1)
+    assert np.mean(experiments.mean(axis=1) > halves) == pytest.approx(0.8, abs=0.01)
+
+
 def test_differences_are_paired_by_seed():
     """Seeds differ by far more than arms do, so that only pairs show the difference."""
     def result(arm, seed, number):
@@ -69,10 +78,11 @@ def test_differences_are_paired_by_seed():
 
     results = [result("base", seed, 10.0 * seed) for seed in range(3)]
     results += [result("other", seed, 10.0 * seed + 1) for seed in (2, 1, 0)]
-    table = make_table([*results, result("other", 7, 99.0)], {"floor": {"x": 0.25}}, "base", {"x": "number"})
+    table = make_table([*results, result("other", 7, 99.0)], {"floor": {"x": 0.25}}, "base", {"x": "number"}, 5)
     assert "| base | 3 | 10.0000 ± 24.8414 | 1.5 | 0.50 | aaaaaaa |" in table
     assert "| floor |  | 0.2500 |  |  |  |" in table
     assert "| other | 3 | +1.0000 ± 0.0000 |" in table
+    assert "| what 5 seeds can show | pairs | number |\n|---|---|---|\n| other | 3 | 0.0000 |" in table
 
 
 @pytest.mark.parametrize("change, words", [
@@ -116,7 +126,7 @@ def test_a_harness_that_is_killed_five_times_ends_with_the_same_table_and_does_n
     started = time.monotonic()
     expected = finish(straight)
     seconds = time.monotonic() - started
-    assert len(expected) == 8             # two heads of two lines, two arms, a floor, a difference
+    assert len(expected) == 11            # three heads of two lines, two arms, a floor, a difference and what shows
     choose, written = random.Random(0), {}
     for number in range(5):
         harness = start_harness(killed)

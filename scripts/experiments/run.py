@@ -334,7 +334,8 @@ def main(args: Flags, session: Session) -> None:
         is_whole = is_whole and runner.run()
     if results := read_results(experiment):
         floors = read_json(experiment.floors()) if experiment.floors().exists() else {}
-        print(make_table(results, floors, experiment.plan["baseline"], experiment.plan["columns"]), end="")
+        plan = experiment.plan
+        print(make_table(results, floors, plan["baseline"], plan["columns"], len(plan["seeds"])), end="")
     if not is_whole:
         raise SystemExit(1)
 

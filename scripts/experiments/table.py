@@ -4,9 +4,9 @@ import math
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
-CONFIDENCE = 0.95
+CONFIDENCE, POWER = 0.95, 0.8
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -21,15 +21,31 @@ def interval(values: list[float]) -> tuple[float, float]:
     return mean, float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * stats.sem(values))
 
 
+def detectable(differences: list[float], num_seeds: int) -> float:
+    """Returns the smallest true difference of two arms whose 95 % interval leaves out 0 in 8 of 10 experiments.
+
+    Args:
+        differences: seen so far, of pairs of runs: their spread is taken for that of all seeds.
+        num_seeds: pairs in an experiment.
+    """
+    freedom = num_seeds - 1
+    error = float(np.std(differences, ddof=1)) / math.sqrt(num_seeds)
+    bound = stats.t.ppf((1 + CONFIDENCE) / 2, freedom)
+    # In units of the error the mean of the differences follows a noncentral t (Johnson and Welch 1940).
+    shift = optimize.brentq(lambda shift: stats.nct.sf(bound, freedom, shift) - POWER, 0, 10 * bound)
+    return float(shift * error)
+
+
 def make_table(results: list[dict[str, Any]], floors: dict[str, dict[str, float]], baseline: str,
-               columns: dict[str, str]) -> str:
-    """Returns two tables in Markdown: every arm, and every arm minus the baseline.
+               columns: dict[str, str], num_seeds: int) -> str:
+    """Returns tables in Markdown: every arm; every arm minus the baseline; the least difference that would show.
 
     Args:
         results: finished runs: "arm", "seed", "numbers" by name, "cfg_scale", "cpu_hours", "commit".
         floors: title -> numbers by name, of what no arm can beat.
         baseline: the arm that differences are taken to, over the seeds that both have.
         columns: name of a number -> title.
+        num_seeds: seeds of the whole experiment.
     """
     by_arm: dict[str, dict[int, dict[str, Any]]] = {}
     for result in sorted(results, key=lambda result: result["seed"]):
@@ -48,6 +64,7 @@ def make_table(results: list[dict[str, Any]], floors: dict[str, dict[str, float]
     text = _markdown(rows)
     base = by_arm.get(baseline, {})
     rows = [[f"minus {baseline}", "pairs", *titles]]
+    least = [[f"what {num_seeds} seeds can show", "pairs", *titles]]
     for arm, runs in by_arm.items():
         seeds = [seed for seed in runs if seed in base]
         if arm == baseline or not seeds:
@@ -55,7 +72,9 @@ def make_table(results: list[dict[str, Any]], floors: dict[str, dict[str, float]
         differences = [[runs[seed]["numbers"].get(name, math.nan) - base[seed]["numbers"].get(name, math.nan)
                         for seed in seeds] for name in columns]
         rows.append([arm, str(len(seeds)), *map(_signed, differences)])
-    return f"{text}\n{_markdown(rows)}" if len(rows) > 1 else text
+        if len(seeds) > 1 and num_seeds > 1:
+            least.append([arm, str(len(seeds)), *(f"{detectable(each, num_seeds):.4f}" for each in differences)])
+    return "\n".join([text, *(_markdown(table) for table in (rows, least) if len(table) > 1)])
 
 
 def _text(values: list[float]) -> str:
