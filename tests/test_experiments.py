@@ -1,6 +1,7 @@
 """Experiments: the table's numbers, a plan of arms and seeds, and a harness that is killed anywhere."""
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -180,6 +181,9 @@ def test_a_harness_that_is_asked_to_leave_takes_its_jobs_along(tmp_path):
     while not list((tmp_path / "work").glob("processes/*.json")):
         time.sleep(0.1)
     children = descendants(harness.pid)
+    assert all(os.getpriority(os.PRIO_PROCESS, pid) >= 15 for pid in children)
+    for path in (Path(f"/proc/{pid}/autogroup") for pid in children):
+        assert not path.exists() or path.read_text().endswith("nice 15\n")
     harness.terminate()
     assert harness.wait(timeout=60) == 128 + signal.SIGTERM
     assert children and not any(stat_of(Path(f"/proc/{pid}/stat"))[0] for pid in children)

@@ -57,7 +57,8 @@ class Jobs:
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "ab") as output:
             process = subprocess.Popen([sys.executable, *words], cwd=self._work, env=environment, stdout=output,
-                                       stdin=subprocess.DEVNULL, stderr=output, preexec_fn=_go_into_the_background)
+                                       stdin=subprocess.DEVNULL, stderr=output, start_new_session=True,
+                                       preexec_fn=_go_into_the_background)
         write_json(self._record(name), describe_process(process.pid) | {"script": Path(words[0]).stem})
         if self.are_paused:                                     # since a moment ago: `pause` has not seen this one
             process.send_signal(signal.SIGSTOP)
@@ -136,5 +137,7 @@ class Jobs:
 def _go_into_the_background() -> None:
     """Makes the process about to start a nice one that is asked to leave when its parent dies (on Linux)."""
     os.nice(NICENESS)
+    with contextlib.suppress(OSError):              # Linux shares the cores among sessions first, each with a niceness
+        Path("/proc/self/autogroup").write_text(str(NICENESS))
     if LIBC:
         LIBC.prctl(SET_DEATH_SIGNAL, signal.SIGTERM)
