@@ -87,14 +87,20 @@ class Jobs:
             time.sleep(0.5)
 
     def stop(self, jobs: list[Job]) -> None:
-        """Asks jobs to leave, and waits for them: a training saves first."""
-        for job in jobs:
-            job.process.terminate()
-            job.process.send_signal(signal.SIGCONT)
+        """Asks everything that runs to leave, and waits for it: a training saves first.
+
+        Args:
+            jobs: those that are known; one more may just have been started when a signal came.
+        """
+        self._send(signal.SIGTERM)
+        self._send(signal.SIGCONT)
         for job in jobs:
             with contextlib.suppress(JobFailed):
                 while self.poll(job) is None:
                     time.sleep(0.1)
+        self.wait()
+        for path in self._records.glob("*.json"):
+            path.unlink()
 
     def alive(self, name: str) -> str | None:
         """Returns the script that runs under a name, also one of an earlier start; None if there is none."""

@@ -15,6 +15,7 @@ if __name__ == "__main__":
 
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections import deque
@@ -187,9 +188,14 @@ class Runner:
         """Does pieces of work, some at a time, in their order; one that fails does not stop the others."""
         ready: deque[tuple[str, float | None]] = deque((name, None) for name in works)
         running: list[tuple[str, Job]] = []
-        slots = list(self._slots)
+        slots, received = list(self._slots), []
+        # Signals are looked at between two rounds: in the midst of a start they would lose a process.
+        handlers = {number: signal.signal(number, lambda number, _frame: received.append(number))
+                    for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             while ready or running:
+                if received:
+                    raise SystemExit(128 + received[0])
                 parked = []
                 while ready and slots and not self.jobs.are_paused:
                     name, seconds = ready.popleft()
@@ -213,6 +219,8 @@ class Runner:
                     running.remove((name, job))
                     slots.append(job.slot)
         finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
             self.jobs.stop([job for _, job in running])
         return not self._failed & works.keys()
 
