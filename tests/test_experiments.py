@@ -131,7 +131,7 @@ def test_a_harness_that_is_killed_five_times_ends_with_the_same_table_and_does_n
     choose, written = random.Random(0), {}
     for number in range(5):
         harness = start_harness(killed)
-        time.sleep(choose.uniform(0.1, 0.3) * seconds)
+        time.sleep(choose.uniform(0.05, 0.15) * seconds)
         assert harness.poll() is None
         children = descendants(harness.pid)
         harness.kill()
