@@ -43,7 +43,7 @@ from autoregressive.runtime.loader import read_ahead
 from autoregressive.runtime.log import MetricsFile, read_metrics
 from autoregressive.runtime.optim import OptimSettings, add_optim_args, build_optimizer, learning_rate
 from autoregressive.runtime.pictures import CAPTION_HEIGHT, GAP, LEGIBLE_SIDE, save_grid
-from autoregressive.runtime.training import add_training_args, open_run_folder
+from autoregressive.runtime.run_settings import add_training_args, open_run_folder
 
 ALONE = Session(rank=0, world_size=1, device=torch.device("cpu"))
 

@@ -5,16 +5,13 @@ is the first, and everything that is kept after it (a line of the log, a checkpo
 """
 
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from autoregressive.runtime.checkpoint import (
     delete_old_checkpoints,
@@ -23,13 +20,10 @@ from autoregressive.runtime.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-from autoregressive.runtime.compute import PRECISIONS
 from autoregressive.runtime.distributed import Session
-from autoregressive.runtime.entry import Flags, Parser, at_least, describe, exit_with, free, on_main
-from autoregressive.runtime.files import check_writable_folder
-from autoregressive.runtime.identity import RunFolder, find_difference, find_run_folder
+from autoregressive.runtime.entry import describe, exit_with
+from autoregressive.runtime.identity import RunFolder, find_difference
 from autoregressive.runtime.loader import read_ahead
-from autoregressive.runtime.lock import hold
 from autoregressive.runtime.log import (
     LOGGER,
     MetricsFile,
@@ -39,40 +33,15 @@ from autoregressive.runtime.log import (
     progress,
     read_metrics,
 )
+from autoregressive.runtime.meter import Meter
 from autoregressive.runtime.optim import learning_rate
+from autoregressive.runtime.run_settings import RunSettings
 from autoregressive.runtime.speed import Speedometer, peak_memory_mib
+from autoregressive.runtime.verification import Verification
 
-FIND_SECONDS = 60               # that a start waits for another one that looks for its run folder
 VERIFY_SECONDS = 30             # of looking at the data before the first step
 DRAW_SECONDS = 60               # between two pictures of the curves, which take half a second each
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)      # clusters send them before they take a node; Ctrl-C
-
-
-class Meter:
-    """Means over the steps since the last reading, and the first step that was not finite; all kept on the device."""
-
-    def __init__(self, names: tuple[str, ...], device: torch.device):
-        """`names` are those of the values that every step adds."""
-        self.names, self.device = names, device
-        self.sums, self.count = torch.zeros(len(names), device=device), 0
-        self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
-
-    def add(self, step: int, values: Tensor, is_bad: Tensor) -> None:
-        """Adds the values (len(names),) of a step, and whether something in it was not finite, a bool scalar."""
-        self.sums += values
-        self.count += 1
-        self._first_bad = torch.where(is_bad & (self._first_bad < 0), step, self._first_bad)
-
-    def read(self, session: Session) -> dict[str, float]:
-        """Returns the means since the last reading over all processes, and starts anew."""
-        means = session.sum(self.sums / self.count) / session.world_size
-        self.sums, self.count = torch.zeros_like(self.sums), 0
-        return dict(zip(self.names, means.tolist(), strict=True))
-
-    def first_bad_step(self, session: Session) -> int:
-        """Returns the first step that was not finite on any process, from 0; -1 if all were. Waits for the device."""
-        found = [step for step in session.gather(int(self._first_bad)) if step >= 0]
-        return min(found, default=-1)
 
 
 class Trainable(Protocol):
@@ -116,104 +85,6 @@ class Batches(Protocol):
         """Returns the batch of a step, from 0, or rather the part of it at a range of places."""
 
 
-def add_training_args(parser: Parser, results_dir: str | None = None,
-                      precisions: Iterable[str] = tuple(PRECISIONS)) -> None:
-    """Declares the flags of a training run.
-
-    Args:
-        parser: the parser.
-        results_dir: default of --results-dir; without one the flag is required.
-        precisions: those that the model can be trained in.
-    """
-    group = parser.add_argument_group("run")
-    free(group.add_argument("--results-dir", default=results_dir, required=results_dir is None,
-                            help="where run folders lie"))
-    free(group.add_argument("--new-run", action="store_true", help="start anew even if a run could be continued"))
-    free(group.add_argument("--no-local-save", action="store_true", help="write metrics, but no checkpoints"))
-    free(group.add_argument("--epochs", type=at_least(1), default=300, help="length of the run"))
-    free(group.add_argument("--max-steps", type=at_least(0), default=0, help="length of the run in steps; 0: by "
-                            "--epochs"))
-    free(group.add_argument("--log-every", type=at_least(1), default=100, help="steps between two lines of the log"))
-    free(group.add_argument("--ckpt-every", type=at_least(0), default=5, help="epochs between two checkpoints; 0: off"))
-    free(group.add_argument("--ckpt-steps", type=at_least(0), default=0, help="steps between two checkpoints; 0: off"))
-    free(group.add_argument("--ckpt-minutes", type=at_least(0.0), default=0.0, help="minutes between two checkpoints; "
-                            "0: off"))
-    free(group.add_argument("--keep-checkpoints", type=at_least(0), default=0, help="newest checkpoints to keep; 0 "
-                            "keeps all"))
-    free(group.add_argument("--val-every", type=at_least(0), default=0, help="steps between two validations; 0: off, "
-                            "but a tokenizer with --val-path is validated at its end"))
-    group.add_argument("--global-batch-size", type=at_least(1), default=256,
-                       help="images of a step, over all processes")
-    free(group.add_argument("--gradient-accumulation-steps", type=at_least(1), default=1,
-                            help="micro-batches of a step: global batch = processes x micro-batch x this"))
-    free(group.add_argument("--num-workers", type=at_least(0), default=24, help="processes that read batches ahead, at "
-                            "most as many as there are cores; 0: none, for small sets"))
-    group.add_argument("--mixed-precision", default="bf16", choices=tuple(precisions), help="of the forward pass")
-
-
-def check_batch(global_batch_size: int, accumulation: int, session: Session) -> None:
-    """Raises ValueError unless a batch can be divided among processes and micro-batches."""
-    parts = session.world_size * accumulation
-    if global_batch_size % parts:
-        below = global_batch_size // parts * parts
-        fitting = f"{below} or {below + parts}" if below else parts
-        raise ValueError(f"--global-batch-size: expected a multiple of {parts} ({session.world_size} processes x "
-                         f"{accumulation} micro-batches), for example {fitting}, got {global_batch_size}")
-
-
-@dataclass(frozen=True)
-class RunSettings:
-    """The flags of add_training_args and add_optim_args that say how long a run is and when something happens."""
-
-    global_batch_size: int
-    lr: float
-    lr_schedule: str
-    warmup: int
-    epochs: int
-    max_steps: int
-    log_every: int
-    val_every: int
-    ckpt_every: int
-    ckpt_steps: int
-    ckpt_minutes: float
-    keep_checkpoints: int
-    no_local_save: bool
-    num_workers: int
-
-    def num_steps(self, batches: Batches) -> int:
-        """Returns the length of the run."""
-        return self.max_steps or self.epochs * batches.per_epoch
-
-
-def open_run_folder(args: Flags, session: Session, name: str, identity: dict[str, Any], num_steps: int,
-                    check_start: Callable[[], None] = lambda: None) -> RunFolder:
-    """Finds the run folder that a command continues, or makes a new one, and holds it until the session ends.
-
-    Of starts at one moment one looks after the other, so that no two runs choose the same new folder. A run that is
-    finished is left as it is.
-
-    Args:
-        args: parsed flags: --results-dir, --new-run, and what config.json records.
-        session: Session.
-        name: what follows the index in the folder's name.
-        identity: what the run depends on.
-        num_steps: length of the run.
-        check_start: raises ValueError if a run that has no checkpoint yet cannot begin.
-    """
-    def find() -> RunFolder:
-        check_writable_folder(args.results_dir)
-        with hold(Path(args.results_dir) / name, patience=FIND_SECONDS):
-            folder = find_run_folder(args.results_dir, name, identity, args.defaults(), args.new_run)
-            session.hold(folder.path)
-            if not list_checkpoints(folder.checkpoints):
-                check_start()
-            if not folder.is_finished(num_steps):
-                folder.start(args.plain() | identity)
-        return folder
-
-    return on_main(session, find)
-
-
 class TrainingRun:
     """One run: it finds where it stands, runs the steps that are missing, and leaves everything in its folder.
 
@@ -242,7 +113,7 @@ class TrainingRun:
         self.folder, self.trainable, self.batches, self.session = folder, trainable, batches, session
         self.settings, self.record, self.curves, self.result_names = settings, record, curves, result
         self.speed, self.draw_every = speed, draw_every
-        self.num_steps = settings.num_steps(batches)
+        self.num_steps = settings.num_steps(batches.per_epoch)
         self.steps = 0
         self._received_signal = 0
         self._verification = None
@@ -257,7 +128,7 @@ class TrainingRun:
             ValueError: it did so within VERIFY_SECONDS; later, `train` ends with it.
         """
         if self.session.is_main and not self.folder.verified.exists():
-            self._verification = _Verification(verify, self.folder.verified)
+            self._verification = Verification(verify, self.folder.verified)
             self._verification.start()
             if error := self._verification.result(VERIFY_SECONDS):
                 raise error
@@ -440,26 +311,6 @@ class TrainingRun:
                            "draws other numbers", path, len(processes), self.session.world_size)
             meter.sums = (sum(process["sums"] for process in processes) / len(processes)).to(meter.device)
             meter.count = processes[0]["count"]
-
-
-class _Verification(threading.Thread):
-    """A look at the data beside the work; it leaves an empty file `verified` if it finds nothing wrong."""
-
-    def __init__(self, verify: Callable[[], None], verified: Path):
-        super().__init__(daemon=True)
-        self._verify, self._verified, self._error = verify, verified, None
-
-    def run(self) -> None:
-        try:
-            self._verify()
-            self._verified.touch()
-        except Exception as error:                  # whatever it is: unverified data do not count as good
-            self._error = error
-
-    def result(self, seconds: float | None) -> Exception | None:
-        """Waits some seconds, or to the end (None); returns what is wrong, None if nothing was found until then."""
-        self.join(seconds)
-        return self._error
 
 
 def _as_text(values: dict[str, float], style: str) -> str:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from autoregressive.runtime.compute import autocast
 from autoregressive.runtime.distributed import Session, sync_gradients
+from autoregressive.runtime.meter import Meter
 from autoregressive.runtime.optim import ModelOptimizer
-from autoregressive.runtime.training import Meter
 
 LOSSES = ("token_loss", "cluster_loss", "cluster_accuracy")
 

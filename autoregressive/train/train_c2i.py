@@ -47,8 +47,9 @@ from autoregressive.runtime.files import weights_sha256
 from autoregressive.runtime.log import LOGGER, open_logger
 from autoregressive.runtime.optim import ModelOptimizer, OptimSettings, add_optim_args, check_optim
 from autoregressive.runtime.pictures import save_grid
+from autoregressive.runtime.run_settings import RunSettings, add_training_args, check_batch, open_run_folder
 from autoregressive.runtime.speed import Speedometer
-from autoregressive.runtime.training import RunSettings, TrainingRun, add_training_args, check_batch, open_run_folder
+from autoregressive.runtime.training import TrainingRun
 from autoregressive.train.objective import GPTTrainer, Objective
 from tokenizer.tokenizer_image.images import to_uint8
 from tokenizer.tokenizer_image.loading import default_vq_path
@@ -310,7 +311,7 @@ def main(args: Flags, session: Session) -> None:
                             num_classes=args.num_classes, dropout=args.dropout_p, token_dropout=args.token_dropout_p,
                             drop_path=args.drop_path_rate)
         settings = RunSettings(**args.pick(RunSettings))
-        num_steps = settings.num_steps(data.batches)
+        num_steps = settings.num_steps(data.batches.per_epoch)
         start = read_start(args, start_path, config, data.mapping)
         identity = args.identity() | data.identity()
         if start and not start.payload:             # a checkpoint to go on from may grow meanwhile

@@ -29,8 +29,9 @@ from autoregressive.runtime.files import check_output, read_json, write_json
 from autoregressive.runtime.loader import BatchOrder
 from autoregressive.runtime.log import LOGGER, open_logger
 from autoregressive.runtime.optim import OptimSettings, add_optim_args, check_optim
+from autoregressive.runtime.run_settings import RunSettings, add_training_args, check_batch, open_run_folder
 from autoregressive.runtime.speed import Speedometer
-from autoregressive.runtime.training import RunSettings, TrainingRun, add_training_args, check_batch, open_run_folder
+from autoregressive.runtime.training import TrainingRun
 from tokenizer.tokenizer_image.crops import TrainingCrops, add_failure_args
 from tokenizer.tokenizer_image.discriminator import NORMS, SMALLEST_IMAGE, PatchDiscriminator
 from tokenizer.tokenizer_image.images import add_image_args, dataset_sha256, open_dataset
@@ -156,7 +157,7 @@ def main(args: Flags, session: Session) -> None:
             start, start_hashes = load_vq(args.vq_ckpt, config)
         identity = args.identity() | start_hashes | {"images_sha256": dataset_sha256(crops.dataset)}
         settings = RunSettings(**args.pick(RunSettings))
-        num_steps = settings.num_steps(crops)
+        num_steps = settings.num_steps(crops.per_epoch)
         if args.output:
             check_output(args.output)
     folder = open_run_folder(args, session, args.vq_model, identity, num_steps)

@@ -15,8 +15,8 @@ from autoregressive.runtime.checkpoint import load_strictly
 from autoregressive.runtime.compute import autocast
 from autoregressive.runtime.distributed import Session, keyed_random, sync_gradients, wrap_for_training
 from autoregressive.runtime.log import LOGGER
+from autoregressive.runtime.meter import Meter
 from autoregressive.runtime.optim import ModelOptimizer, OptimSettings
-from autoregressive.runtime.training import Meter
 from tokenizer.tokenizer_image.crops import Failures, TrainingCrops
 from tokenizer.tokenizer_image.images import to_float
 from tokenizer.tokenizer_image.lpips import LPIPS
