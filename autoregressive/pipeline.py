@@ -10,7 +10,6 @@ Letters: B pictures, T tokens, P pixels.
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from autoregressive.models.packed import can_pack, pack_linears
 from autoregressive.runtime.compute import PRECISIONS
 from autoregressive.runtime.entry import Parser, free, pixels
 from autoregressive.runtime.files import weights_sha256
-from autoregressive.runtime.log import LOGGER
+from autoregressive.runtime.identity import check_codebook, check_recorded
 from autoregressive.sample.presets import PRESETS
 from tokenizer.tokenizer_image.encoding import default_batch_size
 from tokenizer.tokenizer_image.images import to_uint8
@@ -31,28 +30,6 @@ from tokenizer.tokenizer_image.loading import default_vq_path, load_vq
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel, add_vq_args
 
 LARGEST_TILE = 32               # pictures decoded together
-
-
-def check_recorded(flag: str, given: Any, recorded: Any, source: str | Path) -> None:
-    """Raises ValueError if a flag is given as another value than file `source` has recorded; None is unknown."""
-    if recorded not in (None, given):
-        raise ValueError(f"{flag}: expected {recorded} as in {source}, got {given}")
-
-
-def check_codebook(expected: str | None, found: str | None, expected_source: str | Path,
-                   found_source: str | Path) -> None:
-    """Compares the hashes of the codebook in two files: differing ones are an error, unknown ones a warning.
-
-    Raises:
-        ValueError: both are known and differ.
-    """
-    if expected is None or found is None:
-        unknown = expected_source if expected is None else found_source
-        LOGGER.warning("%s: carries no hash of its codebook, so it cannot be checked", unknown)
-    elif expected != found:
-        raise ValueError(f"{found_source}: expected the codebook {expected[:12]} of {expected_source}, got "
-                         f"{found[:12]}; these files come from different runs, take those of one run of "
-                         "balance_k_means.py on the checkpoint of the extraction")
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from conftest import ROOT
 
 from autoregressive.models.gpt import GPT, gpt_config
 from autoregressive.models.loading import build_gpt, describe_gpt, read_gpt
-from autoregressive.pipeline import check_codebook
 from autoregressive.runtime.checkpoint import save_checkpoint
 from autoregressive.runtime.files import codebook_sha256
+from autoregressive.runtime.identity import check_codebook
 from tokenizer.tokenizer_image.loading import load_vq
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 

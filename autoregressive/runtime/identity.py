@@ -33,6 +33,28 @@ def _shorten(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def check_recorded(flag: str, given: Any, recorded: Any, source: str | Path) -> None:
+    """Raises ValueError if a flag is given as another value than file `source` has recorded; None is unknown."""
+    if recorded not in (None, given):
+        raise ValueError(f"{flag}: expected {recorded} as in {source}, got {given}")
+
+
+def check_codebook(expected: str | None, found: str | None, expected_source: str | Path,
+                   found_source: str | Path) -> None:
+    """Compares the hashes of the codebook in two files: differing ones are an error, unknown ones a warning.
+
+    Raises:
+        ValueError: both are known and differ.
+    """
+    if expected is None or found is None:
+        unknown = expected_source if expected is None else found_source
+        LOGGER.warning("%s: carries no hash of its codebook, so it cannot be checked", unknown)
+    elif expected != found:
+        raise ValueError(f"{found_source}: expected the codebook {expected[:12]} of {expected_source}, got "
+                         f"{found[:12]}; these files come from different runs, take those of one run of "
+                         "balance_k_means.py on the checkpoint of the extraction")
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """A folder {results_dir}/{index:03d}-{name} of one training run.

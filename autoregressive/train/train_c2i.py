@@ -38,12 +38,13 @@ from autoregressive.models.cluster_loss import check_cluster_size, fused_head_lo
 from autoregressive.models.generate import Sampler, random_numbers
 from autoregressive.models.gpt import GPT, GPTConfig, add_gpt_args, gpt_config, grid_of
 from autoregressive.models.loading import GPTFile, build_gpt, describe_gpt, move_rows_to_tokens, name_moments, read_gpt
-from autoregressive.pipeline import Pipeline, check_codebook, check_recorded, load_decoder
+from autoregressive.pipeline import Pipeline, load_decoder
 from autoregressive.runtime.checkpoint import find_checkpoint, load_strictly
 from autoregressive.runtime.compute import PRECISIONS, can_compile
 from autoregressive.runtime.distributed import PARALLEL, Session, seed_everything, wrap_for_training
 from autoregressive.runtime.entry import Flags, Parser, at_least, checks, flag_of, free, on_main, pixels, run, share
 from autoregressive.runtime.files import weights_sha256
+from autoregressive.runtime.identity import check_codebook, check_recorded
 from autoregressive.runtime.log import LOGGER, open_logger
 from autoregressive.runtime.optim import ModelOptimizer, OptimSettings, add_optim_args, check_optim
 from autoregressive.runtime.pictures import save_grid
