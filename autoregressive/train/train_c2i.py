@@ -37,7 +37,8 @@ from autoregressive.data.codes import (
 from autoregressive.models.cluster_loss import check_cluster_size, fused_head_loss, plain_head_loss
 from autoregressive.models.generate import Sampler, random_numbers
 from autoregressive.models.gpt import GPT, GPTConfig, add_gpt_args, gpt_config, grid_of
-from autoregressive.models.loading import GPTFile, build_gpt, describe_gpt, move_rows_to_tokens, name_moments, read_gpt
+from autoregressive.models.loading import GPTFile, build_gpt
+from autoregressive.models.start import check_start, read_start
 from autoregressive.pipeline import Pipeline, load_decoder
 from autoregressive.runtime.checkpoint import find_checkpoint, load_strictly
 from autoregressive.runtime.compute import PRECISIONS, can_compile
@@ -192,51 +193,6 @@ def open_vq(args: Flags, mapping: Mapping) -> VQModel | None:
     return vq
 
 
-def check_tokens(args: Flags, file: GPTFile, mapping: Mapping) -> None:
-    """Raises ValueError if a GPT was trained on other tokens than those of this run; unknown ones are a warning."""
-    is_reordered = "mapping_sha256" in file.settings
-    if args.init_from_original and is_reordered:
-        raise ValueError(f"--init-from-original: expected a GPT over codes in their original order, found {file.path}, "
-                         "which was trained on tokens; leave the flag out")
-    if is_reordered:
-        check_recorded("--mapping-path", mapping.hashes["mapping_sha256"], file.settings["mapping_sha256"], file.path)
-    elif not args.init_from_original:
-        LOGGER.warning("%s: carries no hashes, so it cannot be checked that it was trained on the tokens of %s; a GPT "
-                       "over codes in their original order needs --init-from-original", file.path, mapping.path)
-
-
-def check_start(args: Flags, file: GPTFile | None, num_steps: int) -> None:
-    """Raises ValueError unless this run can begin with what read_start returned."""
-    if file is None or not file.payload:
-        return
-    steps = file.payload.get("steps")
-    if not isinstance(steps, int) or not 0 <= steps < num_steps:
-        raise ValueError(f"{file.path}: expected a checkpoint of fewer than the run's {num_steps} steps, found "
-                         f"{steps}; lengthen the run, or start from the weights alone: --weights-only")
-    if args.ema and "ema" not in file.payload:
-        raise ValueError(f"{file.path}: expected an average of the weights for --ema, found none; start without --ema, "
-                         "or from the weights alone: --weights-only")
-    if args.mixed_precision == "fp16" and not file.payload.get("scaler"):
-        raise ValueError(f"{file.path}: expected the loss scale of a run in fp16, found none; start from the weights "
-                         "alone: --weights-only")
-
-
-def read_start(args: Flags, path: Path | None, config: GPTConfig, mapping: Mapping) -> GPTFile | None:
-    """Returns what --gpt-ckpt names: a checkpoint to go on from, or weights alone to start from; None for nothing."""
-    if path is None:
-        return None
-    file = read_gpt(path)
-    check_tokens(args, file, mapping)
-    payload = {}
-    if "optimizer" in file.payload and not (args.weights_only or args.init_from_original):
-        moments = name_moments(file.payload["optimizer"], file.state, file.path)
-        payload = file.payload | {"model": file.state, "optimizer": moments}
-    state = move_rows_to_tokens(file.state, mapping.tokens, file.path) if args.init_from_original else file.state
-    with torch.device("meta"):
-        load_strictly(GPT(config), state, file.path, describe_gpt(state))
-    return dataclasses.replace(file, state=state, payload=payload)
-
-
 def describe(args: Flags, data: TrainingData) -> dict:
     """Returns what a reader of a checkpoint must know of it."""
     names = ("gpt_model", "vocab_size", "num_classes", "image_size", "cluster_size", "lambda_cce",
@@ -313,13 +269,17 @@ def main(args: Flags, session: Session) -> None:
                             drop_path=args.drop_path_rate)
         settings = RunSettings(**args.pick(RunSettings))
         num_steps = settings.num_steps(data.batches.per_epoch)
-        start = read_start(args, start_path, config, data.mapping)
+        mapping = data.mapping
+        start = read_start(start_path, config, tokens=mapping.tokens, mapping_path=mapping.path,
+                           mapping_sha256=mapping.hashes["mapping_sha256"], weights_only=args.weights_only,
+                           init_from_original=args.init_from_original)
         identity = args.identity() | data.identity()
         if start and not start.payload:             # a checkpoint to go on from may grow meanwhile
             identity["start_sha256"] = weights_sha256(start.state)
         name = f"{args.gpt_model}-lambda={args.lambda_cce:g}-cluster_size={args.cluster_size}"
-    folder = open_run_folder(args, session, name, identity, num_steps,
-                             functools.partial(check_start, args, start, num_steps))
+    can_start = functools.partial(check_start, start, num_steps, needs_ema=args.ema,
+                                  needs_scaler=args.mixed_precision == "fp16")
+    folder = open_run_folder(args, session, name, identity, num_steps, can_start)
     if folder.is_finished(num_steps):
         LOGGER.info("%s is finished: %s", folder.path, folder.result)
         return

@@ -1,0 +1,90 @@
+"""What the training of a GPT starts from: a checkpoint to go on from, or weights alone.
+
+Letters: V codes.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from autoregressive.models.gpt import GPT, GPTConfig
+from autoregressive.models.loading import GPTFile, describe_gpt, move_rows_to_tokens, name_moments, read_gpt
+from autoregressive.runtime.checkpoint import load_strictly
+from autoregressive.runtime.identity import check_recorded
+from autoregressive.runtime.log import LOGGER
+
+
+def read_start(path: Path | None, config: GPTConfig, *, tokens: np.ndarray, mapping_path: Path, mapping_sha256: str,
+               weights_only: bool, init_from_original: bool) -> GPTFile | None:
+    """Reads the checkpoint that a training starts from.
+
+    Args:
+        path: the checkpoint, or None.
+        config: of the GPT to train.
+        tokens: (V,) int64, code -> token, of the run's mapping.
+        mapping_path: its file, named in errors.
+        mapping_sha256: its hash.
+        weights_only: whether to start from the weights, whatever else the file holds.
+        init_from_original: whether the file is a GPT over codes in their original order.
+
+    Returns:
+        GPTFile whose `state` is over tokens, and whose `payload` is that of a checkpoint to go on from, or empty to
+        start from the weights alone; None without a path.
+
+    Raises:
+        ValueError: the file is unreadable, of another model, or over other tokens.
+    """
+    if path is None:
+        return None
+    file = read_gpt(path)
+    check_tokens(file, mapping_path=mapping_path, mapping_sha256=mapping_sha256,
+                 init_from_original=init_from_original)
+    payload = {}
+    if "optimizer" in file.payload and not (weights_only or init_from_original):
+        moments = name_moments(file.payload["optimizer"], file.state, file.path)
+        payload = file.payload | {"model": file.state, "optimizer": moments}
+    state = move_rows_to_tokens(file.state, tokens, file.path) if init_from_original else file.state
+    with torch.device("meta"):
+        load_strictly(GPT(config), state, file.path, describe_gpt(state))
+    return dataclasses.replace(file, state=state, payload=payload)
+
+
+def check_tokens(file: GPTFile, *, mapping_path: Path, mapping_sha256: str, init_from_original: bool) -> None:
+    """Raises ValueError if a GPT was trained on other tokens than those of this run; unknown ones are a warning."""
+    is_reordered = "mapping_sha256" in file.settings
+    if init_from_original and is_reordered:
+        raise ValueError(f"--init-from-original: expected a GPT over codes in their original order, found {file.path}, "
+                         "which was trained on tokens; leave the flag out")
+    if is_reordered:
+        check_recorded("--mapping-path", mapping_sha256, file.settings["mapping_sha256"], file.path)
+    elif not init_from_original:
+        LOGGER.warning("%s: carries no hashes, so it cannot be checked that it was trained on the tokens of %s; a GPT "
+                       "over codes in their original order needs --init-from-original", file.path, mapping_path)
+
+
+def check_start(file: GPTFile | None, num_steps: int, *, needs_ema: bool, needs_scaler: bool) -> None:
+    """Checks that a run can begin with what read_start returned.
+
+    Args:
+        file: what it returned.
+        num_steps: length of the run.
+        needs_ema: whether the run keeps an average of the weights.
+        needs_scaler: whether it scales its loss, as in fp16.
+
+    Raises:
+        ValueError: the checkpoint is as long as the run, or lacks what the run goes on with.
+    """
+    if file is None or not file.payload:
+        return
+    steps = file.payload.get("steps")
+    if not isinstance(steps, int) or not 0 <= steps < num_steps:
+        raise ValueError(f"{file.path}: expected a checkpoint of fewer than the run's {num_steps} steps, found "
+                         f"{steps}; lengthen the run, or start from the weights alone: --weights-only")
+    if needs_ema and "ema" not in file.payload:
+        raise ValueError(f"{file.path}: expected an average of the weights for --ema, found none; start without --ema, "
+                         "or from the weights alone: --weights-only")
+    if needs_scaler and not file.payload.get("scaler"):
+        raise ValueError(f"{file.path}: expected the loss scale of a run in fp16, found none; start from the weights "
+                         "alone: --weights-only")
