@@ -25,15 +25,8 @@ import torch
 from torch import Tensor
 
 from autoregressive.data.batches import TokenBatches, split_store
-from autoregressive.data.codes import (
-    CodeStore,
-    Mapping,
-    add_code_args,
-    default_mapping_path,
-    open_codes,
-    read_mapping,
-    verify_checksums,
-)
+from autoregressive.data.codes import CodeStore, Mapping, add_code_args, default_mapping_path, open_codes, read_mapping
+from autoregressive.data.store_checks import check_store, verify_codes
 from autoregressive.models.cluster_loss import check_cluster_size, fused_head_loss, plain_head_loss
 from autoregressive.models.generate import Sampler, random_numbers
 from autoregressive.models.gpt import GPT, GPTConfig, add_gpt_args, gpt_config, grid_of
@@ -45,7 +38,6 @@ from autoregressive.runtime.compute import PRECISIONS, can_compile
 from autoregressive.runtime.distributed import PARALLEL, Session, seed_everything, wrap_for_training
 from autoregressive.runtime.entry import Flags, Parser, at_least, checks, flag_of, free, on_main, pixels, run, share
 from autoregressive.runtime.files import weights_sha256
-from autoregressive.runtime.identity import check_codebook, check_recorded
 from autoregressive.runtime.log import LOGGER, open_logger
 from autoregressive.runtime.optim import ModelOptimizer, OptimSettings, add_optim_args, check_optim
 from autoregressive.runtime.pictures import save_grid
@@ -144,26 +136,13 @@ class TrainingData:
             "num_training_images": len(self.batches.store.rows)}
 
 
-def check_store(args: Flags, store: CodeStore, mapping: Mapping) -> None:
-    """Raises ValueError if a code store, a mapping and the flags differ, so that no week of training begins with it."""
-    manifest = store.manifest
-    num_classes = manifest["class_names"] and len(manifest["class_names"])
-    grid = grid_of(args.image_size, args.downsample_size)
-    check_recorded("--vocab-size", args.vocab_size, manifest["codebook_size"], store.path)
-    check_recorded("--codebook-size", args.codebook_size, manifest["codebook_size"], store.path)
-    check_recorded("--num-classes", args.num_classes, num_classes, store.path)
-    check_recorded("--image-size", args.image_size, manifest["image_size"], store.path)
-    check_recorded("--image-size / --downsample-size (the grid)", grid, store.grid, store.path)
-    check_recorded("--cluster-size", args.cluster_size, mapping.hashes.get("cluster_size"), mapping.path)
-    check_codebook(manifest["codebook_sha256"], mapping.hashes.get("original_codebook_sha256"), store.path,
-                   mapping.path)
-
-
 def open_data(args: Flags, session: Session) -> TrainingData:
     """Opens codes and mapping, and compares them with each other and with the flags."""
     store = open_codes(*args.code_path)
     mapping = read_mapping(args.mapping_path or default_mapping_path(args.cluster_size), args.vocab_size)
-    check_store(args, store, mapping)
+    check_store(store, mapping, vocab_size=args.vocab_size, codebook_size=args.codebook_size,
+                num_classes=args.num_classes, image_size=args.image_size,
+                grid=grid_of(args.image_size, args.downsample_size), cluster_size=args.cluster_size)
     training, val = split_store(store, args.val_share if args.val_every else 0, args.global_seed)
     batches = TokenBatches(training, mapping.tokens, args.global_batch_size, args.global_seed, args.num_classes,
                            LABEL_DROPOUT)
@@ -174,13 +153,6 @@ def open_data(args: Flags, session: Session) -> TrainingData:
         val_batches = TokenBatches(val, mapping.tokens, max(size, session.world_size), args.global_seed,
                                    args.num_classes, label_dropout=0)
     return TrainingData(store, mapping, batches, val_batches)
-
-
-def verify_codes(paths: list[str]) -> None:
-    """Compares stores of codes with their checksums; the older layout has none. Raises ValueError where they differ."""
-    for path in paths:
-        if (Path(path) / "manifest.json").is_file():            # the older one takes minutes to open
-            verify_checksums(open_codes(path))
 
 
 def open_vq(args: Flags, mapping: Mapping) -> VQModel | None:
