@@ -102,9 +102,9 @@ def open_data(args: Flags, session: Session) -> tuple[TrainingCrops, Validation 
     return crops, validation
 
 
-def build_trainer(args: Flags, config: VQConfig, perceptual: LPIPS | None, start: VQModel | None,
-                  num_steps: int, crops: TrainingCrops, validation: Validation | None,
-                  session: Session) -> TokenizerTrainer:
+def build_trainer(args: Flags, config: VQConfig, session: Session, *, perceptual: LPIPS | None,
+                  start: VQModel | None, num_steps: int, crops: TrainingCrops,
+                  validation: Validation | None) -> TokenizerTrainer:
     """Builds the networks and everything that trains them."""
     seed_everything(args.global_seed)               # the same weights on every process
     model = VQModel(config)
@@ -170,7 +170,8 @@ def main(args: Flags, session: Session) -> None:
         LOGGER.info("%s is finished: %s", output, folder.result)
         return
 
-    trainer = build_trainer(args, config, perceptual, start, num_steps, crops, validation, session)
+    trainer = build_trainer(args, config, session, perceptual=perceptual, start=start, num_steps=num_steps,
+                            crops=crops, validation=validation)
     training = TrainingRun(folder, trainer, crops, settings, session, record=describe(args, crops, validation),
                            speed=Speedometer(session.device, session.world_size),
                            curves=CURVES + (GAN_CURVES if args.disc_weight else ()), result=RESULT,
