@@ -10,16 +10,19 @@ Letters: B pictures, T tokens, P pixels.
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from autoregressive.models.generate import CompiledSteps, Sampler, add_sampler_args, generate
+from autoregressive.models.generate import Steps, generate
 from autoregressive.models.gpt import GPT, add_gpt_args, gpt_config, grid_of
 from autoregressive.models.loading import GPTFile, build_gpt
 from autoregressive.models.packed import can_pack, pack_linears
-from autoregressive.runtime.compute import PRECISIONS
+from autoregressive.models.recorded import RecordedSteps, compile_decoding
+from autoregressive.models.sampler import Sampler, add_sampler_args
+from autoregressive.runtime.compute import PRECISIONS, can_compile
 from autoregressive.runtime.entry import Parser, free, pixels
 from autoregressive.runtime.files import weights_sha256
 from autoregressive.runtime.identity import check_codebook, check_recorded
@@ -61,7 +64,7 @@ class Pipeline:
         tile: pictures decoded together, always so many: a picture then has the same bits in every batch.
         class_names: list of the names of all classes, or None if they are not known.
         hashes: dict of codebook_sha256, vq_sha256 and gpt_sha256.
-        steps: CompiledSteps or None.
+        steps: how the decode steps run; None is one by one.
     """
 
     gpt: GPT
@@ -72,7 +75,7 @@ class Pipeline:
     tile: int
     class_names: list[str] | None
     hashes: dict[str, str]
-    steps: CompiledSteps | None = None
+    steps: Steps | None = None
 
     def draw_tokens(self, labels: np.ndarray, uniforms: np.ndarray) -> Tensor:
         """Returns tokens (B, T) int64 on the device, of labels (B,) and uniforms (B, T)."""
@@ -110,13 +113,18 @@ def add_pipeline_args(parser: Parser) -> None:
     group.add_argument("--from-fsdp", action="store_true", help="the checkpoint is a bare state dict")
     group.add_argument("--precision", default="bf16", choices=tuple(PRECISIONS), help="of the GPT's weights and cache")
     group.add_argument("--vq-precision", default="none", choices=tuple(PRECISIONS), help="of the VQ decoder")
-    group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
-                       help="compile the decode step, as CUDA graphs on a GPU (minutes at the start)")
+    group.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                       help="compile the blocks of a decode step and, on a GPU, record it as graphs; default: on a GPU")
     group.add_argument("--image-size", type=pixels, default=384, help="pixels of a generated picture's side")
     group.add_argument("--image-size-eval", type=pixels, default=256, help="pixels of a stored picture's side")
     group.add_argument("--resize", default="bicubic", choices=("bicubic", "antialias"),
                        help="bicubic as published, or with antialiasing")
     free(parser.add_argument("--preset", choices=PRESETS, help="settings of a published row"))  # what is given wins
+
+
+def device_flags(device: torch.device) -> dict[str, Any]:
+    """Returns those flags of add_pipeline_args whose default depends on where pictures are drawn."""
+    return {"compile": device.type == "cuda"}
 
 
 def load_decoder(path: str | Path, config: VQConfig, codebook_sha256: str | None,
@@ -160,11 +168,17 @@ def load_pipeline(file: GPTFile, settings: PipelineSettings, sampler: Sampler, v
 
     dtype, vq_dtype = PRECISIONS[settings.precision], PRECISIONS[settings.vq_precision]
     gpt = gpt.to(device).cast(dtype)
-    if can_pack(device, dtype) and not settings.compile:
+    steps = None
+    if settings.compile:
+        if device.type == "cuda":
+            steps = RecordedSteps(gpt)
+        if device.type == "cpu" or can_compile(device, wanted=True):
+            compile_decoding(gpt)
+    elif can_pack(device, dtype):
         pack_linears(gpt)
     vq.to(device)
     for part in (vq.post_quant_conv, vq.decoder):                # the codebook stays float32
         part.to(vq_dtype, memory_format=torch.channels_last)
     tile = min(LARGEST_TILE, default_batch_size(vq_config.vq_model, settings.image_size, vq_dtype, device))
     return Pipeline(gpt, vq, sampler, settings.image_size_eval, settings.resize == "antialias", tile,
-                    class_names, hashes, CompiledSteps(gpt) if settings.compile else None)
+                    class_names, hashes, steps)

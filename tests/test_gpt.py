@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from conftest import FIXTURES
 
+from autoregressive.models.cache import DecodePosition
 from autoregressive.models.cluster_loss import fused_head_loss, token_and_cluster_loss
-from autoregressive.models.generate import Sampler, generate
+from autoregressive.models.generate import generate
 from autoregressive.models.gpt import GPT, GPT_MODELS, GPTConfig, gpt_config
 from autoregressive.models.rope import apply_rotary, rotary_table
+from autoregressive.models.sampler import Sampler
 from autoregressive.runtime.checkpoint import load_strictly
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.optim import ModelOptimizer, OptimSettings
@@ -20,6 +22,16 @@ from autoregressive.train.objective import GPTTrainer, Objective
 TINY = GPTConfig("tiny", num_layers=2, num_heads=4, width=64, grid=4, vocab_size=512, num_classes=10, dropout=0.0,
                  token_dropout=0.0)
 ALONE = Session(rank=0, world_size=1, device=torch.device("cpu"))
+
+
+def decode_all(model, tokens, labels):
+    """Returns the logits (B, T, V) that decoding `tokens` (B, T) step by step gives."""
+    cache = model.new_cache(len(tokens))
+    rows = [model.prefill(labels, cache)]
+    for position in range(1, tokens.shape[1]):
+        at = DecodePosition(torch.tensor([position]), length=position + 1)
+        rows.append(model.decode_step(tokens[:, position - 1], at, cache))
+    return torch.stack(rows, dim=1)
 
 
 def relative_error(found, expected):
@@ -132,10 +144,9 @@ def test_rotary_tables_equal_the_fixture_bit_for_bit(fixture):
 def test_cached_steps_equal_the_fixture(tiny, numbers):
     labels = torch.cat([numbers["cond"], torch.full_like(numbers["cond"], 10)])
     tokens = numbers["idx"].repeat(2, 1)
-    cache = tiny.eval().new_cache(4)
     with torch.no_grad():
-        rows = [tiny.prefill(labels, cache)] + [tiny.decode_step(tokens[:, i - 1], i, cache) for i in range(1, 16)]
-    assert relative_error(torch.stack(rows, dim=1), numbers["kv_step_logits"]) < 1e-5
+        found = decode_all(tiny.eval(), tokens, labels)
+    assert relative_error(found, numbers["kv_step_logits"]) < 1e-5
 
 
 @pytest.mark.parametrize("name, scale, interval", [("cfg2", 2.0, -1), ("cfg1", 1.0, -1), ("cfg2_interval3", 2.0, 3),
@@ -154,9 +165,7 @@ def test_cached_decoding_equals_full_forward_with_grouped_heads():
     tokens, labels = torch.randint(40, (2, 9)), torch.tensor([4, 5])
     with torch.no_grad():
         expected = model(tokens[:, :-1], labels)
-        cache = model.new_cache(2)
-        rows = [model.prefill(labels, cache)] + [model.decode_step(tokens[:, i - 1], i, cache) for i in range(1, 9)]
-    assert torch.allclose(torch.stack(rows, dim=1), expected, atol=1e-5)
+        assert torch.allclose(decode_all(model, tokens, labels), expected, atol=1e-5)
 
 
 def test_grouped_heads_equal_repeated_key_and_value_heads():

@@ -40,7 +40,7 @@ SCRIPTS = {
         "--codebook-embed-dim": 8, "--cluster-size": 128, "--lambda-cce": 1},
     "autoregressive/sample/sample_c2i_ddp.py": {
         "--gpt-model": "GPT-B", "--gpt-ckpt": None, "--gpt-type": "c2i", "--from-fsdp": False, "--cls-token-num": 1,
-        "--precision": "bf16", "--compile": False, "--vq-model": "VQ-16", "--vq-ckpt": None,
+        "--precision": "bf16", "--compile": None, "--vq-model": "VQ-16", "--vq-ckpt": None,
         "--codebook-size": 16384, "--codebook-embed-dim": 8, "--image-size": 384, "--image-size-eval": 256,
         "--downsample-size": 16, "--num-classes": 1000, "--cfg-scale": 1.5, "--cfg-interval": -1,
         "--sample-dir": "samples", "--per-proc-batch-size": 32, "--num-fid-samples": 50000, "--global-seed": 0,

@@ -21,9 +21,10 @@ from autoregressive.data.batches import TokenBatches, split_store
 from autoregressive.data.code_writer import CodeWriter
 from autoregressive.data.codes import open_codes
 from autoregressive.models.cluster_loss import fused_head_loss
-from autoregressive.models.generate import Sampler, generate, random_numbers
+from autoregressive.models.generate import generate, random_numbers
 from autoregressive.models.gpt import GPT, GPT_MODELS, gpt_config
 from autoregressive.models.loading import build_gpt, move_rows_to_tokens, name_moments, read_gpt
+from autoregressive.models.sampler import Sampler
 from autoregressive.runtime import training
 from autoregressive.runtime.checkpoint import (
     list_checkpoints,

@@ -3,39 +3,55 @@
 Letters: B batch, G key-value heads, L length of the cache.
 """
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from autoregressive.models.gpt import GPTConfig
 
 
+@dataclass(frozen=True)
 class DecodePosition:
-    """Where a decode step stands: the index it writes, and how much of the cache it reads.
+    """Where a decode step stands: the place that it writes, and how much of the cache it reads.
 
-    A position given as a number reads exactly what is filled. A position on the device (for graphs that are recorded
-    once and run for many positions) reads `length`, a bucket of it, and hides what is not filled yet.
+    Attributes:
+        index: (1,) int64 on the device: the place in the sequence.
+        length: positions that are read, from the first: more than `index`, at most L.
+        hidden: (length,) bool, what of them is not filled yet; None if all are.
     """
 
-    def __init__(self, position, device, length=None):
-        """
-        Args:
-            position: int, or int64 tensor (1,) on the device; then `length`, above it, is needed.
-        """
-        if isinstance(position, int):
-            self.index = torch.arange(position, position + 1, device=device)
-            self.length, self.hidden = position + 1, None
-        else:
-            self.index, self.length = position, length
-            self.hidden = torch.arange(length, device=device) > position
+    index: Tensor
+    length: int
+    hidden: Tensor | None = None
+
+    @classmethod
+    def in_bucket(cls, index: Tensor, length: int) -> DecodePosition:
+        """Returns a position that a step recorded for all of a bucket can stand at: its length is the bucket's."""
+        return cls(index, length, torch.arange(length, device=index.device) > index)
 
 
 class KVCache:
-    """Keys and values of all layers, allocated once for a batch and written in place by GPT.decode_step."""
+    """Keys and values of all layers, allocated once for a batch and written in place by GPT.decode_step.
 
-    def __init__(self, config, batch_size, dtype, device):
-        shape = (config.num_layers, batch_size, config.kv_heads, config.num_tokens, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)                  # (layers, B, G, L, head_dim)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+    Each layer has tensors of its own: a compiler that sees a part of one large tensor written copies all of it.
 
-    def rows(self, count):
+    Attributes:
+        keys, values: of every layer, (B, G, L, head_dim).
+    """
+
+    def __init__(self, config: GPTConfig, batch_size: int, dtype: torch.dtype, device: torch.device):
+        shape = (batch_size, config.kv_heads, config.num_tokens, config.head_dim)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+
+    def rows(self, count: int) -> KVCache:
         """Returns a cache that shares the first `count` rows with this one."""
         part = object.__new__(KVCache)
-        part.keys, part.values = self.keys[:, :count], self.values[:, :count]
+        part.keys = [keys[:count] for keys in self.keys]
+        part.values = [values[:count] for values in self.values]
         return part

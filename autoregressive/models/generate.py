@@ -1,67 +1,20 @@
-"""Drawing tokens: guidance, filters, inverse-CDF sampling, and the loop over positions.
+"""Drawing tokens: the numbers that a sample is a function of, one decode step, and the loop over positions.
 
-Letters: B batch, T tokens, V codes.
+Letters: B batch, T tokens.
 
 A sample is a function of (seed, index): its label and its uniforms come from Philox(key=[seed, index]), one uniform for
 each position, so it does not matter which process draws it or what else is in its batch.
 """
 
-from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from autoregressive.runtime.entry import at_least, between, share_above_0
-
-SMALLEST_TEMPERATURE = 1e-5
-BUCKET = 64                     # positions; a compiled step reads the cache up to the next multiple
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """How tokens are drawn from logits.
-
-    Attributes:
-        cfg_scale: strength of classifier-free guidance; at most 1 means none.
-        cfg_interval: c >= 0 guides tokens 0 .. c + 1 only; -1 guides all.
-        temperature: divides the logits.
-        top_k: keep the k largest logits (ties stay); 0 keeps all.
-        top_p: keep tokens while the mass before them is at most p; 1 keeps all.
-        greedy: take the largest logit instead of drawing.
-    """
-
-    cfg_scale: float = 1.5
-    cfg_interval: int = -1
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    greedy: bool = False
-
-    def check(self, vocab_size):
-        """Raises ValueError for settings that mean nothing for a codebook of `vocab_size`."""
-        if self.temperature == 0 and not self.greedy:
-            raise ValueError("--temperature: expected more than 0, got 0; use --greedy for the limit")
-        if self.top_k > vocab_size:
-            raise ValueError(f"--top-k: expected 0 (off) to {vocab_size} codes, got {self.top_k}")
-
-    def guides(self, position):
-        """Says whether the token at `position` is drawn with guidance."""
-        return self.cfg_scale > 1 and (self.cfg_interval < 0 or position <= self.cfg_interval + 1)
-
-
-def add_sampler_args(parser):
-    """Declares the flags of Sampler."""
-    group = parser.add_argument_group("sampler")
-    group.add_argument("--cfg-scale", type=between(-1000.0, 1000.0), default=1.5,
-                       help="classifier-free guidance; at most 1 means none")
-    group.add_argument("--cfg-interval", type=at_least(-1), default=-1,
-                       help="guide tokens 0 to this + 1 only; -1 guides all")
-    group.add_argument("--temperature", type=at_least(0.0), default=1.0, help="divides the logits")
-    group.add_argument("--top-k", type=at_least(0), default=0,
-                       help="keep this many of the largest logits; 0 keeps all")
-    group.add_argument("--top-p", type=share_above_0, default=1.0,
-                       help="keep the most likely tokens of this mass; 1 keeps all")
-    group.add_argument("--greedy", action="store_true", help="take the most likely token instead of drawing")
+from autoregressive.models.cache import DecodePosition
+from autoregressive.models.gpt import GPT
+from autoregressive.models.sampler import Sampler, choose, guide
 
 
 def balanced_labels(indices, num_classes):
@@ -86,114 +39,99 @@ def random_numbers(seed, indices, num_classes, num_tokens):
     return (draws[:, 0] * num_classes).astype(np.int64), draws[:, 1:]
 
 
-def guide(logits, cfg_scale):
-    """Returns uncond + (cond - uncond) * cfg_scale, (B, V), from logits (2B, V): first all cond, then all uncond."""
-    cond, uncond = logits.chunk(2)
-    return uncond + (cond - uncond) * cfg_scale
+class Drawing:
+    """What the steps of a batch read and write. It stays in place, so that a recorded step serves every later batch.
 
-
-def filter_logits(logits, top_k=0, top_p=1.0):
-    """Sets logits outside the k largest, then outside the top mass p, to -inf.
-
-    Args:
-        logits: (B, V) float.
-        top_k: values below the k-th largest go, ties stay; 0 is off.
-        top_p: in descending order a token stays while the mass before it is <= p; 1 is off.
-
-    Returns:
-        (B, V), a new tensor where anything is filtered.
-    """
-    if top_k:
-        smallest_kept = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest_kept, -torch.inf)
-    if top_p < 1:
-        ordered, order = logits.sort(descending=True, stable=True)
-        mass = ordered.softmax(-1).cumsum(-1)
-        goes = torch.zeros_like(mass, dtype=torch.bool)
-        goes[:, 1:] = mass[:, :-1] > top_p                                          # the first token always stays
-        logits = logits.masked_fill(goes.scatter(-1, order, goes), -torch.inf)
-    return logits
-
-
-def probabilities(logits, sampler):
-    """Returns the distribution (B, V) float32 that tokens are drawn from, given guided logits (B, V)."""
-    scaled = logits / max(sampler.temperature, SMALLEST_TEMPERATURE)
-    return filter_logits(scaled, sampler.top_k, sampler.top_p).softmax(-1)
-
-
-def draw(distribution, uniforms):
-    """Draws one token a row by inverting the cumulative distribution.
-
-    Args:
-        distribution: (B, V) non-negative, need not sum to exactly 1.
-        uniforms: (B,) float64 in [0, 1).
-
-    Returns:
-        (B,) int64: the first token whose cumulative mass exceeds uniform * total; never one of probability 0.
-    """
-    cdf = distribution.double().cumsum(-1)                                          # (B, V)
-    tokens = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True)[:, 0]
-    last = torch.searchsorted(cdf, cdf[:, -1:].contiguous())[:, 0]                  # the last of non-zero probability
-    return torch.minimum(tokens, last)
-
-
-def choose(logits, uniforms, sampler):
-    """Returns the next tokens (B,) from guided logits (B, V) and uniforms (B,) float64."""
-    return logits.argmax(-1) if sampler.greedy else draw(probabilities(logits, sampler), uniforms)
-
-
-class CompiledSteps:
-    """Decode steps of a GPT through torch.compile, recorded as CUDA graphs on a GPU.
-
-    A step is compiled once for every bucket of the cache's length, reads no more than its bucket, and finds its
-    position in a tensor; one cache serves all batches of its size.
+    Attributes:
+        cache: KVCache of the pictures and, with guidance, of as many rows again with the null label.
+        uniforms: (B, T) float64.
+        tokens: (B, T) int64, drawn as far as `index`.
+        index: (1,) int64, the position of the next token.
     """
 
-    def __init__(self, model, mode="reduce-overhead"):
-        """`mode` is torch.compile's."""
-        self._model, self._caches = model, {}
-        self._positions = torch.arange(model.config.num_tokens, device=model.norm.weight.device)
-        self._step = torch.compile(model.decode_step, mode=mode, dynamic=False)
-        torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
+    def __init__(self, model: GPT, batch_size: int, is_guided: bool):
+        """
+        Args:
+            model: GPT.
+            batch_size: B.
+            is_guided: whether the first token, at least, is drawn with guidance.
+        """
+        num_tokens = model.config.num_tokens
+        device = model.norm.weight.device
+        self.cache = model.new_cache(2 * batch_size if is_guided else batch_size)
+        self.uniforms = torch.empty(batch_size, num_tokens, dtype=torch.float64, device=device)
+        self.tokens = torch.empty(batch_size, num_tokens, dtype=torch.int64, device=device)
+        self.index = torch.zeros(1, dtype=torch.int64, device=device)
 
-    def new_cache(self, batch_size):
-        if batch_size not in self._caches:
-            cache = self._caches[batch_size] = self._model.new_cache(batch_size)
-            for tensor in (cache.keys, cache.values):               # else a graph would copy what it writes into
-                torch._dynamo.mark_static_address(tensor)
-        return self._caches[batch_size]
+    def begin(self, model: GPT, labels: Tensor, uniforms: Tensor, sampler: Sampler) -> None:
+        """Draws the first token of a new batch: labels (B,) and uniforms (B, T), on the model's device."""
+        self.uniforms.copy_(uniforms)
+        self.index.zero_()
+        is_guided = sampler.guides(0)
+        if is_guided:
+            null = torch.full_like(labels, model.config.num_classes)
+            labels = torch.cat([labels, null])
+        self._append(model.prefill(labels, self.cache), sampler, is_guided)
 
-    def __call__(self, tokens, position, cache):
-        length = min(-(-(position + 1) // BUCKET) * BUCKET, self._model.config.num_tokens)
-        return self._step(tokens, self._positions[position:position + 1], cache, length).clone()
+    def step(self, model: GPT, at: DecodePosition, sampler: Sampler, is_guided: bool) -> None:
+        """Draws the token at `at`, whose index is that of the drawing. This is the function that a graph records."""
+        previous = self.tokens.index_select(1, at.index - 1)[:, 0]                  # (B,)
+        if is_guided:
+            logits = model.decode_step(previous.repeat(2), at, self.cache)          # (2B, V)
+        else:
+            logits = model.decode_step(previous, at, self.cache.rows(len(previous)))
+        self._append(logits, sampler, is_guided)
+
+    def _append(self, logits: Tensor, sampler: Sampler, is_guided: bool) -> None:
+        if is_guided:
+            logits = guide(logits, sampler.cfg_scale)                               # (B, V)
+        uniforms = self.uniforms.index_select(1, self.index)[:, 0]
+        self.tokens.index_copy_(1, self.index, choose(logits, uniforms, sampler)[:, None])
+        self.index += 1
+
+
+class Steps(Protocol):
+    """How the steps of a batch are run: one by one, or recorded."""
+
+    def drawing(self, batch_size: int, sampler: Sampler) -> Drawing:
+        """Returns what the steps of a batch read and write."""
+
+    def step(self, drawing: Drawing, position: int, sampler: Sampler) -> None:
+        """Draws the token at a position, 1 .. T - 1; those before it are drawn."""
+
+
+class EagerSteps:
+    """Steps that run as they are, and read no more of the cache than is filled."""
+
+    def __init__(self, model: GPT):
+        self._model = model
+
+    def drawing(self, batch_size: int, sampler: Sampler) -> Drawing:
+        return Drawing(self._model, batch_size, sampler.guides(0))
+
+    def step(self, drawing: Drawing, position: int, sampler: Sampler) -> None:
+        at = DecodePosition(drawing.index, length=position + 1)
+        drawing.step(self._model, at, sampler, sampler.guides(position))
 
 
 @torch.inference_mode()
-def generate(model, labels, uniforms, sampler, steps=None):
+def generate(model: GPT, labels: Tensor, uniforms: Tensor, sampler: Sampler, steps: Steps | None = None) -> Tensor:
     """Draws the tokens of pictures, position by position, with a key-value cache.
 
     Args:
-        model: a GPT in evaluation mode.
+        model: in evaluation mode.
         labels: (B,) int64 on the model's device.
         uniforms: (B, T) float64 on the model's device, one for each token.
         sampler: Sampler.
-        steps: CompiledSteps of the model; None runs its steps as they are.
+        steps: how to run the model's steps; None is EagerSteps.
 
     Returns:
         (B, T) int64 tokens.
     """
+    steps = steps or EagerSteps(model)
     batch_size, num_tokens = uniforms.shape
-    guided = sampler.guides(0)
-    condition = torch.cat([labels, torch.full_like(labels, model.config.num_classes)]) if guided else labels
-    cache = (steps or model).new_cache(len(condition))
-    logits = model.prefill(condition, cache)
-    tokens = torch.empty(batch_size, num_tokens, dtype=torch.int64, device=labels.device)
-    for position in range(num_tokens):
-        if position:
-            if guided and not sampler.guides(position):
-                guided, cache = False, cache.rows(batch_size)                       # later tokens use cond alone
-            previous = tokens[:, position - 1]
-            logits = (steps or model.decode_step)(previous.repeat(2) if guided else previous, position, cache)
-        tokens[:, position] = choose(guide(logits, sampler.cfg_scale) if guided else logits,
-                                     uniforms[:, position], sampler)
-    return tokens
+    drawing = steps.drawing(batch_size, sampler)
+    drawing.begin(model, labels, uniforms, sampler)
+    for position in range(1, num_tokens):
+        steps.step(drawing, position, sampler)
+    return drawing.tokens.clone()                   # a later batch may be drawn in the same place

@@ -276,24 +276,23 @@ class GPT(nn.Module):
 
     def prefill(self, labels, cache):
         """Starts sequences from their labels (B,); returns the float32 logits (B, V) of token 0."""
-        return self._decode(self.cls_embedding(labels), 0, cache)
+        first = DecodePosition(torch.zeros(1, dtype=torch.int64, device=labels.device), length=1)
+        return self._decode(self.cls_embedding(labels), first, cache)
 
-    def decode_step(self, tokens, position, cache, length=None):
+    def decode_step(self, tokens, at, cache):
         """Feeds one token each and returns the logits of the next.
 
         Args:
-            tokens: (B,) int64, the tokens with index position - 1.
-            position: place in the sequence, 1 .. T - 1; all before it are in the cache. An int, or an int64 tensor (1,)
-                on the device, with `length`, the part of the cache to read: more than `position`, at most L.
+            tokens: (B,) int64, the tokens before `at`.
+            at: DecodePosition in the sequence, 1 .. T - 1; all before it are in the cache.
             cache: KVCache, written in place.
 
         Returns:
-            (B, V) float32: logits of token `position`.
+            (B, V) float32: logits of the token at the position.
         """
-        return self._decode(self.tok_embeddings(tokens)[:, None], position, cache, length)
+        return self._decode(self.tok_embeddings(tokens)[:, None], at, cache)
 
-    def _decode(self, x, position, cache, length=None):                             # x (B, 1, D)
-        at = DecodePosition(position, x.device, length)
+    def _decode(self, x, at, cache):                                                # x (B, 1, D)
         table = self.rotary[at.index]
         for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
             x = layer.decode(x, table, at, keys, values)

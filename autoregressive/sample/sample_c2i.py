@@ -19,9 +19,10 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from autoregressive.models.generate import Sampler, random_numbers
+from autoregressive.models.generate import random_numbers
 from autoregressive.models.loading import read_gpt
-from autoregressive.pipeline import PipelineSettings, add_pipeline_args, load_pipeline
+from autoregressive.models.sampler import Sampler
+from autoregressive.pipeline import PipelineSettings, add_pipeline_args, device_flags, load_pipeline
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.entry import Flags, Parser, between, check_one_process, checks, run
 from autoregressive.runtime.files import check_output
@@ -72,7 +73,7 @@ def main(args: Flags, session: Session) -> None:
     with checks(session):
         check_one_process(session)
         gpt_file = read_gpt(args.gpt_ckpt, args.weights, args.from_fsdp)
-        args.resolve(gpt_file.flags(), gpt_file.path, preset_flags(args.preset))
+        args.resolve(gpt_file.flags(), gpt_file.path, device_flags(session.device) | preset_flags(args.preset))
         pipeline = load_pipeline(gpt_file, PipelineSettings(**args.pick(PipelineSettings)),
                                  Sampler(**args.pick(Sampler)), VQConfig(**args.pick(VQConfig)), session.device)
         classes = read_classes(args.class_ids, args.num_classes, pipeline.class_names)

@@ -23,9 +23,10 @@ import numpy as np
 import torch
 
 from autoregressive.data.codes import code_dtype
-from autoregressive.models.generate import Sampler, balanced_labels, random_numbers
+from autoregressive.models.generate import balanced_labels, random_numbers
 from autoregressive.models.loading import read_gpt
-from autoregressive.pipeline import Pipeline, PipelineSettings, add_pipeline_args, load_pipeline
+from autoregressive.models.sampler import Sampler
+from autoregressive.pipeline import Pipeline, PipelineSettings, add_pipeline_args, device_flags, load_pipeline
 from autoregressive.runtime.checkpoint import find_checkpoint
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.entry import Flags, Parser, at_least, between, checks, free, on_main, run
@@ -138,7 +139,7 @@ def main(args: Flags, session: Session) -> None:
     gpt_path = on_main(session, find_checkpoint, args.gpt_ckpt) if args.gpt_ckpt else None
     with checks(session):
         gpt_file = read_gpt(gpt_path, args.weights, args.from_fsdp)
-        args.resolve(gpt_file.flags(), gpt_file.path, preset_flags(args.preset))
+        args.resolve(gpt_file.flags(), gpt_file.path, device_flags(session.device) | preset_flags(args.preset))
         listed = read_labels(args.labels, args.num_classes)
         pipeline = load_pipeline(gpt_file, PipelineSettings(**args.pick(PipelineSettings)),
                                  Sampler(**args.pick(Sampler)), VQConfig(**args.pick(VQConfig)), session.device)

@@ -28,9 +28,10 @@ from autoregressive.data.batches import TokenBatches, split_store
 from autoregressive.data.codes import CodeStore, Mapping, add_code_args, default_mapping_path, open_codes, read_mapping
 from autoregressive.data.store_checks import check_store, verify_codes
 from autoregressive.models.cluster_loss import check_cluster_size, fused_head_loss, plain_head_loss
-from autoregressive.models.generate import Sampler, random_numbers
+from autoregressive.models.generate import random_numbers
 from autoregressive.models.gpt import GPT, GPTConfig, add_gpt_args, gpt_config, grid_of
 from autoregressive.models.loading import GPTFile, build_gpt
+from autoregressive.models.sampler import Sampler
 from autoregressive.models.start import check_start, read_start
 from autoregressive.pipeline import Pipeline, load_decoder
 from autoregressive.runtime.checkpoint import find_checkpoint, load_strictly

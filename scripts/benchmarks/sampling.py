@@ -24,9 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from autoregressive.models.generate import CompiledSteps, Sampler, generate, guide
+from autoregressive.models.generate import generate
 from autoregressive.models.gpt import GPT, GPT_MODELS, gpt_config
 from autoregressive.models.packed import can_pack, pack_linears
+from autoregressive.models.recorded import RecordedSteps, compile_decoding
+from autoregressive.models.sampler import Sampler, guide
 from autoregressive.runtime.compute import PRECISIONS
 from autoregressive.runtime.entry import run
 from scripts.benchmarks.turns import add_size_args, benchmark_parser, compare, timed
@@ -53,20 +55,30 @@ class PublishedWay:
 
     def __init__(self, model, compiled):
         self.model = model
+        self.caches = {}
+        self.positions = torch.arange(model.config.num_tokens, device=model.norm.weight.device)
         self.step = torch.compile(self._step, mode="reduce-overhead") if compiled else self._step
 
     @torch.inference_mode()
     def generate(self, labels):
         condition = torch.cat([labels, torch.full_like(labels, NUM_CLASSES)])
-        cache = self.model.new_cache(len(condition))
-        mask = torch.ones(cache.keys.shape[3], cache.keys.shape[3], device=labels.device).tril().bool()
+        cache = self._cache(len(condition))
+        num_tokens = self.model.config.num_tokens
+        mask = torch.ones(num_tokens, num_tokens, device=labels.device).tril().bool()
         x, tokens = self.model.cls_embedding(condition), []
-        for position in range(self.model.config.num_tokens):
-            index = torch.tensor([position], device=labels.device)
+        for position in range(num_tokens):
+            index = self.positions[position:position + 1]
             logits = guide(self.step(x, index, cache, mask).clone(), SCALE)
             tokens.append(torch.multinomial(logits.softmax(-1), num_samples=1))                 # (B, 1)
             x = self.model.tok_embeddings(tokens[-1].repeat(2, 1))
         return torch.cat(tokens, dim=1)
+
+    def _cache(self, num_rows):
+        if num_rows not in self.caches:
+            cache = self.caches[num_rows] = self.model.new_cache(num_rows)
+            for tensor in (*cache.keys, *cache.values):             # else a graph would copy what it writes into
+                torch._dynamo.mark_static_address(tensor)
+        return self.caches[num_rows]
 
     def _step(self, x, index, cache, mask):
         table = self.model.rotary[index]
@@ -110,8 +122,10 @@ def compare_ways(args, name, grid, batch_size, bandwidth, device):
     model = model.to(device).cast(dtype)
     bound = bandwidth / step_bytes(model, batch_size) * batch_size
     ours = copy.deepcopy(model)
-    steps = CompiledSteps(ours) if args.compile else None
-    if can_pack(device, dtype) and not args.compile:
+    steps = None
+    if args.compile:
+        steps = RecordedSteps(compile_decoding(ours)) if device.type == "cuda" else None
+    elif can_pack(device, dtype):
         pack_linears(ours)
     labels = torch.randint(NUM_CLASSES, (batch_size,), device=device)
     uniforms = torch.rand(batch_size, config.num_tokens, dtype=torch.float64, device=device)

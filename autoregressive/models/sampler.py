@@ -1,0 +1,115 @@
+"""How a token is drawn from logits: guidance, temperature, filters, and the inverse of the cumulative distribution.
+
+Letters: B batch, V codes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from autoregressive.runtime.entry import at_least, between, share_above_0
+
+SMALLEST_TEMPERATURE = 1e-5
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How tokens are drawn from logits.
+
+    Attributes:
+        cfg_scale: strength of classifier-free guidance; at most 1 means none.
+        cfg_interval: c >= 0 guides tokens 0 .. c + 1 only; -1 guides all.
+        temperature: divides the logits.
+        top_k: keep the k largest logits (ties stay); 0 keeps all.
+        top_p: keep tokens while the mass before them is at most p; 1 keeps all.
+        greedy: take the largest logit instead of drawing.
+    """
+
+    cfg_scale: float = 1.5
+    cfg_interval: int = -1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    greedy: bool = False
+
+    def check(self, vocab_size):
+        """Raises ValueError for settings that mean nothing for a codebook of `vocab_size`."""
+        if self.temperature == 0 and not self.greedy:
+            raise ValueError("--temperature: expected more than 0, got 0; use --greedy for the limit")
+        if self.top_k > vocab_size:
+            raise ValueError(f"--top-k: expected 0 (off) to {vocab_size} codes, got {self.top_k}")
+
+    def guides(self, position):
+        """Says whether the token at `position` is drawn with guidance."""
+        return self.cfg_scale > 1 and (self.cfg_interval < 0 or position <= self.cfg_interval + 1)
+
+
+def add_sampler_args(parser):
+    """Declares the flags of Sampler."""
+    group = parser.add_argument_group("sampler")
+    group.add_argument("--cfg-scale", type=between(-1000.0, 1000.0), default=1.5,
+                       help="classifier-free guidance; at most 1 means none")
+    group.add_argument("--cfg-interval", type=at_least(-1), default=-1,
+                       help="guide tokens 0 to this + 1 only; -1 guides all")
+    group.add_argument("--temperature", type=at_least(0.0), default=1.0, help="divides the logits")
+    group.add_argument("--top-k", type=at_least(0), default=0,
+                       help="keep this many of the largest logits; 0 keeps all")
+    group.add_argument("--top-p", type=share_above_0, default=1.0,
+                       help="keep the most likely tokens of this mass; 1 keeps all")
+    group.add_argument("--greedy", action="store_true", help="take the most likely token instead of drawing")
+
+
+def guide(logits, cfg_scale):
+    """Returns uncond + (cond - uncond) * cfg_scale, (B, V), from logits (2B, V): first all cond, then all uncond."""
+    cond, uncond = logits.chunk(2)
+    return uncond + (cond - uncond) * cfg_scale
+
+
+def filter_logits(logits, top_k=0, top_p=1.0):
+    """Sets logits outside the k largest, then outside the top mass p, to -inf.
+
+    Args:
+        logits: (B, V) float.
+        top_k: values below the k-th largest go, ties stay; 0 is off.
+        top_p: in descending order a token stays while the mass before it is <= p; 1 is off.
+
+    Returns:
+        (B, V), a new tensor where anything is filtered.
+    """
+    if top_k:
+        smallest_kept = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest_kept, -torch.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(descending=True, stable=True)
+        mass = ordered.softmax(-1).cumsum(-1)
+        goes = torch.zeros_like(mass, dtype=torch.bool)
+        goes[:, 1:] = mass[:, :-1] > top_p                                          # the first token always stays
+        logits = logits.masked_fill(goes.scatter(-1, order, goes), -torch.inf)
+    return logits
+
+
+def probabilities(logits, sampler):
+    """Returns the distribution (B, V) float32 that tokens are drawn from, given guided logits (B, V)."""
+    scaled = logits / max(sampler.temperature, SMALLEST_TEMPERATURE)
+    return filter_logits(scaled, sampler.top_k, sampler.top_p).softmax(-1)
+
+
+def draw(distribution, uniforms):
+    """Draws one token a row by inverting the cumulative distribution.
+
+    Args:
+        distribution: (B, V) non-negative, need not sum to exactly 1.
+        uniforms: (B,) float64 in [0, 1).
+
+    Returns:
+        (B,) int64: the first token whose cumulative mass exceeds uniform * total; never one of probability 0.
+    """
+    cdf = distribution.double().cumsum(-1)                                          # (B, V)
+    tokens = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True)[:, 0]
+    last = torch.searchsorted(cdf, cdf[:, -1:].contiguous())[:, 0]                  # the last of non-zero probability
+    return torch.minimum(tokens, last)
+
+
+def choose(logits, uniforms, sampler):
+    """Returns the next tokens (B,) from guided logits (B, V) and uniforms (B,) float64."""
+    return logits.argmax(-1) if sampler.greedy else draw(probabilities(logits, sampler), uniforms)
