@@ -1,16 +1,19 @@
 """Arrays that several processes fill at once: one result in any order, and whatever is killed leaves nothing wrong."""
 
+import errno
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from autoregressive.data.code_writer import CodeWriter
 from autoregressive.data.codes import open_codes
 from autoregressive.runtime import files
 from autoregressive.runtime import rows as rows_module
 from autoregressive.runtime.files import read_json
-from autoregressive.runtime.rows import FAILED, RowWriter
+from autoregressive.runtime.rows import FAILED, BackgroundWriter, RowWriter
 
 IDENTITY = {"seed": 3, "weights_sha256": "1" * 64}
 ARRAYS = {"pictures": (np.dtype(np.uint8), (2, 2)), "labels": (np.dtype(np.int64), ())}
@@ -250,3 +253,46 @@ def test_interrupted_replacement_of_a_store_is_done_by_the_next_start(tmp_path, 
     other.create(np.arange(5), overwrite=True)
     assert other.rows.num_done == 0 and other.rows.array("codes").shape == (5, 2, 9)
     assert "failures" not in names(tmp_path / "codes")
+
+
+def write_behind(writer, rows):
+    writer.write(rows, pictures=torch.from_numpy(PICTURES[rows.start:rows.stop]),
+                 labels=torch.from_numpy(LABELS[rows.start:rows.stop]))
+
+
+def test_rows_written_behind_are_all_there_at_the_end(tmp_path):
+    rows = writer_of(tmp_path)
+    rows.create()
+    with BackgroundWriter(rows) as writer:
+        for batch in rows.missing(2):
+            write_behind(writer, batch)
+    assert rows.missing(2) == []
+    assert np.array_equal(rows.array("pictures"), PICTURES) and np.array_equal(rows.array("labels"), LABELS)
+
+
+def test_what_was_handed_over_is_written_when_a_signal_ends_the_drawing(tmp_path):
+    rows = writer_of(tmp_path)
+    rows.create()
+    with pytest.raises(SystemExit), BackgroundWriter(rows) as writer:
+        write_behind(writer, range(3))
+        write_behind(writer, range(3, 6))
+        raise SystemExit(143)
+    assert rows.missing(3) == [range(6, 9), range(9, 11)]
+    assert np.array_equal(rows.array("pictures")[:6], PICTURES[:6])
+
+
+@pytest.mark.parametrize("num_batches", [1, 2])
+def test_an_error_of_the_writing_thread_ends_the_drawing(tmp_path, monkeypatch, num_batches):
+    rows = writer_of(tmp_path)
+    rows.create()
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", fail)
+    begun = []
+    with pytest.raises(OSError, match="No space left"), BackgroundWriter(rows) as writer:
+        for batch in rows.missing(2)[:num_batches]:
+            begun.append(batch)
+            write_behind(writer, batch)
+    assert len(begun) == num_batches and rows.num_done == 0

@@ -71,7 +71,9 @@ class Drawing:
         if is_guided:
             null = torch.full_like(labels, model.config.num_classes)
             labels = torch.cat([labels, null])
-        self._append(model.prefill(labels, self.cache), sampler, is_guided)
+        with torch.compiler.set_stance("force_eager"):              # blocks are compiled for buckets alone
+            logits = model.prefill(labels, self.cache)
+        self._append(logits, sampler, is_guided)
 
     def step(self, model: GPT, at: DecodePosition, sampler: Sampler, is_guided: bool) -> None:
         """Draws the token at `at`, whose index is that of the drawing. This is the function that a graph records."""

@@ -17,10 +17,14 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from autoregressive.runtime.files import read_json, write_json
 from autoregressive.runtime.identity import find_difference
@@ -133,6 +137,55 @@ class RowWriter:
         """Waits until every row is written by someone: by a look at the file, so that no collective can time out."""
         while self.num_done < self.num_rows:
             time.sleep(POLL_SECONDS)
+
+
+class HostCopy:
+    """Tensors on their way to the host, in page-locked memory: the device goes on meanwhile."""
+
+    def __init__(self, tensors: dict[str, Tensor]):
+        self._copies = {name: tensor.to("cpu", non_blocking=True) for name, tensor in tensors.items()}
+        self._arrived = None
+        if any(tensor.is_cuda for tensor in tensors.values()):
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Waits for the copies, and returns them."""
+        if self._arrived:
+            self._arrived.synchronize()
+        return {name: copy.numpy() for name, copy in self._copies.items()}
+
+
+class BackgroundWriter:
+    """Writes rows in a thread, so that a GPU draws the next batch meanwhile; one batch at most waits for it.
+
+    At the end of its context everything is written. What goes wrong in the thread is raised by the next `write`, or at
+    the end.
+    """
+
+    def __init__(self, rows: RowWriter):
+        self._rows = rows
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._pending: Future[None] | None = None
+
+    def __enter__(self) -> "BackgroundWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 traceback: TracebackType | None) -> None:
+        self._thread.shutdown()
+        if kind is None:
+            self._wait()
+
+    def write(self, rows: range, **tensors: Tensor) -> None:
+        """Begins to write consecutive rows, as RowWriter.write does, from tensors that nobody changes any more."""
+        copy = HostCopy(tensors)
+        self._wait()
+        self._pending = self._thread.submit(lambda: self._rows.write(rows, **copy.arrays()))
+
+    def _wait(self) -> None:
+        if self._pending:
+            self._pending.result()
 
 
 def _preallocate(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:

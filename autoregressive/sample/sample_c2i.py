@@ -36,6 +36,7 @@ def build_parser() -> Parser:
     """Returns the parser of this script's command line."""
     parser = Parser("Draw a few pictures of chosen classes.")
     add_pipeline_args(parser)
+    parser.set_defaults(compile=False)              # compiling takes longer than a few pictures
     parser.add_argument("--class-ids", default="207,360,387,974,88,979,417,279",
                         help="classes, by index or by the name that travels in the checkpoint, with commas between")
     parser.add_argument("--num-per-class", type=between(1, 1000), default=4,
@@ -73,7 +74,8 @@ def main(args: Flags, session: Session) -> None:
     with checks(session):
         check_one_process(session)
         gpt_file = read_gpt(args.gpt_ckpt, args.weights, args.from_fsdp)
-        args.resolve(gpt_file.flags(), gpt_file.path, device_flags(session.device) | preset_flags(args.preset))
+        by_device = device_flags(session.device, args.defaults())
+        args.resolve(gpt_file.flags(), gpt_file.path, by_device | preset_flags(args.preset))
         pipeline = load_pipeline(gpt_file, PipelineSettings(**args.pick(PipelineSettings)),
                                  Sampler(**args.pick(Sampler)), VQConfig(**args.pick(VQConfig)), session.device)
         classes = read_classes(args.class_ids, args.num_classes, pipeline.class_names)

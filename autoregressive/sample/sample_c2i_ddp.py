@@ -21,6 +21,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from autoregressive.data.codes import code_dtype
 from autoregressive.models.generate import balanced_labels, random_numbers
@@ -34,7 +35,7 @@ from autoregressive.runtime.files import check_writable_folder, open_npz, read_n
 from autoregressive.runtime.identity import find_difference
 from autoregressive.runtime.log import open_logger, progress
 from autoregressive.runtime.pictures import save_grid
-from autoregressive.runtime.rows import RowWriter
+from autoregressive.runtime.rows import BackgroundWriter, RowWriter
 from autoregressive.sample.presets import preset_flags
 from tokenizer.tokenizer_image.vq_model import VQConfig
 
@@ -98,21 +99,21 @@ def identity_of(args: Flags, pipeline: Pipeline, device: torch.device) -> dict:
         "torch": torch.__version__.split("+")[0]}
 
 
-def draw_rows(rows: range, pipeline: Pipeline, args: Flags, listed: list[int] | None) -> dict[str, np.ndarray]:
-    """Draws the full batch that begins with sample rows.start; returns the arrays of the rows.
+def draw_rows(rows: range, pipeline: Pipeline, args: Flags, listed: list[int] | None) -> dict[str, Tensor]:
+    """Draws the full batch that begins with sample rows.start; returns what belongs to the rows.
 
     Returns:
-        arr_0 (B, P, P, 3) uint8, labels (B,) int64 and, if wanted, tokens (B, T).
+        arr_0 (B, P, P, 3) uint8, labels (B,) int64 and, if wanted, tokens (B, T) int64.
     """
     indices = np.arange(rows.start, rows.start + args.per_proc_batch_size)
     labels, uniforms = random_numbers(args.global_seed, indices, args.num_classes, pipeline.gpt.config.num_tokens)
     if listed is not None:
         labels = np.array(listed)[balanced_labels(indices, len(listed))]
     tokens = pipeline.draw_tokens(labels, uniforms)
-    arrays = {"arr_0": pipeline.decode(tokens), "labels": labels}
+    tensors = {"arr_0": pipeline.decode(tokens), "labels": torch.from_numpy(labels)}
     if args.save_codes:
-        arrays["tokens"] = tokens.cpu().numpy()
-    return {name: array[:len(rows)] for name, array in arrays.items()}
+        tensors["tokens"] = tokens
+    return {name: tensor[:len(rows)] for name, tensor in tensors.items()}
 
 
 def open_rows(path: Path, identity: dict, args: Flags, pipeline: Pipeline) -> RowWriter:
@@ -139,7 +140,8 @@ def main(args: Flags, session: Session) -> None:
     gpt_path = on_main(session, find_checkpoint, args.gpt_ckpt) if args.gpt_ckpt else None
     with checks(session):
         gpt_file = read_gpt(gpt_path, args.weights, args.from_fsdp)
-        args.resolve(gpt_file.flags(), gpt_file.path, device_flags(session.device) | preset_flags(args.preset))
+        by_device = device_flags(session.device, args.defaults())
+        args.resolve(gpt_file.flags(), gpt_file.path, by_device | preset_flags(args.preset))
         listed = read_labels(args.labels, args.num_classes)
         pipeline = load_pipeline(gpt_file, PipelineSettings(**args.pick(PipelineSettings)),
                                  Sampler(**args.pick(Sampler)), VQConfig(**args.pick(VQConfig)), session.device)
@@ -164,10 +166,13 @@ def main(args: Flags, session: Session) -> None:
     session.barrier()                                           # all have seen the same rows missing
     mine = [batches[number] for number in session.share_of(len(batches))]
     with progress(session, rows.num_rows, "sample", "image", initial=num_done) as bar:
-        for batch in mine:
-            rows.write(batch, **draw_rows(batch, pipeline, args, listed))
-            if session.is_main:
-                bar.update(rows.num_done - bar.n)          # of all processes
+        with BackgroundWriter(rows) as writer:
+            for batch in mine:
+                writer.write(batch, **draw_rows(batch, pipeline, args, listed))
+                if session.is_main:
+                    bar.update(rows.num_done - bar.n)      # of all processes
+        if session.is_main:
+            bar.update(rows.num_done - bar.n)
     if session.is_main:
         rows.wait_for_others()
         pack(path, rows, identity, pipeline)
