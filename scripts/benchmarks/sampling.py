@@ -1,12 +1,14 @@
 """Tokens and images per second of sampling: the published way and ours, in turns.
 
     OMP_NUM_THREADS=1 python scripts/benchmarks/sampling.py                     # CPU: GPT-B, batches of 2 and 16
-    python scripts/benchmarks/sampling.py --gpt-models GPT-B GPT-L GPT-XL --grids 16 24 --batch-sizes 32 128 512 \
-        --precision bf16 --compile                                              # GPU
+    python scripts/benchmarks/sampling.py --gpt-models GPT-B GPT-L GPT-XL --grids 16 24 --batch-sizes 128 32 512 \
+        --precision bf16 --compile --decode                                     # GPU
 
 Random weights, guidance 2. The published way: math attention over the full length of the cache by a mask, keys and
 values through repeat_interleave, torch.multinomial. Beside the rates stands the roofline: weights, keys and values that
-a step reads, over the measured copy bandwidth. On a GPU both ways are compiled.
+a step reads, over the measured copy bandwidth. With --compile both ways have their blocks compiled and, on a GPU, their
+steps recorded as CUDA graphs (the published code compiles its whole model instead, which takes minutes for every size);
+they share one cache there. What does not fit into a GPU's memory is skipped with the arithmetic.
 """
 
 import sys
@@ -18,74 +20,112 @@ if __name__ == "__main__":
 import copy
 import functools
 import itertools
+import math
 import statistics
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from autoregressive.models.cache import KVCache
 from autoregressive.models.generate import generate
-from autoregressive.models.gpt import GPT, GPT_MODELS, gpt_config
+from autoregressive.models.gpt import GPT, GPT_MODELS, GPTConfig, gpt_config
 from autoregressive.models.packed import can_pack, pack_linears
-from autoregressive.models.recorded import RecordedSteps, compile_decoding
+from autoregressive.models.recorded import CUDARecorder, RecordedSteps, compile_decoding
 from autoregressive.models.sampler import Sampler, guide
+from autoregressive.pipeline import LARGEST_TILE, Pipeline
 from autoregressive.runtime.compute import PRECISIONS
-from autoregressive.runtime.entry import run
-from scripts.benchmarks.turns import add_size_args, benchmark_parser, compare, timed
-from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
+from autoregressive.runtime.distributed import Session
+from autoregressive.runtime.entry import Flags, Parser, run
+from scripts.benchmarks.turns import (
+    DoesNotFit,
+    Report,
+    Values,
+    add_size_args,
+    benchmark_parser,
+    compare,
+    compile_or_raise,
+    timed,
+)
+from tokenizer.tokenizer_image.encoding import default_batch_size
+from tokenizer.tokenizer_image.vq_model import VQ_MODELS, VQConfig, VQModel
 
 NUM_CLASSES = 1000
-SCALE = 2.0
-TILE = 32                                           # pictures that the VQ decoder takes together on a GPU
+SAMPLER = Sampler(cfg_scale=2.0)
+VQ, DOWNSAMPLING = "VQ-16", 16
+LIVE_MAPS = 8                                       # of the VQ decoder's widest feature maps, at once
 
 
-def build_parser():
+def build_parser() -> Parser:
     """Returns the parser of this script's command line."""
     parser = benchmark_parser("Compare ways to sample: tokens and images per second.", rounds=3)
     add_size_args(parser, GPT_MODELS)
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[2, 16], help="pictures drawn together")
     parser.add_argument("--precision", default="none", choices=tuple(PRECISIONS), help="of weights and cache")
-    parser.add_argument("--compile", action="store_true", help="compile both ways")
+    parser.add_argument("--compile", action="store_true", help="compile both ways; on a GPU also record their steps")
     parser.add_argument("--decode", action="store_true", help="decode the tokens of ours to pictures, too")
     return parser
 
 
 class PublishedWay:
-    """Decoding as in the published code."""
+    """Decoding as in the published code; compiled and recorded as ours is."""
 
-    def __init__(self, model, compiled):
+    def __init__(self, model: GPT, batch_size: int, compiled: bool, cache: KVCache | None = None):
+        """
+        Args:
+            model: in evaluation mode.
+            batch_size: B.
+            compiled: whether to compile the blocks and, on a GPU, to record the step.
+            cache: of 2 B rows, to be used instead of one of its own.
+        """
+        device = model.norm.weight.device
+        num_tokens = model.config.num_tokens
         self.model = model
-        self.caches = {}
-        self.positions = torch.arange(model.config.num_tokens, device=model.norm.weight.device)
-        self.step = torch.compile(self._step, mode="reduce-overhead") if compiled else self._step
+        self.cache = cache or model.new_cache(2 * batch_size)
+        self.block = torch.compile(self._block, dynamic=False) if compiled else self._block
+        self.mask = torch.ones(num_tokens, num_tokens, device=device).tril().bool()
+        self.positions = torch.arange(num_tokens, device=device)
+        self.is_recorded = compiled and device.type == "cuda"
+        self.graph = None
+        # What a recorded step reads and writes stays in place.
+        self.x = torch.empty(2 * batch_size, 1, model.config.width, dtype=model.norm.weight.dtype, device=device)
+        self.index = torch.zeros(1, dtype=torch.int64, device=device)
 
     @torch.inference_mode()
-    def generate(self, labels):
-        condition = torch.cat([labels, torch.full_like(labels, NUM_CLASSES)])
-        cache = self._cache(len(condition))
-        num_tokens = self.model.config.num_tokens
-        mask = torch.ones(num_tokens, num_tokens, device=labels.device).tril().bool()
-        x, tokens = self.model.cls_embedding(condition), []
-        for position in range(num_tokens):
-            index = self.positions[position:position + 1]
-            logits = guide(self.step(x, index, cache, mask).clone(), SCALE)
+    def generate(self, labels: Tensor) -> Tensor:
+        """Returns the tokens (B, T) of labels (B,)."""
+        x = self.model.cls_embedding(torch.cat([labels, torch.full_like(labels, NUM_CLASSES)]))
+        tokens = []
+        for position in range(self.model.config.num_tokens):
+            self.x.copy_(x)
+            self.index.copy_(self.positions[position:position + 1])
+            self._run_step()
+            logits = guide(self.logits, SAMPLER.cfg_scale)
             tokens.append(torch.multinomial(logits.softmax(-1), num_samples=1))                 # (B, 1)
             x = self.model.tok_embeddings(tokens[-1].repeat(2, 1))
         return torch.cat(tokens, dim=1)
 
-    def _cache(self, num_rows):
-        if num_rows not in self.caches:
-            cache = self.caches[num_rows] = self.model.new_cache(num_rows)
-            for tensor in (*cache.keys, *cache.values):             # else a graph would copy what it writes into
-                torch._dynamo.mark_static_address(tensor)
-        return self.caches[num_rows]
+    def _run_step(self) -> None:
+        if self.graph is not None:
+            self.graph.replay()
+            return
+        self._step()
+        if self.is_recorded:
+            self.graph = CUDARecorder()(self._step)
 
-    def _step(self, x, index, cache, mask):
-        table = self.model.rotary[index]
-        for layer, keys, values in zip(self.model.layers, cache.keys, cache.values, strict=True):
-            x = x + self._attend(layer.attention, layer.attention_norm(x), table, index, keys, values, mask)
-            x = x + layer.feed_forward(layer.ffn_norm(x))
-        return self.model.output(self.model.norm(x))[:, 0].float()
+    def _step(self) -> None:
+        x = self.x
+        table = self.model.rotary[self.index]
+        mask = self.mask[self.index][None, None]                                                # (1, 1, 1, L)
+        for layer, keys, values in zip(self.model.layers, self.cache.keys, self.cache.values, strict=True):
+            x = self.block(layer, x, table, self.index, keys, values, mask)
+        self.logits = self.model.output(self.model.norm(x))[:, 0].float()                       # (2B, V)
+
+    def _block(self, layer, x, table, index, keys, values, mask):
+        x = x + self._attend(layer.attention, layer.attention_norm(x), table, index, keys, values, mask)
+        return x + layer.feed_forward(layer.ffn_norm(x))
 
     def _attend(self, attention, x, table, index, keys, values, mask):
         q, k, v = attention.project(x, table)
@@ -93,70 +133,146 @@ class PublishedWay:
         groups = attention.num_heads // attention.kv_heads
         all_keys, all_values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
         with sdpa_kernel(SDPBackend.MATH):                                          # as published
-            y = F.scaled_dot_product_attention(q, all_keys, all_values, attn_mask=mask[index][None, None])
+            y = F.scaled_dot_product_attention(q, all_keys, all_values, attn_mask=mask)
         return attention.wo(y.transpose(1, 2).flatten(2))
 
 
-def copy_bandwidth(device):
+def copy_bandwidth(device: torch.device) -> float:
     """Returns the bytes per second that a copy of a large array reads and writes."""
     source = torch.ones((2**31 if device.type == "cuda" else 2**28) // 4, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / statistics.median(timed(lambda: target.copy_(source), device)[1] for _ in range(5))
 
 
-def step_bytes(model, batch_size):
+def weight_bytes(model: GPT, dtype: torch.dtype) -> int:
+    """Returns the bytes of a model's weights in a dtype."""
+    return dtype.itemsize * sum(parameter.numel() for parameter in model.parameters())
+
+
+def cache_bytes(config: GPTConfig, batch_size: int, dtype: torch.dtype) -> int:
+    """Returns the bytes of the keys and values of `batch_size` guided pictures."""
+    values = batch_size * config.num_layers * config.kv_heads * config.num_tokens * config.head_dim
+    return 2 * 2 * values * dtype.itemsize
+
+
+def step_bytes(model: GPT, batch_size: int, dtype: torch.dtype) -> float:
     """Returns the bytes that a step reads on average: weights, and the filled keys and values of all rows."""
-    weights = sum(p.nbytes for p in model.parameters()) - model.tok_embeddings.weight.nbytes
-    config = model.config
-    a_position = 2 * config.num_layers * config.kv_heads * config.head_dim * model.norm.weight.element_size()
-    return weights + 2 * batch_size * a_position * config.num_tokens / 2
+    looked_up = dtype.itemsize * model.tok_embeddings.weight.numel()
+    return weight_bytes(model, dtype) - looked_up + cache_bytes(model.config, batch_size, dtype) / 2
 
 
-def compare_ways(args, name, grid, batch_size, bandwidth, device):
-    """Measures both ways for one size and prints their rates."""
+def temporary_bytes(config: GPTConfig, batch_size: int, dtype: torch.dtype) -> dict[str, int]:
+    """Returns the bytes that a step of either way holds beside weights and cache, about, if it is compiled."""
+    # Logits of 2 B rows in `dtype` and float32; of B rows guided, scaled, their softmax and its cumulative sums. All of
+    # it twice: of the first step, which runs as it is, and of the recorded ones.
+    logits = 2 * batch_size * config.vocab_size * (2 * (dtype.itemsize + 4) + 3 * 4 + 3 * 8)
+    repeated = cache_bytes(config, batch_size, dtype) // config.num_layers          # keys and values of one layer
+    return {"published": logits + repeated, "ours": logits}
+
+
+def decoder_tile(grid: int, batch_size: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Returns how many pictures the VQ decoder takes together."""
+    return min(batch_size, LARGEST_TILE, default_batch_size(VQ, grid * DOWNSAMPLING, dtype, device))
+
+
+def decoder_bytes(grid: int, tile: int, dtype: torch.dtype) -> int:
+    """Returns the bytes of the VQ decoder's activations, about."""
+    return LIVE_MAPS * tile * VQ_MODELS[VQ].channels * (grid * DOWNSAMPLING)**2 * dtype.itemsize
+
+
+def check_fits(free: float, **parts: float) -> None:
+    """Raises DoesNotFit, with the arithmetic, if the parts need more than the free memory, all in bytes."""
+    if sum(parts.values()) > free:
+        terms = " + ".join(f"{name} {size / 2**30:.1f}" for name, size in parts.items())
+        raise DoesNotFit(f"{terms} = {sum(parts.values()) / 2**30:.1f} GiB, free are {free / 2**30:.1f} GiB")
+
+
+def free_bytes(device: torch.device) -> float:
+    """Returns the memory that is free; on a CPU it is not looked at."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+
+
+def make_model(config: GPTConfig, dtype: torch.dtype, device: torch.device) -> GPT:
+    """Returns a GPT of random weights that can only be run."""
     torch.manual_seed(0)
-    config = gpt_config(name, grid=grid, num_classes=NUM_CLASSES)
-    model = GPT(config).eval().requires_grad_(False)
+    with device:                                    # a large one takes long to fill on a CPU
+        model = GPT(config).eval().requires_grad_(False)
     torch.nn.init.normal_(model.output.weight, std=0.02)
+    return model.to(device).cast(dtype)
+
+
+def make_decoding(model: GPT, steps: RecordedSteps | None, tile: int, dtype: torch.dtype, compiled: bool) -> Pipeline:
+    """Returns a pipeline whose VQ model of random weights decodes the tokens of `model`, set up as in load_pipeline."""
+    device = model.norm.weight.device
+    vq = VQModel(VQConfig(VQ)).eval().requires_grad_(False).to(device)
+    for part in (vq.post_quant_conv, vq.decoder):
+        part.to(dtype, memory_format=torch.channels_last)
+    if compiled:
+        vq.decoder.compile()
+    grid = model.config.grid
+    return Pipeline(gpt=model, vq=vq, sampler=SAMPLER, image_size=grid * DOWNSAMPLING, antialias=False,
+                    tile=tile, class_names=None, hashes={}, steps=steps)
+
+
+def compare_ways(args: Flags, config: GPTConfig, batch_size: int, bandwidth: float, device: torch.device) -> Values:
+    """Measures both ways for one size, prints their rates and returns them with the roofline's."""
     dtype = PRECISIONS[args.precision]
-    model = model.to(device).cast(dtype)
-    bound = bandwidth / step_bytes(model, batch_size) * batch_size
-    ours = copy.deepcopy(model)
-    steps = None
+    is_gpu = device.type == "cuda"
+    with torch.device("meta"):
+        shape = GPT(config)
+    temporaries = temporary_bytes(config, batch_size, dtype)
+    needed = {"weights": weight_bytes(shape, dtype), "cache": cache_bytes(config, batch_size, dtype)}
+    tile = decoder_tile(config.grid, batch_size, dtype, device)
+    decoder = decoder_bytes(config.grid, tile, dtype) if args.decode else 0
+    free = free_bytes(device)
+    check_fits(free, **needed, temporaries=max(temporaries["ours"], decoder))
+
+    model = make_model(config, dtype, device)
+    ours = model
+    steps = cache = None
     if args.compile:
-        steps = RecordedSteps(compile_decoding(ours)) if device.type == "cuda" else None
+        compile_decoding(ours)
     elif can_pack(device, dtype):
-        pack_linears(ours)
+        ours = pack_linears(copy.deepcopy(model))
+    if args.compile and is_gpu:
+        steps = RecordedSteps(ours)
+        cache = steps.drawing(batch_size, SAMPLER).cache
     labels = torch.randint(NUM_CLASSES, (batch_size,), device=device)
     uniforms = torch.rand(batch_size, config.num_tokens, dtype=torch.float64, device=device)
-    ways = {"published": functools.partial(PublishedWay(model, args.compile).generate, labels),
-            "ours": functools.partial(generate, ours, labels, uniforms, Sampler(cfg_scale=SCALE), steps)}
+    title = f"{config.name} {config.grid}x{config.grid} batch {batch_size}"
+    ways: dict[str, Callable] = {}
+    try:
+        check_fits(free, **needed, temporaries=temporaries["published"])
+        ways["published"] = functools.partial(PublishedWay(model, batch_size, args.compile, cache).generate, labels)
+    except DoesNotFit as error:
+        print(f"{title}, published does not fit: {error}")
+    ways["ours"] = functools.partial(generate, ours, labels, uniforms, SAMPLER, steps)
     if args.decode:
-        vq = VQModel(VQConfig("VQ-16")).eval().requires_grad_(False).to(device)
-        vq.decoder.to(dtype), vq.post_quant_conv.to(dtype)
-
-        @torch.inference_mode()
-        def draw_and_decode():
-            for tile in ways["ours"]().split(TILE):
-                vq.decode_codes(tile, grid)
-
-        ways["ours, decoded"] = draw_and_decode
+        pipeline = make_decoding(ours, steps, tile, dtype, args.compile)
+        ways["ours, decoded"] = lambda: pipeline.decode(ways["ours"]()).cpu()
 
     def measure(work):
         rate = batch_size / timed(work, device)[1]
-        return {"tokens/s": rate * config.num_tokens, "images/s": rate}
+        return {"images/s": rate, "tokens/s": rate * config.num_tokens}
 
-    title = f"{name} {grid}x{grid} batch {batch_size}"
-    medians = compare(title, measure, ways, args.rounds, warm_up=int(device.type == "cuda"))
+    medians = compare(title, measure, ways, args.rounds, warm_up=int(is_gpu))
+    bound = bandwidth / step_bytes(shape, batch_size, dtype) * batch_size
     print(f"{title}: roofline {bound:.1f} tokens/s, of which ours is {100 * medians['ours']['tokens/s'] / bound:.0f} %",
           flush=True)
+    return medians | {"roofline": {"images/s": bound / config.num_tokens, "tokens/s": bound}}
 
 
-def main(args, session):
+def main(args: Flags, session: Session) -> None:
+    if args.compile:
+        compile_or_raise()
+    report = Report("sampling", args.report, args.minutes)
     bandwidth = copy_bandwidth(session.device)
     print(f"copy bandwidth {bandwidth / 1e9:.1f} GB/s")
-    for name, grid, batch_size in itertools.product(args.gpt_models, args.grids, args.batch_sizes):
-        compare_ways(args, name, grid, batch_size, bandwidth, session.device)
+    for batch_size, grid, name in itertools.product(args.batch_sizes, args.grids, args.gpt_models):
+        config = gpt_config(name, grid=grid, num_classes=NUM_CLASSES)
+        report.measure(f"{name} {grid}x{grid} batch {batch_size}",
+                       functools.partial(compare_ways, args, config, batch_size, bandwidth, session.device))
+    report.finish()
 
 
 if __name__ == "__main__":

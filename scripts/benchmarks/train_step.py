@@ -1,10 +1,10 @@
-"""Time and memory of head and losses, and of whole training steps: the published way and ours.
+"""Time and memory of head and losses, and of whole training steps: the published way and ours, in turns.
 
     OMP_NUM_THREADS=1 python scripts/benchmarks/train_step.py                   # CPU: head and losses of GPT-B
     python scripts/benchmarks/train_step.py --part step --gpt-models GPT-B GPT-L GPT-XL --grids 16 24 --batch-size 32
 
-The published way: float32 logits, logsumexp over a (B * T, K, S) view, two cross-entropies, three .item() a step. Every
-measurement has a process of its own, the ways take turns, medians are printed. On a GPU both are compiled.
+The published way: float32 logits, logsumexp over a (B * T, K, S) view, two cross-entropies, three .item() a step. On a
+GPU both have their blocks and their loss compiled (the published code compiles its whole model, which takes minutes).
 """
 
 import sys
@@ -15,27 +15,38 @@ if __name__ == "__main__":
 
 import functools
 import itertools
-import multiprocessing
 import statistics
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from autoregressive.models.cluster_loss import fused_head_loss, reference_losses
-from autoregressive.models.gpt import GPT, GPT_MODELS, gpt_config
-from autoregressive.runtime.entry import run
+from autoregressive.models.gpt import GPT, GPT_MODELS, GPTConfig, gpt_config
+from autoregressive.runtime.distributed import Session
+from autoregressive.runtime.entry import Flags, Parser, run
 from autoregressive.runtime.optim import ModelOptimizer, OptimSettings
 from autoregressive.runtime.speed import Speedometer
 from autoregressive.train.objective import GPTTrainer, Objective
-from scripts.benchmarks.turns import add_size_args, benchmark_parser, clock, compare, resident_bytes, timed
+from scripts.benchmarks.turns import (
+    Report,
+    Values,
+    add_size_args,
+    benchmark_parser,
+    clock,
+    compare,
+    compile_or_raise,
+    resident_bytes,
+    timed,
+)
 
 VOCAB_SIZE, CLUSTER_SIZE, NUM_CLASSES = 16384, 128, 1000
 CHUNK_ROWS = {"cpu": 256, "cuda": 8192}             # of train_c2i.py's defaults: 16 and 512 MiB
-WARM_UP, STEPS = 3, 10                              # steps of one measurement of whole steps
+STEPS = {"cpu": 2, "cuda": 10}                      # of one measurement of whole steps
 
 
-def build_parser():
+def build_parser() -> Parser:
     """Returns the parser of this script's command line."""
     parser = benchmark_parser("Compare ways to train: seconds and memory of head and losses, or of steps.", rounds=5)
     add_size_args(parser, GPT_MODELS)
@@ -44,28 +55,31 @@ def build_parser():
     return parser
 
 
-def published_loss(features, head, targets):
+def published_loss(features: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the loss of features (N, D) as published, from all logits at once, and its parts (3,)."""
     token_loss, cluster_loss = reference_losses(F.linear(features, head).float(), targets, CLUSTER_SIZE)
     loss = token_loss + cluster_loss
     return loss, torch.stack([token_loss, cluster_loss, loss]).detach()
 
 
-def our_loss(features, head, targets):
+def our_loss(features: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the loss of features (N, D) as train_c2i.py computes it, and its parts (3,)."""
     return fused_head_loss(features, head, targets, CLUSTER_SIZE, 1.0, CHUNK_ROWS[features.device.type])
 
 
-def measure_head(name, grid, batch_size, session, loss_of):
-    """Returns CPU (or GPU) seconds of head and losses, forward and backward, and their peak extra memory."""
+LOSSES = {"published": published_loss, "ours": our_loss}
+
+
+def compare_head(args: Flags, name: str, grid: int, session: Session, title: str) -> Values:
+    """Measures CPU (or GPU) seconds of head and losses, forward and backward, and their peak extra memory."""
     device = session.device
     width = GPT_MODELS[name][2]
     torch.manual_seed(0)
-    features = torch.randn(batch_size * grid**2, width, device=device, requires_grad=True)
+    features = torch.randn(args.batch_size * grid**2, width, device=device, requires_grad=True)
     head = torch.nn.Linear(width, VOCAB_SIZE, bias=False, device=device).weight
     targets = torch.randint(VOCAB_SIZE, features.shape[:1], device=device)
 
-    def step():
+    def step(loss_of):
         loss, parts = loss_of(features, head, targets)
         if loss_of is published_loss:
             for part in parts:
@@ -73,53 +87,66 @@ def measure_head(name, grid, batch_size, session, loss_of):
         loss.backward()
         features.grad = head.grad = None
 
-    step()                                          # warms up
-    start_memory = reset_peak(device)
-    seconds = [timed(step, device if device.type == "cuda" else None)[1] for _ in range(3)]
-    return {"seconds": statistics.median(seconds), "megabytes": (peak(device) - start_memory) / 1e6}
+    def measure(loss_of):
+        step(loss_of)                               # warms up
+        start_memory = reset_peak(device)
+        seconds = [timed(lambda: step(loss_of), device if device.type == "cuda" else None)[1] for _ in range(3)]
+        return {"seconds": statistics.median(seconds), "megabytes": (peak(device) - start_memory) / 1e6}
+
+    return compare(title, measure, LOSSES, args.rounds)
 
 
-def measure_step(name, grid, batch_size, session, loss_of):
-    """Returns rates, model FLOP utilisation and peak memory of whole steps."""
+def compare_steps(args: Flags, name: str, grid: int, session: Session, title: str) -> Values:
+    """Measures rates, model FLOP utilisation, and peak memory beyond weights and optimizer, of whole steps."""
     device = session.device
-    is_compiled = device.type == "cuda"
+    is_gpu = device.type == "cuda"
     config = gpt_config(name, grid=grid, vocab_size=VOCAB_SIZE, num_classes=NUM_CLASSES)
+    trainers = {loss_of: make_trainer(config, loss_of, session) for loss_of in LOSSES.values()}
+    batch = (torch.randint(VOCAB_SIZE, (args.batch_size, config.num_tokens)),
+             torch.randint(NUM_CLASSES, (args.batch_size,)))
+    if is_gpu:
+        batch = tuple(tensor.pin_memory() for tensor in batch)
+    num_parameters = sum(parameter.numel() for parameter in trainers[our_loss].optimizer.model.parameters())
+
+    def measure(loss_of):
+        start_memory = reset_peak(device)
+        clock(device)                               # waits for what came before
+        speed = Speedometer(device, 1, config.num_tokens, config.flops_per_token(num_parameters))
+        for step in range(STEPS[device.type]):
+            trainers[loss_of].step(step, batch, 1e-4)
+            if loss_of is published_loss:
+                for value in trainers[loss_of].meter.sums[:3]:
+                    value.item()
+            speed.add(args.batch_size)
+        clock(device)
+        rates = speed.read()
+        del rates["memory_mib"]                     # of both trainers
+        return rates | {"megabytes": (peak(device) - start_memory) / 1e6}
+
+    return compare(title, measure, LOSSES, args.rounds, warm_up=1)
+
+
+def make_trainer(config: GPTConfig, loss_of: Callable, session: Session) -> GPTTrainer:
+    """Returns a trainer of random weights; on a GPU its blocks and its loss are compiled and it computes in bf16."""
+    device = session.device
     torch.manual_seed(0)
-    model = GPT(config).to(device)
-    objective = Objective(model, loss_of)
-    if is_compiled and loss_of is our_loss:
-        objective.head_loss = torch.compile(our_loss)
+    with device:
+        model = GPT(config)
+    objective = Objective(model.to(device), loss_of)
+    precision = "none"
+    if device.type == "cuda":
+        precision = "bf16"
+        objective.head_loss = torch.compile(loss_of)
         for layer in model.layers:
             layer.compile()
-    elif is_compiled:
-        objective = torch.compile(objective)
     optimizer = ModelOptimizer(model, OptimSettings(lr=1e-4, weight_decay=0.05), device)
-    trainer = GPTTrainer(objective, optimizer, session, "bf16" if is_compiled else "none")
-    batch = (torch.randint(VOCAB_SIZE, (batch_size, config.num_tokens)), torch.randint(NUM_CLASSES, (batch_size,)))
-    if is_compiled:
-        batch = tuple(tensor.pin_memory() for tensor in batch)
-    for step in range(WARM_UP + STEPS):
-        if step == WARM_UP:
-            start_memory = reset_peak(device)
-            clock(device)                           # waits for the warm-up
-            speed = Speedometer(device, 1, config.num_tokens,
-                                config.flops_per_token(sum(p.numel() for p in model.parameters())))
-        trainer.step(step, batch, 1e-4)
-        if loss_of is published_loss:
-            for value in trainer.meter.sums[:3]:
-                value.item()
-        if step >= WARM_UP:
-            speed.add(batch_size)
-    clock(device)
-    rates = speed.read()
-    return {"seconds": batch_size / rates["images_per_second"], "megabytes": (peak(device) - start_memory) / 1e6,
-            **rates}
+    return GPTTrainer(objective, optimizer, session, precision)
 
 
-PARTS = {"head": measure_head, "step": measure_step}
+PARTS = {"head": compare_head, "step": compare_steps}
 
 
-def reset_peak(device):
+def reset_peak(device: torch.device) -> int:
     """Forgets the peak of memory and returns the memory in use, in bytes."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -128,20 +155,19 @@ def reset_peak(device):
     return resident_bytes("VmRSS")
 
 
-def peak(device):
+def peak(device: torch.device) -> int:
+    """Returns the peak of memory since reset_peak, in bytes."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_bytes("VmHWM")
 
 
-def in_own_process(function, *arguments):
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
-
-
-def main(args, session):
-    for name, grid in itertools.product(args.gpt_models, args.grids):
-        compare(f"{name} {grid}x{grid}, batch {args.batch_size}, {args.part}",
-                functools.partial(in_own_process, PARTS[args.part], name, grid, args.batch_size, session),
-                {"published": published_loss, "ours": our_loss}, args.rounds)
+def main(args: Flags, session: Session) -> None:
+    if session.device.type == "cuda":
+        compile_or_raise()
+    report = Report("training" if args.part == "step" else "head and losses", args.report, args.minutes)
+    for grid, name in itertools.product(args.grids, args.gpt_models):
+        title = f"{name} {grid}x{grid} batch {args.batch_size}"
+        report.measure(title, functools.partial(PARTS[args.part], args, name, grid, session, title))
+    report.finish()
 
 
 if __name__ == "__main__":
