@@ -1,6 +1,9 @@
 """Filters against the fixture, draws against exact probabilities, guidance and independence of the batch."""
 
 import copy
+import io
+import logging
+import re
 
 import numpy as np
 import pytest
@@ -205,8 +208,24 @@ def test_a_step_is_recorded_once_for_every_bucket_batch_size_and_way_of_drawing(
     assert all(torch.equal(found, expected) for found, expected in kept)
 
 
+@pytest.fixture
+def compiled_graphs():
+    """Collects the graphs that Inductor turns into kernels, as text."""
+    import torch._inductor.config
+
+    text = io.StringIO()
+    torch._logging.set_logs(post_grad_graphs=True)
+    logger = logging.getLogger("torch._inductor.compile_fx.__post_grad_graphs")
+    handler = logging.StreamHandler(text)
+    logger.addHandler(handler)
+    with torch._inductor.config.patch(force_disable_caches=True):  # what comes from a cache is not logged
+        yield text
+    logger.removeHandler(handler)
+    torch._logging.set_logs()
+
+
 @pytest.mark.long
-def test_compiled_blocks_decode_to_the_logits_of_eager_ones(model):
+def test_compiled_blocks_decode_to_the_logits_of_eager_ones_and_copy_no_cache(model, compiled_graphs):
     compiled, labels = compile_decoding(copy.deepcopy(model)), torch.tensor([0, 1, 4])
     caches = [model.new_cache(3) for _ in range(2)]
     with torch.inference_mode():
@@ -216,6 +235,9 @@ def test_compiled_blocks_decode_to_the_logits_of_eager_ones(model):
             tokens, at = torch.randint(20, (3,)), DecodePosition.in_bucket(torch.tensor([position]), length=9)
             expected, found = model.decode_step(tokens, at, caches[0]), compiled.decode_step(tokens, at, caches[1])
             assert (found - expected).abs().max() < 1e-5 * expected.abs().max().clamp(min=1)
+    text = compiled_graphs.getvalue()
+    assert text.count("aten.index_put_.default") == 2               # keys and values, once for both layers
+    assert not re.search(r"aten\.(copy_?|clone|select_scatter|slice_scatter)\.default", text)
 
 
 @pytest.fixture(scope="module")
