@@ -214,6 +214,11 @@ def whole_tensor(tensor):
 
 def shard_like(tensor, other):
     """Returns what this process holds of a whole tensor, if it is divided like `other`, which may be undivided."""
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a tensor itself, or the shard of it that this process holds; what is written there is written in it."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
     if not hasattr(other, "device_mesh"):
         return tensor
     from torch.distributed.tensor import distribute_tensor

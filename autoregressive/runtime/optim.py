@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoregressive.runtime.distributed import gather_state, scatter_state, shard_like, whole_tensor
+from autoregressive.runtime.distributed import gather_state, local_part, scatter_state, shard_like, whole_tensor
 from autoregressive.runtime.entry import Parser, at_least, share
 
 SCHEDULES = ("constant", "cosine", "linear")
 EMA_DECAY = 0.9999
+EMA_GROUPS = 8                  # parts of the weights that the average moves one after the other
 
 
 def add_optim_args(parser: Parser) -> None:
@@ -94,15 +95,34 @@ class MovingAverage:
     def __init__(self, model: nn.Module, warms_up: bool = False):
         self.warms_up = warms_up
         self.weights = {name: weight.detach().clone().float() for name, weight in model.named_parameters()}
+        self._groups = self._split_names()
+
+    def _split_names(self) -> list[list[str]]:
+        """Returns the names in groups that are moved at once: a few launches for all, but no second copy of them."""
+        sizes = {name: local_part(weight).numel() for name, weight in self.weights.items()}
+        largest = max(sum(sizes.values()) // EMA_GROUPS, max(sizes.values()))
+        groups = []
+        room = 0
+        for name, size in sizes.items():
+            if not groups or size > room:
+                groups.append([])
+                room = largest
+            groups[-1].append(name)
+            room -= size
+        return groups
 
     @torch.no_grad()
     def update(self, model: nn.Module, num_steps: int, skip: Tensor) -> None:
         """Moves towards the weights after `num_steps` steps; not at all where the scalar tensor `skip` is 1."""
         decay = min(EMA_DECAY, (1 + num_steps) / (10 + num_steps)) if self.warms_up else EMA_DECAY
         share_of_new = (1 - decay) * (1 - skip)
-        for name, weight in model.named_parameters():
-            average = self.weights[name]
-            average.add_((weight - average) * share_of_new)
+        parameters = dict(model.named_parameters())
+        for names in self._groups:
+            averages = [local_part(self.weights[name]) for name in names]
+            steps = torch._foreach_sub([local_part(parameters[name]) for name in names], averages)
+            torch._foreach_mul_(steps, share_of_new)
+            torch._foreach_add_(averages, steps)
+            del steps                               # or those of two groups would lie in memory
 
 
 class ModelOptimizer:
@@ -146,12 +166,13 @@ class ModelOptimizer:
         self.scaler.unscale_(self.optimizer)
         norm = whole_tensor(nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm))
         is_bad = ~(loss if self.scaler.is_enabled() else norm).isfinite()
-        skip = is_bad.float()
+        skip = is_bad.to(torch.float32)             # the type that fused optimizers read
         if self.scaler.is_enabled():                # skips by itself, and lowers its scale, where a gradient overflowed
-            before = self.scaler.get_scale()
+            one = torch.ones((), device=self.device)
+            before = self.scaler.scale(one)         # on the device: get_scale would wait for it
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            skip = torch.tensor(float(self.scaler.get_scale() < before), device=self.device)
+            skip = (self.scaler.scale(one) < before).float()
         else:
             self.optimizer.found_inf, self.optimizer.grad_scale = skip, None        # of fused optimizers: step or not
             self.optimizer.step()
