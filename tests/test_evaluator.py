@@ -15,7 +15,7 @@ from autoregressive.runtime.files import file_sha256
 from autoregressive.runtime.lock import hold
 from evaluations.c2i import evaluator, make_reference, train_classifier
 from evaluations.c2i.classifier import ClassifierFeatures, SmallClassifier, save_classifier
-from evaluations.c2i.features import extract_features
+from evaluations.c2i.features import extract_features, to_numpy
 from evaluations.c2i.npz_reader import NpzImages
 from tokenizer.tokenizer_image.images import dataset_sha256, open_dataset
 
@@ -122,6 +122,15 @@ def test_numbers_do_not_depend_on_the_batch_size(files):
     assert whole.probabilities.shape == (80, NUM_CLASSES)
     for name in ("pool", "spatial", "probabilities"):
         np.testing.assert_allclose(getattr(whole, name), getattr(parts, name), rtol=1e-4, atol=1e-6)
+
+
+def test_features_come_back_in_one_copy_as_contiguous_float32_arrays():
+    torch.manual_seed(0)
+    tensors = [torch.randn(5, 4), torch.randn(5, 7).bfloat16(), torch.randn(9, 5).t()]
+    arrays = to_numpy(*tensors)
+    for tensor, array in zip(tensors, arrays, strict=True):
+        assert array.dtype == np.float32 and array.flags.c_contiguous
+        assert np.array_equal(array, tensor.float().numpy())
 
 
 def test_spatial_features_are_the_first_channels_of_the_middle_map(files):

@@ -16,7 +16,7 @@ from autoregressive.runtime.files import file_sha256
 from evaluations.c2i import inception
 from evaluations.c2i.graph_def import read_graph
 from evaluations.c2i.inception import open_inception
-from evaluations.c2i.inception_torch import OPERATIONS
+from evaluations.c2i.inception_torch import OPERATIONS, TorchInception
 
 EVALUATOR = "evaluations/c2i/evaluator.py"
 
@@ -58,6 +58,12 @@ def test_both_backends_agree_on_one_even_picture(networks, value):
     for expected, found in zip(*(networks[backend].features(images) for backend in ("tensorflow", "torch")),
                                strict=True):
         assert np.isfinite(found).all() and np.abs(expected - found).max() <= 1e-3 * np.abs(expected).max()
+
+
+def test_no_layer_waits_for_the_device_to_know_what_to_do(graph_path):
+    network = TorchInception(graph_path, torch.device("meta"))      # whose tensors have no values to wait for
+    pool, spatial, _ = network.run(torch.zeros(2, 3, 64, 64, device="meta"))
+    assert pool.shape[:2] == (2, 2048) and spatial.shape[2:] == (17, 17)
 
 
 def test_probabilities_leave_out_the_bias(networks, graph_path):

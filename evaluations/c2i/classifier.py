@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from autoregressive.runtime.checkpoint import load_strictly, model_state, read_checkpoint, save_checkpoint
 from autoregressive.runtime.files import check_kinds, weights_sha256
-from evaluations.c2i.features import SPATIAL_CHANNELS
+from evaluations.c2i.features import SPATIAL_CHANNELS, to_device, to_numpy
 
 SMALLEST_IMAGE = 8      # pixels
 DEFAULT_WIDTH = 32      # channels of the first convolution
@@ -79,9 +79,9 @@ class ClassifierFeatures:
     @torch.inference_mode()
     def features(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """See features.FeatureNetwork; pool (N, F), spatial (N, 7 P/4 P/4), probabilities (N, C)."""
-        pool, middle, logits = self._model.maps(torch.tensor(images, device=self._device))
+        pool, middle, logits = self._model.maps(to_device(images, self._device))
         spatial = middle[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
-        return tuple(tensor.cpu().numpy() for tensor in (pool, spatial, logits.softmax(dim=1)))
+        return to_numpy(pool, spatial, logits.softmax(dim=1))
 
 
 def save_classifier(path: str | Path, model: SmallClassifier, settings: dict[str, Any]) -> None:

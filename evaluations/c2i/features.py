@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from evaluations.c2i.npz_reader import NpzImages
 
@@ -36,6 +38,19 @@ class FeatureNetwork(Protocol):
         Returns:
             pool (N, F), spatial (N, G) and class probabilities (N, C): float32 numpy arrays.
         """
+
+
+def to_device(images: np.ndarray, device: torch.device | str) -> Tensor:
+    """Returns pictures (N, P, P, 3) uint8 as a tensor on a device; nothing waits for a copy to a GPU."""
+    tensor = torch.tensor(images)
+    return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor
+
+
+def to_numpy(*tensors: Tensor) -> tuple[np.ndarray, ...]:
+    """Returns tensors (N, any) as float32 arrays of the CPU; several are one copy, so one wait for the device."""
+    widths = [tensor.shape[1] for tensor in tensors]
+    joined = torch.cat([tensor.float() for tensor in tensors], dim=1).cpu()         # (N, all widths)
+    return tuple(part.contiguous().numpy() for part in joined.split(widths, dim=1))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evaluations.c2i.features import SPATIAL_CHANNELS
+from evaluations.c2i.features import SPATIAL_CHANNELS, to_device, to_numpy
 from evaluations.c2i.graph_def import Node, read_graph
 from evaluations.c2i.inception import INPUT, LOGITS, POOL, SPATIAL, Inception
 
@@ -41,18 +41,17 @@ class TorchInception(Inception):
                        if self.nodes[name].op != "Const"]
         if unknown := {self.nodes[name].op for name in self._order} - set(OPERATIONS):
             raise ValueError(f"{path}: expected operations {', '.join(OPERATIONS)}, found {', '.join(sorted(unknown))}")
-        self._constants = {name: torch.from_numpy(np.array(node.attributes["value"])).to(device)
+        self._constants = {name: _place(node.attributes["value"], device)
                            for name, node in self.nodes.items() if node.op == "Const"}
 
     @torch.inference_mode()
     def features(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Computes pool, spatial and probabilities of pictures (N, P, P, 3) uint8; see FeatureNetwork."""
-        pool, spatial, softmax_weight = self.run(
-            torch.tensor(images, device=self.device).permute(0, 3, 1, 2).float())
+        pool, spatial, softmax_weight = self.run(to_device(images, self.device).permute(0, 3, 1, 2).float())
         pool = pool.flatten(1)                                                      # (N, 2048)
         spatial = spatial[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)      # (N, 17 * 17 * 7)
         probabilities = (pool @ softmax_weight).softmax(dim=1)                      # without the bias, as ADM
-        return tuple(tensor.float().cpu().numpy() for tensor in (pool, spatial, probabilities))
+        return to_numpy(pool, spatial, probabilities)
 
     def run(self, images: Tensor) -> list[Tensor]:
         """Returns POOL, SPATIAL and the weight (2048, 1008) behind LOGITS for images (N, 3, P, P) float32, 0 .. 255."""
@@ -68,6 +67,12 @@ class TorchInception(Inception):
                 if not readers[source]:
                     del values[source]
         return [values[name] for name in self._outputs]
+
+
+def _place(value: np.ndarray, device: torch.device) -> Tensor:
+    """Returns a constant on a device; integers, which are axes and sizes, on the CPU: to read them there is no wait."""
+    tensor = torch.from_numpy(np.array(value))
+    return tensor.to(device) if tensor.is_floating_point() else tensor
 
 
 def _needed_in_order(nodes: dict[str, Node], wanted: tuple[str, ...], given: str) -> list[str]:
