@@ -13,14 +13,17 @@ from conftest import ROOT
 from PIL import Image
 from processes import run_here, start_and_kill, without_time
 from processes import start as start_process
+from waits import NoWaits
 
 from autoregressive.runtime.checkpoint import read_checkpoint, save_checkpoint
-from autoregressive.runtime.distributed import keyed_random
+from autoregressive.runtime.distributed import Session, keyed_random
 from autoregressive.runtime.entry import run
 from autoregressive.runtime.loader import BatchOrder, read_ahead
+from autoregressive.runtime.optim import OptimSettings
 from tokenizer.tokenizer_image import vq_trainer
 from tokenizer.tokenizer_image.crops import TrainingCrops
-from tokenizer.tokenizer_image.images import center_crop, open_dataset, random_crop
+from tokenizer.tokenizer_image.discriminator import PatchDiscriminator
+from tokenizer.tokenizer_image.images import center_crop, open_dataset, random_crop, to_float
 from tokenizer.tokenizer_image.loading import load_vq
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 from tokenizer.validation.metrics import codebook_usage
@@ -288,6 +291,39 @@ def test_validation_reconstructs_a_set_into_an_npz_for_rfid(trained, tmp_path):
     numbers = json.loads((tmp_path / "r.json").read_text())
     assert numbers["psnr"] == pytest.approx(json.loads((trained / "vq.json").read_text())["psnr"], abs=1e-6)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r.json", "r.npz"]
+SETTINGS = vq_trainer.TokenizerSettings(
+    reconstruction_loss="l2", reconstruction_weight=1.0, perceptual_weight=0.0, disc_weight=0.5, entropy_ratio=0.1,
+    disc_loss="hinge", disc_start=0, disc_adaptive_weight=True, revive_every=0, global_seed=0, mixed_precision="none",
+    gradient_accumulation_steps=2)
+
+
+def small_trainer():
+    torch.manual_seed(0)
+    model = VQModel(VQConfig("VQ-4-small", 48, 8))
+    optim = OptimSettings(lr=1e-4, ema=True)
+    return vq_trainer.TokenizerTrainer(model, PatchDiscriminator(), None, SETTINGS, optim,
+                                       Session(0, 1, torch.device("cpu")), num_steps=9)
+
+
+def test_no_step_waits_for_the_device():
+    trainer = small_trainer()
+    with NoWaits():
+        for step in range(2):
+            trainer.step(step, torch.zeros(4, 24, 24, 3, dtype=torch.uint8), 1e-4)
+
+
+def test_codes_are_counted_as_bincount_counts_them():
+    trainer = small_trainer()
+    pictures = torch.randint(256, (4, 24, 24, 3), dtype=torch.uint8)
+    expected = torch.zeros(48)
+    for step in range(2):
+        codes = trainer.model.quantize.codes(trainer.model.encode(to_float(pictures)))
+        expected += torch.bincount(codes.flatten(), minlength=48)
+        trainer.step(step, pictures, 1e-4)
+    assert torch.equal(trainer.used, expected) and torch.equal(trainer.meter.counts, expected)
+    assert expected.sum() == 2 * 4 * 36
+
+
 
 
 @pytest.fixture(scope="module")

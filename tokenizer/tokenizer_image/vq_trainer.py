@@ -162,7 +162,8 @@ class TokenizerTrainer:
                 self.discriminator.requires_grad_(True)
             self.optimizer.backward((loss + quantizer.sum()) / settings.gradient_accumulation_steps)
         self.model.quantize.record_usage(codes)
-        counts = torch.bincount(codes.flatten(), minlength=len(self.used))
+        ones = torch.ones(codes.numel(), device=codes.device)
+        counts = torch.zeros_like(self.used).scatter_add_(0, codes.flatten(), ones)     # bincount waits for a GPU
         self.used += counts
         self.meter.counts += counts
         terms = torch.stack([error, perceptual, *quantizer, generator]) / settings.gradient_accumulation_steps
