@@ -252,6 +252,17 @@ def test_packed_layers_give_the_same_logits(model, packed):
         torch.testing.assert_close(packed(tokens, labels), model(tokens, labels), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.skipif(not can_pack(torch.device("cpu"), torch.bfloat16), reason="this processor knows no bfloat16")
+def test_packed_layers_of_bfloat16_give_the_logits_of_float32_as_nearly_as_plain_ones(model):
+    tokens, labels = torch.randint(20, (3, 8)), torch.tensor([0, 1, 4])
+    plain = copy.deepcopy(model).cast(torch.bfloat16)
+    packed = pack_linears(copy.deepcopy(plain))
+    with torch.no_grad():
+        expected = model(tokens, labels)
+        errors = [(part(tokens, labels) - expected).abs().max() for part in (packed, plain)]
+    assert errors[0] < 2 * errors[1]
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 10])
 def test_a_sample_does_not_depend_on_the_batch_it_is_drawn_in(packed, batch_size):
     labels, uniforms = (torch.from_numpy(array) for array in random_numbers(1, range(20), 4, 9))
