@@ -42,7 +42,7 @@ from scripts.benchmarks.turns import (
 )
 
 VOCAB_SIZE, CLUSTER_SIZE, NUM_CLASSES = 16384, 128, 1000
-CHUNK_ROWS = {"cpu": 256, "cuda": 8192}             # of train_c2i.py's defaults: 16 and 512 MiB
+CHUNK_ROWS = {"cpu": 256, "cuda": 2048}             # of train_c2i.py's defaults: 16 and 128 MiB
 STEPS = {"cpu": 2, "cuda": 10}                      # of one measurement of whole steps
 
 
