@@ -53,7 +53,7 @@ from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel, add_vq_args
 LABEL_DROPOUT = 0.1                                 # classifier-free guidance learns the null label from these
 NUM_SHOWN = 4                                       # rows of the training data in data.png
 NUM_SAMPLED, SHOWN_GUIDANCE = 8, 2.0                # pictures of --validation_step
-CPU_LOSS_MIB, GPU_LOSS_MIB = 16, 512                # a chunk of logits: what stays in the caches; what fills a GPU
+CPU_LOSS_MIB, GPU_LOSS_MIB = 16, 128                # a chunk of logits: what stays in the caches; what fills a GPU
 RESULT = ("token_loss", "cluster_loss", "val_token_loss", "val_cluster_loss")
 
 
@@ -92,7 +92,7 @@ def build_parser() -> Parser:
                             help="compute each block's activations again in the backward pass: slower, less memory"))
     group.add_argument("--no-fused-loss", action="store_true", help="compute the loss from all logits at once")
     free(group.add_argument("--loss-mib", type=at_least(0), default=0, help="memory of a chunk of logits in the fused "
-                            "loss, MiB; 0: 16 on a CPU, 512 on a GPU"))
+                            "loss, MiB; 0: 16 on a CPU, 128 on a GPU"))
     return parser
 
 
