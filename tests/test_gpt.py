@@ -211,9 +211,13 @@ def test_parameter_counts_equal_the_table(fixture):
 
 def test_drop_path_drops_whole_samples_and_rescales():
     torch.manual_seed(0)
-    model = GPT(GPTConfig("small", 2, 2, 8, grid=2, vocab_size=6, num_classes=2, drop_path=0.5))
-    assert [layer.drop_path for layer in model.layers] == [0.0, 0.5]
-    branch = model.layers[1].regularise(torch.ones(400, 3, 8))
+    model = GPT(GPTConfig("small", 3, 2, 8, grid=2, vocab_size=6, num_classes=2, drop_path=0.5))
+    x = torch.ones(400, 3, 8)
+    assert [factor.unique().tolist() for factor in model.draw_kept(0, x)] == [[1], [1]]
+    assert model.draw_kept(1, x)[0].unique().tolist() == pytest.approx([0, 1 / 0.75])
+    kept = model.draw_kept(2, x)
+    assert not torch.equal(*kept) and model.eval().draw_kept(2, x) == (None, None)
+    branch = model.layers[2].regularise(x, kept[0])
     per_sample = branch.flatten(1)
     assert ((per_sample == 0).all(1) | (per_sample == 2).all(1)).all()       # never dropout inside a sample
     assert 0.4 < (per_sample[:, 0] == 0).float().mean() < 0.6

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from autoregressive.models.cache import DecodePosition, KVCache
 from autoregressive.models.rope import apply_rotary, rotary_table
@@ -178,28 +179,35 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: h = x + attention(norm x); out = h + feed_forward(norm h)."""
+    """Pre-norm transformer block: h = x + attention(norm x); out = h + feed_forward(norm h).
 
-    def __init__(self, config, drop_path):
+    Attributes:
+        recomputes: whether a backward pass computes the activations again, so that a forward pass need not keep them.
+    """
+
+    def __init__(self, config):
         super().__init__()
         self.attention = Attention(config)
         self.feed_forward = FeedForward(config)
         self.attention_norm = RMSNorm(config.width)
         self.ffn_norm = RMSNorm(config.width)
-        self.drop_path = drop_path
         self.dropout = 0.0 if config.drop_path > 0 else config.dropout
+        self.recomputes = False
 
-    def regularise(self, branch):
-        """Applies dropout and drop path (whole samples; survivors divided by 1 - p) to a branch (B, T, D)."""
+    def regularise(self, branch: Tensor, kept: Tensor | None) -> Tensor:
+        """Applies dropout, and drop path: each sample of a branch (B, T, D) is multiplied by its factor (B, 1, 1)."""
         branch = F.dropout(branch, self.dropout, self.training)
-        if self.drop_path:
-            kept = F.dropout(branch.new_ones(len(branch), 1, 1), self.drop_path, self.training)
-            branch = branch * kept
-        return branch
+        return branch if kept is None else branch * kept.type_as(branch)
 
-    def forward(self, x, table):
-        x = x + self.regularise(self.attention(self.attention_norm(x), table))
-        return x + self.regularise(self.feed_forward(self.ffn_norm(x)))
+    def forward(self, x: Tensor, table: Tensor, kept: tuple[Tensor | None, Tensor | None] = (None, None)) -> Tensor:
+        """Returns (B, T, D) from x (B, T, D), the rotary table (T, head_dim / 2, 2) and the branches' factors."""
+        if self.recomputes:                         # in here, since what is compiled is the forward of a block
+            return checkpoint(self._forward, x, table, kept, use_reentrant=False)
+        return self._forward(x, table, kept)
+
+    def _forward(self, x, table, kept):
+        x = x + self.regularise(self.attention(self.attention_norm(x), table), kept[0])
+        return x + self.regularise(self.feed_forward(self.ffn_norm(x)), kept[1])
 
     def decode(self, x, table, at, keys, values):
         x = x + self.attention.decode(self.attention_norm(x), table, at, keys, values)
@@ -228,8 +236,7 @@ class GPT(nn.Module):
         self.config = config
         self.cls_embedding = LabelEmbedding(config)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.width)
-        rates = [config.drop_path * i / max(config.num_layers - 1, 1) for i in range(config.num_layers)]
-        self.layers = nn.ModuleList(Block(config, rate) for rate in rates)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.width)
         self.output = nn.Linear(config.width, config.vocab_size, bias=False)
         with torch.device("cpu"):                   # a real table also where the weights are on the meta device
@@ -262,9 +269,23 @@ class GPT(nn.Module):
         x = torch.cat([self.cls_embedding(labels), self.tok_embeddings(tokens)], dim=1)
         x = F.dropout(x, self.config.token_dropout, self.training)
         table = self.rotary[:x.shape[1]]
-        for layer in self.layers:
-            x = layer(x, table)
+        for number, layer in enumerate(self.layers):
+            x = layer(x, table, self.draw_kept(number, x))
         return self.norm(x)
+
+    def draw_kept(self, number: int, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Draws which samples of x (B, T, D) keep the two branches of a layer.
+
+        Blocks are given tensors, not their own rate: a block with a number of its own would be compiled for itself.
+
+        Returns:
+            two of (B, 1, 1), 0 with the layer's probability and else 1 / (1 - it); or None twice, if all are kept.
+        """
+        if not (self.config.drop_path and self.training):
+            return None, None
+        rate = self.config.drop_path * number / max(self.config.num_layers - 1, 1)
+        ones = x.new_ones(2, len(x), 1, 1)
+        return F.dropout(ones[0], rate), F.dropout(ones[1], rate)
 
     def forward(self, tokens, labels):
         """Returns the float32 logits (B, n + 1, V) of features(tokens, labels)."""

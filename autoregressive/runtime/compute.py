@@ -1,12 +1,25 @@
 """In which precision a model computes, and whether it is compiled."""
 
 import importlib.util
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
+from torch import nn
 
+from autoregressive.runtime.entry import Parser, free
 from autoregressive.runtime.log import LOGGER
 
 PRECISIONS = {"none": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+COMPILE_ERRORS = ("warn", "raise")
+
+
+def add_compute_args(parser: Parser) -> None:
+    """Declares the flags of how a GPU computes what is trained."""
+    group = parser.add_argument_group("computing")
+    free(group.add_argument("--no-compile", action="store_true", help="do not compile (a GPU compiles by default)"))
+    free(group.add_argument("--compile-errors", default="warn", choices=COMPILE_ERRORS,
+                            help="what cannot be compiled runs as it is, slower, with a warning; or ends the run"))
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -14,12 +27,58 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "none")
 
 
-def can_compile(device: torch.device, wanted: bool) -> bool:
-    """Says whether to compile: on a GPU, if it is wanted and Triton is there; its absence is said once, in the log."""
+def can_compile(device: torch.device, wanted: bool, errors: str = "warn") -> bool:
+    """Says whether to compile: on a GPU, if it is wanted and Triton is there; its absence is said once, in the log.
+
+    Args:
+        device: where the model computes.
+        wanted: whether the user wants it.
+        errors: one of COMPILE_ERRORS.
+    """
     if device.type != "cuda" or not wanted:
         return False
     if importlib.util.find_spec("triton") is None:
         LOGGER.warning("torch.compile needs the package triton, which is not installed: running without it, slower")
         return False
-    torch._dynamo.config.suppress_errors = True     # what cannot be compiled runs as it is, with a warning
+    torch._dynamo.config.suppress_errors = errors == "warn"
     return True
+
+
+class BlockCompiler:
+    """Compiles the blocks of a model, and counts how many of them run compiled.
+
+    Attributes:
+        graphs: how many were compiled; one, if the blocks are alike.
+        calls: how often one of them ran forward.
+    """
+
+    def __init__(self, blocks: Iterable[nn.Module], backend: str | Callable[..., Any] = "inductor"):
+        """Has `blocks` compiled when they first run, in place, by a backend of torch.compile."""
+        self._blocks = list(blocks)
+        self._backend = torch._dynamo.lookup_backend(backend)
+        self.graphs = 0
+        self.calls = 0
+        # It would split the graph of a block at DDP's buckets; their gradients are averaged between blocks anyway.
+        torch._dynamo.config.optimize_ddp = False
+        for block in self._blocks:
+            block.compile(backend=self._compile)
+
+    def _compile(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        run = self._backend(graph, inputs)
+        self.graphs += 1
+
+        def counted(*arguments):
+            self.calls += 1
+            return run(*arguments)
+
+        return counted
+
+    def report(self, forwards: int) -> None:
+        """Says in the log how many blocks ran compiled in the first `forwards` forward passes of the model."""
+        # Imported here: it takes seconds, which a run that compiles nothing is spared.
+        from torch._inductor import metrics
+
+        compiled = self.calls // forwards
+        say = LOGGER.info if compiled == len(self._blocks) else LOGGER.warning
+        say("%d of %d blocks run compiled; graphs of blocks: %d, kernels generated with the loss: %d", compiled,
+            len(self._blocks), self.graphs, metrics.generated_kernel_count)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoregressive.runtime.compute import autocast
+from autoregressive.runtime.compute import BlockCompiler, autocast
 from autoregressive.runtime.distributed import Session, sync_gradients
 from autoregressive.runtime.meter import Meter
 from autoregressive.runtime.optim import ModelOptimizer
@@ -56,6 +56,7 @@ class GPTTrainer:
         accumulation: micro-batches of a step.
         val_batches: TokenBatches of the validation images, or None.
         draw_samples: saves a picture at a path, drawn with given weights; None draws nothing.
+        compiler: of the model's blocks, which reports after the first step; None if they are not compiled.
     """
 
     wrapped: nn.Module
@@ -65,6 +66,7 @@ class GPTTrainer:
     accumulation: int = 1
     val_batches: Any = None
     draw_samples: Callable[[Path, dict[str, Tensor]], None] | None = None
+    compiler: BlockCompiler | None = None
 
     def __post_init__(self):
         self.meter = Meter((*LOSSES, "grad_norm"), self.session.device)
@@ -82,6 +84,9 @@ class GPTTrainer:
             losses += micro_losses / self.accumulation
         norm, is_bad = self.optimizer.step(step, lr, losses[0])
         self.meter.add(step, torch.cat([losses, norm[None]]), is_bad)
+        if self.compiler:
+            self.compiler.report(forwards=self.accumulation)
+            self.compiler = None
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:

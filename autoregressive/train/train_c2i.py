@@ -35,7 +35,7 @@ from autoregressive.models.sampler import Sampler
 from autoregressive.models.start import check_start, read_start
 from autoregressive.pipeline import Pipeline, load_decoder
 from autoregressive.runtime.checkpoint import find_checkpoint, load_strictly
-from autoregressive.runtime.compute import PRECISIONS, can_compile
+from autoregressive.runtime.compute import PRECISIONS, BlockCompiler, add_compute_args, can_compile
 from autoregressive.runtime.distributed import PARALLEL, Session, seed_everything, wrap_for_training
 from autoregressive.runtime.entry import Flags, Parser, at_least, checks, flag_of, free, on_main, pixels, run, share
 from autoregressive.runtime.files import weights_sha256
@@ -65,6 +65,7 @@ def build_parser() -> Parser:
     add_vq_args(parser)
     add_optim_args(parser)
     add_training_args(parser)
+    add_compute_args(parser)
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", default="imagenet_code", choices=("imagenet_code",), help="a store of codes")
     group.add_argument("--image-size", type=pixels, default=256, help="pixels of a picture's side")
@@ -84,10 +85,9 @@ def build_parser() -> Parser:
                        "else it holds")
     group.add_argument("--init-from-original", action="store_true", help="--gpt-ckpt is a GPT over codes in their "
                        "original order, such as LlamaGen's: move its rows to their tokens")
-    group = parser.add_argument_group("computing")
+    group = parser.add_argument_group("memory")
     free(group.add_argument("--parallel", default="ddp", choices=PARALLEL,
                             help="ddp: every process holds all weights; fsdp: shards them, for XL and larger"))
-    free(group.add_argument("--no-compile", action="store_true", help="do not compile (a GPU compiles by default)"))
     free(group.add_argument("--checkpoint-activations", action="store_true",
                             help="compute each block's activations again in the backward pass: slower, less memory"))
     group.add_argument("--no-fused-loss", action="store_true", help="compute the loss from all logits at once")
@@ -191,13 +191,12 @@ def build_trainer(args: Flags, config: GPTConfig, start: GPTFile | None, data: T
         chunk_bytes = (args.loss_mib or (CPU_LOSS_MIB if device.type == "cpu" else GPU_LOSS_MIB)) * 2**20
         head_loss = functools.partial(fused_head_loss, rows_at_once=max(1, chunk_bytes // (4 * args.vocab_size)))
     head_loss = functools.partial(head_loss, cluster_size=args.cluster_size, lambda_cce=args.lambda_cce)
-    if can_compile(device, not args.no_compile):
+    for layer in model.layers:
+        layer.recomputes = args.checkpoint_activations
+    compiler = None
+    if can_compile(device, not args.no_compile, args.compile_errors):
         head_loss = torch.compile(head_loss)
-        for layer in model.layers:
-            layer.compile()                         # one block is compiled once and used by all
-    if args.checkpoint_activations:
-        for layer in model.layers:
-            layer.forward = functools.partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
+        compiler = BlockCompiler(model.layers)
     wrapped = wrap_for_training(Objective(model, head_loss), session, args.parallel, model.layers,
                                 PRECISIONS[args.mixed_precision])
     optimizer = ModelOptimizer(model, OptimSettings(**args.pick(OptimSettings)), device,
@@ -208,7 +207,7 @@ def build_trainer(args: Flags, config: GPTConfig, start: GPTFile | None, data: T
         draw = functools.partial(save_samples, config=config, vq=vq, device=device, seed=args.global_seed,
                                  class_names=data.store.manifest["class_names"])
     return GPTTrainer(wrapped, optimizer, session, args.mixed_precision, args.gradient_accumulation_steps,
-                      data.val_batches, draw)
+                      data.val_batches, draw, compiler)
 
 
 @torch.inference_mode()

@@ -1,0 +1,125 @@
+"""What torch.compile makes of the blocks, by a backend that needs no compiler."""
+
+import functools
+import importlib.util
+import logging
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from autoregressive.models.cluster_loss import fused_head_loss
+from autoregressive.models.gpt import GPT, GPTConfig
+from autoregressive.runtime.compute import BlockCompiler, autocast, can_compile
+from autoregressive.runtime.distributed import Session, whole_tensor, wrap_for_training
+from autoregressive.runtime.optim import ModelOptimizer, OptimSettings
+from autoregressive.train.objective import GPTTrainer, Objective
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+ALONE = Session(rank=0, world_size=1, device=CPU)
+NUM_LAYERS = 10                                     # more than Dynamo compiles one function again
+
+
+@pytest.fixture(autouse=True)
+def clean():
+    """Forgets what was compiled, and restores what compiling sets."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(suppress_errors=False, optimize_ddp=True):
+        yield
+
+
+@pytest.fixture
+def group():
+    """A process group of one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def new_objective(drop_path=0.0, recomputes=False, num_layers=NUM_LAYERS, dropout=0.1):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig("small", num_layers, 2, 16, grid=3, vocab_size=24, num_classes=5, dropout=dropout,
+                          drop_path=drop_path))
+    torch.nn.init.normal_(model.output.weight)
+    for layer in model.layers:
+        layer.recomputes = recomputes
+    return Objective(model, functools.partial(fused_head_loss, cluster_size=4, lambda_cce=1.0, rows_at_once=7))
+
+
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(24, (4, 9), generator=generator), torch.randint(6, (4,), generator=generator)
+
+
+def loss_and_gradients(wrapped, precision="none"):
+    """Returns the loss and all gradients, joined, of a forward and backward pass with given random numbers."""
+    torch.manual_seed(2)
+    with autocast(CPU, precision):
+        loss, _ = wrapped(*batch())
+    loss.backward()
+    return loss.item(), torch.cat([whole_tensor(parameter.grad).flatten() for parameter in wrapped.parameters()])
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize("drop_path", [0.0, 0.2])
+def test_one_graph_serves_all_blocks_and_changes_no_number(drop_path, recomputes):
+    plain_loss, plain_gradients = loss_and_gradients(new_objective(drop_path))
+    objective = new_objective(drop_path, recomputes)
+    compiler = BlockCompiler(objective.model.layers, "aot_eager")
+    loss, gradients = loss_and_gradients(objective)
+    assert (compiler.graphs, compiler.calls) == (1, NUM_LAYERS)
+    assert loss == pytest.approx(plain_loss, rel=1e-6)
+    assert torch.allclose(gradients, plain_gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_recomputing_a_block_keeps_less():
+    sizes = []
+    for recomputes in (False, True):
+        kept = []
+        objective = new_objective(recomputes=recomputes)
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor, kept=kept: kept.append(tensor), lambda _: None):
+            objective(*batch())
+        sizes.append(sum(tensor.numel() for tensor in kept))
+    assert sizes[1] < sizes[0] / 5
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_one_graph_serves_all_blocks_whose_gradients_are_averaged(group, parallel):
+    objective = new_objective(recomputes=True)
+    compiler = BlockCompiler(objective.model.layers, "eager")
+    if parallel == "ddp":                           # buckets that end within a block
+        wrapped = torch.nn.parallel.DistributedDataParallel(objective, bucket_cap_mb=0.002)
+    else:
+        wrapped = wrap_for_training(objective, ALONE, "fsdp", objective.model.layers, torch.float32)
+    loss_and_gradients(wrapped)
+    assert (compiler.graphs, compiler.calls) == (1, NUM_LAYERS)
+
+
+def first_step(monkeypatch, errors, backend):
+    """Takes the first step of a trainer whose blocks a backend is to compile."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert can_compile(GPU, wanted=True, errors=errors)
+    objective = new_objective(num_layers=3)
+    compiler = BlockCompiler(objective.model.layers, backend)
+    optimizer = ModelOptimizer(objective.model, OptimSettings(lr=1e-3), CPU)
+    GPTTrainer(objective, optimizer, ALONE, "none", accumulation=2, compiler=compiler).step(0, batch(), 1e-3)
+
+
+def failing_backend(graph, inputs):
+    raise RuntimeError("no such instruction")
+
+
+def test_the_first_step_says_how_many_blocks_run_compiled(monkeypatch, caplog):
+    with caplog.at_level(logging.INFO):
+        first_step(monkeypatch, "warn", "eager")
+    assert "3 of 3 blocks run compiled; graphs of blocks: 1" in caplog.text
+
+
+def test_blocks_that_cannot_be_compiled_run_as_they_are_with_a_warning(monkeypatch, caplog):
+    first_step(monkeypatch, "warn", failing_backend)
+    assert "0 of 3 blocks run compiled" in caplog.text
+
+
+def test_blocks_that_cannot_be_compiled_end_the_run_if_wanted(monkeypatch):
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="no such instruction"):
+        first_step(monkeypatch, "raise", failing_backend)
