@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from autoregressive.models.cluster_loss import fused_head_loss
 from autoregressive.models.gpt import GPT, GPTConfig
-from autoregressive.runtime.compute import BlockCompiler, autocast, can_compile
+from autoregressive.runtime.compute import BlockCompiler, autocast, can_compile, set_up_gpu
 from autoregressive.runtime.distributed import Session, whole_tensor, wrap_for_training
 from autoregressive.runtime.optim import ModelOptimizer, OptimSettings
 from autoregressive.train.objective import GPTTrainer, Objective
@@ -123,3 +123,13 @@ def test_blocks_that_cannot_be_compiled_run_as_they_are_with_a_warning(monkeypat
 def test_blocks_that_cannot_be_compiled_end_the_run_if_wanted(monkeypatch):
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="no such instruction"):
         first_step(monkeypatch, "raise", failing_backend)
+
+
+def test_products_are_tf32_and_attention_is_not_that_of_cudnn_unless_wanted():
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    before = cuda.matmul.allow_tf32, cudnn.allow_tf32, cuda.cudnn_sdp_enabled()
+    for tf32, cudnn_attention in ((True, False), (False, True)):
+        set_up_gpu(tf32, cudnn_attention)
+        assert (cuda.matmul.allow_tf32, cudnn.allow_tf32, cuda.cudnn_sdp_enabled()) == (tf32, tf32, cudnn_attention)
+    cuda.matmul.allow_tf32, cudnn.allow_tf32 = before[:2]
+    cuda.enable_cudnn_sdp(before[2])

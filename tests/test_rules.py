@@ -63,7 +63,7 @@ FREE = {                        # no result depends on these, nor on device and 
     "autoregressive/train/extract_codes_c2i.py": {"batch_size", "num_workers", "no_compile", "max_failures",
                                                   "overwrite"},
     "autoregressive/train/train_c2i.py": RUN | {"validation_step", "parallel", "no_compile", "compile_errors",
-                                                "checkpoint_activations", "loss_mib"},
+                                                "cudnn_attention", "checkpoint_activations", "loss_mib"},
     "autoregressive/sample/sample_c2i_ddp.py": {"preset", "sample_dir"},
     "autoregressive/sample/sample_c2i.py": {"preset"},
     "tokenizer/tokenizer_image/vq_train.py": RUN | {"max_failures", "output"},

@@ -1,5 +1,6 @@
 """In which precision a model computes, and whether it is compiled."""
 
+import argparse
 import importlib.util
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -20,6 +21,18 @@ def add_compute_args(parser: Parser) -> None:
     free(group.add_argument("--no-compile", action="store_true", help="do not compile (a GPU compiles by default)"))
     free(group.add_argument("--compile-errors", default="warn", choices=COMPILE_ERRORS,
                             help="what cannot be compiled runs as it is, slower, with a warning; or ends the run"))
+    group.add_argument("--tf32", action=argparse.BooleanOptionalAction, default=True,
+                       help="multiply float32 matrices on a GPU's tensor cores, with 10 bits of mantissa")
+    free(group.add_argument("--cudnn-attention", action="store_true", help="let torch take cuDNN's attention where it "
+                            "prefers it, as on an H100; else it is the flash attention that has been tested"))
+
+
+def set_up_gpu(tf32: bool, cudnn_attention: bool) -> None:
+    """Sets for this process whether a GPU multiplies float32 matrices in TF32, and whether attention may be cuDNN's."""
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
+    # torch 2.14 ranks it above flash attention on an H100; until someone has trained with it, it has to be asked for.
+    torch.backends.cuda.enable_cudnn_sdp(cudnn_attention)
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

@@ -35,7 +35,7 @@ from autoregressive.models.sampler import Sampler
 from autoregressive.models.start import check_start, read_start
 from autoregressive.pipeline import Pipeline, load_decoder
 from autoregressive.runtime.checkpoint import find_checkpoint, load_strictly
-from autoregressive.runtime.compute import PRECISIONS, BlockCompiler, add_compute_args, can_compile
+from autoregressive.runtime.compute import PRECISIONS, BlockCompiler, add_compute_args, can_compile, set_up_gpu
 from autoregressive.runtime.distributed import PARALLEL, Session, seed_everything, wrap_for_training
 from autoregressive.runtime.entry import Flags, Parser, at_least, checks, flag_of, free, on_main, pixels, run, share
 from autoregressive.runtime.files import weights_sha256
@@ -256,6 +256,7 @@ def main(args: Flags, session: Session) -> None:
         LOGGER.info("%s is finished: %s", folder.path, folder.result)
         return
 
+    set_up_gpu(args.tf32, args.cudnn_attention)
     trainer = build_trainer(args, config, start, data, vq, session)
     num_parameters = sum(parameter.numel() for parameter in trainer.optimizer.model.parameters())
     speed = Speedometer(session.device, session.world_size, config.num_tokens, config.flops_per_token(num_parameters))
