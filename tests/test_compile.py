@@ -1,4 +1,4 @@
-"""What torch.compile makes of the blocks, by a backend that needs no compiler."""
+"""What torch.compile makes of the blocks, by a backend that needs no compiler, and the precision of both --parallel."""
 
 import functools
 import importlib.util
@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from autoregressive.models import gpt
 from autoregressive.models.cluster_loss import fused_head_loss
 from autoregressive.models.gpt import GPT, GPTConfig
 from autoregressive.runtime.compute import BlockCompiler, autocast, can_compile, set_up_gpu
@@ -93,6 +94,27 @@ def test_one_graph_serves_all_blocks_whose_gradients_are_averaged(group, paralle
         wrapped = wrap_for_training(objective, ALONE, "fsdp", objective.model.layers, torch.float32)
     loss_and_gradients(wrapped)
     assert (compiler.graphs, compiler.calls) == (1, NUM_LAYERS)
+
+
+def test_fsdp_in_bfloat16_computes_what_ddp_does(group, monkeypatch):
+    found, tables, streams = [], set(), set()
+    original = gpt.apply_rotary
+
+    def apply_rotary(x, table):
+        tables.add(table.dtype)
+        return original(x, table)
+
+    monkeypatch.setattr(gpt, "apply_rotary", apply_rotary)
+    for parallel in ("ddp", "fsdp"):
+        objective = new_objective(dropout=0.0)
+        layers = objective.model.layers
+        for layer in layers:
+            layer.register_forward_hook(lambda module, inputs, output: streams.update({inputs[0].dtype, output.dtype}))
+        found.append(loss_and_gradients(wrap_for_training(objective, ALONE, parallel, layers, torch.bfloat16), "bf16"))
+    assert tables == streams == {torch.float32}
+    (loss, gradients), (sharded_loss, sharded_gradients) = found
+    assert sharded_loss == pytest.approx(loss, rel=1e-6)        # the norm weights are 1: nothing else is rounded
+    assert (sharded_gradients - gradients).norm() < 5e-3 * gradients.norm()
 
 
 def first_step(monkeypatch, errors, backend):

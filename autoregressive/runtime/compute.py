@@ -36,7 +36,12 @@ def set_up_gpu(tf32: bool, cudnn_attention: bool) -> None:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Returns a context that computes in one of PRECISIONS; "none" leaves everything as it is."""
+    """Returns a context that computes in one of PRECISIONS; "none" leaves everything as it is.
+
+    Products of matrices and attention are computed in it, from weights rounded to it. The weights themselves, the
+    residual stream, norms, the rotary table, losses and the sums of gradients over processes are float32, with DDP as
+    with FSDP. FSDP gathers the weights of blocks rounded, which here alone takes in the two norm weights of a block.
+    """
     return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "none")
 
 

@@ -175,7 +175,7 @@ def wrap_for_training(module, session, parallel="ddp", blocks=(), dtype=None):
         session: Session.
         parallel: "ddp" keeps all weights on every process; "fsdp" (FSDP2) shards weights, gradients and optimizer.
         blocks: with fsdp, the submodules whose weights are gathered one after the other.
-        dtype: with fsdp, the dtype that weights are gathered in; None is their own.
+        dtype: with fsdp, the dtype that the weights of blocks are gathered in; None is their own.
 
     Returns:
         the module to call; with one process and ddp, the module itself.
@@ -186,11 +186,13 @@ def wrap_for_training(module, session, parallel="ddp", blocks=(), dtype=None):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-        settings = {"mesh": init_device_mesh(session.device.type, (session.world_size,)),
-                    "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)}
+        mesh = init_device_mesh(session.device.type, (session.world_size,))
+        # What a block is given stays as it is: under autocast, which decides what is computed in `dtype`, the residual
+        # stream and the rotary table are float32, as with ddp. So are the weights outside of the blocks.
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in blocks:
-            fully_shard(block, **settings)
-        return fully_shard(module, **settings)
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        return fully_shard(module, mesh=mesh)
     if session.world_size == 1:
         return module
     devices = [session.device] if session.device.type == "cuda" else None
