@@ -171,8 +171,11 @@ class TokenizerTrainer:
 
     def _adaptive(self, loss: Tensor, generator: Tensor) -> Tensor:
         last = self.model.decoder.conv_out.weight
-        gradients = [torch.autograd.grad(term, last, retain_graph=True)[0] for term in (loss, generator)]
-        return adaptive_weight(*(self.session.sum(gradient) for gradient in gradients))    # of the whole batch
+        means = []                                  # over the whole batch; sums would outweigh the epsilon in the ratio
+        for term in (loss, generator):
+            gradient, = torch.autograd.grad(term, last, retain_graph=True)
+            means.append(self.session.sum(gradient) / self.session.world_size)
+        return adaptive_weight(*means)
 
     def _discriminator(self, images: Tensor, reconstruction: Tensor, is_last: bool) -> Tensor:
         """Adds the gradient of one micro-batch to the discriminator; returns its share of D."""
