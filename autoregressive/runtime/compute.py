@@ -40,7 +40,8 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
     Products of matrices and attention are computed in it, from weights rounded to it. The weights themselves, the
     residual stream, norms, the rotary table, losses and the sums of gradients over processes are float32, with DDP as
-    with FSDP. FSDP gathers the weights of blocks rounded, which here alone takes in the two norm weights of a block.
+    with FSDP. One thing differs: FSDP gathers the weights of a block rounded, its two norm weights with them, which
+    changes gradients as much as bf16 itself does.
     """
     return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "none")
 
