@@ -27,7 +27,7 @@ from autoregressive.runtime.speed import peak_memory_mib
 from evaluations.c2i.inception_torch import TorchInception
 from evaluations.c2i.metrics import feature_statistics, frechet_distance, precision_recall
 from scripts.benchmarks.inception_stand_in import build_inception
-from scripts.benchmarks.turns import Report, Values, benchmark_parser, compare, timed
+from scripts.benchmarks.turns import Report, Values, add_report_args, benchmark_parser, compare, timed
 
 WIDTH = 2048
 PIXELS = 256                                        # of a picture that the network is given
@@ -37,6 +37,7 @@ PROTOCOL = 50000                                    # pictures of the published 
 def build_parser() -> Parser:
     """Returns the parser of this script's command line."""
     parser = benchmark_parser("Compare ways to compute FID; measure precision and recall.", rounds=3)
+    add_report_args(parser)
     parser.add_argument("--part", default="fid", choices=PARTS, help="what to measure")
     parser.add_argument("--num-images", type=int, default=10000,
                         help="features of each set, or pictures of the network")

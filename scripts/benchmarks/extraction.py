@@ -26,7 +26,7 @@ from autoregressive.data.code_writer import CodeWriter
 from autoregressive.runtime.compute import PRECISIONS
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.entry import Flags, Parser, at_least, run
-from scripts.benchmarks.turns import Report, Values, benchmark_parser, compare, compile_or_raise, timed
+from scripts.benchmarks.turns import Report, Values, add_report_args, benchmark_parser, compare, compile_or_raise, timed
 from tokenizer.tokenizer_image.crops import load_crops
 from tokenizer.tokenizer_image.encoding import CropEncoder, agreement, default_batch_size
 from tokenizer.tokenizer_image.images import center_crop, crop_names, cut_crops, enlarged_side, open_dataset, to_float
@@ -42,6 +42,7 @@ AGREEMENT_CROPS = 2
 def build_parser() -> Parser:
     """Returns the parser of this script's command line."""
     parser = benchmark_parser("Compare ways to turn images into codes: images per second.", rounds=1)
+    add_report_args(parser)
     parser.add_argument("--num-images", type=int, default=8, help="images to encode, ten crops of each")
     parser.add_argument("--image-size", type=at_least(16), default=256, help="pixels of a crop's side")
     parser.add_argument("--store-images", type=at_least(0), default=3000,

@@ -32,7 +32,14 @@ from autoregressive.runtime.compute import autocast
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.entry import Flags, Parser, at_least, run
 from autoregressive.train.objective import Objective
-from scripts.benchmarks.turns import Report, Values, benchmark_parser, compile_or_raise, write_random_codes
+from scripts.benchmarks.turns import (
+    Report,
+    Values,
+    add_report_args,
+    benchmark_parser,
+    compile_or_raise,
+    write_random_codes,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_CLASSES = 10
@@ -51,6 +58,7 @@ class Differs(Exception):
 def build_parser() -> Parser:
     """Returns the parser of this script's command line."""
     parser = benchmark_parser("Compare what a device computes with what the CPU does.", rounds=1)
+    add_report_args(parser)
     parser.add_argument("--gpt-model", default="GPT-B", choices=GPT_MODELS, help="size of the GPT")
     parser.add_argument("--grid", type=at_least(1), default=12, help="side of the picture in tokens")
     parser.add_argument("--batch-size", type=at_least(1), default=4, help="pictures")

@@ -43,6 +43,7 @@ from scripts.benchmarks.turns import (
     DoesNotFit,
     Report,
     Values,
+    add_report_args,
     add_size_args,
     benchmark_parser,
     compare,
@@ -61,6 +62,7 @@ LIVE_MAPS = 8                                       # of the VQ decoder's widest
 def build_parser() -> Parser:
     """Returns the parser of this script's command line."""
     parser = benchmark_parser("Compare ways to sample: tokens and images per second.", rounds=3)
+    add_report_args(parser)
     add_size_args(parser, GPT_MODELS)
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[2, 16], help="pictures drawn together")
     parser.add_argument("--precision", default="none", choices=tuple(PRECISIONS), help="of weights and cache")
@@ -189,7 +191,10 @@ def check_fits(free: float, **parts: float) -> None:
 
 def free_bytes(device: torch.device) -> float:
     """Returns the memory that is free; on a CPU it is not looked at."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+    if device.type == "cpu":
+        return math.inf
+    torch.cuda.empty_cache()                        # what torch keeps of finished work is free, too
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def make_model(config: GPTConfig, dtype: torch.dtype, device: torch.device) -> GPT:

@@ -32,6 +32,7 @@ from autoregressive.train.objective import GPTTrainer, Objective
 from scripts.benchmarks.turns import (
     Report,
     Values,
+    add_report_args,
     add_size_args,
     benchmark_parser,
     clock,
@@ -49,6 +50,7 @@ STEPS = {"cpu": 2, "cuda": 10}                      # of one measurement of whol
 def build_parser() -> Parser:
     """Returns the parser of this script's command line."""
     parser = benchmark_parser("Compare ways to train: seconds and memory of head and losses, or of steps.", rounds=5)
+    add_report_args(parser)
     add_size_args(parser, GPT_MODELS)
     parser.add_argument("--part", default="head", choices=PARTS, help="head and losses alone, or whole steps")
     parser.add_argument("--batch-size", type=int, default=4, help="images of a step")

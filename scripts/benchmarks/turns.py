@@ -27,13 +27,17 @@ class DoesNotFit(Exception):
 
 
 def benchmark_parser(description: str, rounds: int) -> Parser:
-    """Returns a parser with the flags that all benchmarks share; `rounds` is the default of --rounds."""
+    """Returns a parser with the flag --rounds, whose default is `rounds`."""
     parser = Parser(description, draws=False)
     parser.add_argument("--rounds", type=at_least(1), default=rounds,
                         help="how often the ways take turns; medians are printed")
+    return parser
+
+
+def add_report_args(parser: Parser) -> None:
+    """Declares the flags of a Report."""
     parser.add_argument("--report", help=f"folder of {RESULTS} and {TABLE}, to which every row is added")
     parser.add_argument("--minutes", type=above(0.0), help="begin no row that is not expected to end in this time")
-    return parser
 
 
 def add_size_args(parser: Parser, gpt_models: Iterable[str]) -> None:

@@ -1,0 +1,104 @@
+"""Peak memory of a GPU: training as train_c2i.py does it, and sampling, as torch counts what it allocates.
+
+    python scripts/benchmarks/memory.py                                         # GPT-B, L and XL, on an 80 GB GPU
+
+Not counted are what CUDA itself and its libraries hold, half a GB or more. Every training is a process of its own.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[2])      # the repository root instead of this folder
+
+import functools
+import json
+import subprocess
+import tempfile
+
+import torch
+
+from autoregressive.models.generate import generate
+from autoregressive.models.gpt import GPT, GPT_MODELS, gpt_config
+from autoregressive.models.recorded import RecordedSteps, compile_decoding
+from autoregressive.models.sampler import Sampler
+from autoregressive.runtime.distributed import Session
+from autoregressive.runtime.entry import Flags, Parser, at_least, checks, run
+from scripts.benchmarks.turns import (
+    Report,
+    Values,
+    add_report_args,
+    benchmark_parser,
+    compile_or_raise,
+    write_random_codes,
+)
+
+TRAIN = Path(__file__).resolve().parents[2] / "autoregressive" / "train" / "train_c2i.py"
+VOCAB_SIZE, NUM_CLASSES = 16384, 1000
+STEPS = 2                                           # the second one has moments, but no more memory than that
+
+
+def build_parser() -> Parser:
+    """Returns the parser of this script's command line."""
+    parser = benchmark_parser("Measure the peak memory of training and sampling.", rounds=1)
+    add_report_args(parser)
+    parser.add_argument("--gpt-models", nargs="+", default=["GPT-B", "GPT-L", "GPT-XL"], choices=GPT_MODELS,
+                        help="sizes of the GPT")
+    parser.add_argument("--grids", nargs="+", type=at_least(1), default=[16, 24], help="sides of the picture in tokens")
+    parser.add_argument("--train-images", type=at_least(1), default=32, help="images of a step")
+    parser.add_argument("--sample-images", type=at_least(1), default=128, help="pictures drawn together, with guidance")
+    return parser
+
+
+def training_memory(name: str, grid: int, num_images: int, flags: list[str]) -> Values:
+    """Returns the peak of a short training with more flags. Raises RuntimeError, or OutOfMemoryError, if it fails."""
+    with tempfile.TemporaryDirectory() as text:
+        folder = Path(text)
+        data = write_random_codes(folder, num_images * STEPS, grid, VOCAB_SIZE, NUM_CLASSES)
+        command = [sys.executable, TRAIN, *data, *flags, "--gpt-model", name, "--global-batch-size", str(num_images),
+                   "--max-steps", str(STEPS), "--log-every", "1", "--num-workers", "0", "--no-local-save",
+                   "--device", "cuda", "--results-dir", folder / "runs"]
+        done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        if done.returncode:
+            is_memory = "OutOfMemoryError" in done.stdout
+            last = done.stdout.strip().splitlines()[-1] if is_memory else done.stdout[-3000:]
+            raise (torch.OutOfMemoryError if is_memory else RuntimeError)(last)
+        metrics = next((folder / "runs").glob("*/metrics.jsonl")).read_text().splitlines()
+    return {"ours": {"peak GiB": max(json.loads(line)["memory_mib"] for line in metrics) / 2**10}}
+
+
+def sampling_memory(name: str, grid: int, num_images: int, device: torch.device) -> Values:
+    """Returns the peak of drawing tokens in bf16, recorded, without the VQ model."""
+    with device:
+        model = GPT(gpt_config(name, grid=grid, vocab_size=VOCAB_SIZE, num_classes=NUM_CLASSES))
+    model = model.to(device).eval().requires_grad_(False).cast(torch.bfloat16)      # the rotary table, too
+    labels = torch.zeros(num_images, dtype=torch.int64, device=device)
+    uniforms = torch.zeros(num_images, grid * grid, dtype=torch.float64, device=device)
+    steps = RecordedSteps(compile_decoding(model))
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    generate(model, labels, uniforms, Sampler(cfg_scale=2.0), steps)
+    return {"ours": {"peak GiB": torch.cuda.max_memory_allocated(device) / 2**30}}
+
+
+def main(args: Flags, session: Session) -> None:
+    with checks(session):
+        if session.device.type != "cuda":
+            raise ValueError(f"--device: expected a GPU, whose memory is measured, got {session.device.type}")
+    compile_or_raise()
+    report = Report("memory", args.report, args.minutes)
+    work = {}
+    for name in args.gpt_models:
+        for grid in args.grids:
+            for flags in ([], ["--checkpoint-activations"]):
+                title = " ".join([f"{name}, {grid * grid} tokens, training {args.train_images} images", *flags])
+                work[title] = functools.partial(training_memory, name, grid, args.train_images, flags)
+            title = f"{name}, {grid * grid} tokens, sampling {args.sample_images} guided images"
+            work[title] = functools.partial(sampling_memory, name, grid, args.sample_images, session.device)
+    for title, measure in work.items():
+        report.measure(title, measure)
+    report.finish()
+
+
+if __name__ == "__main__":
+    run(main, build_parser())
