@@ -12,8 +12,9 @@ from autoregressive.models import gpt
 from autoregressive.models.cluster_loss import fused_head_loss
 from autoregressive.models.gpt import GPT, GPTConfig
 from autoregressive.runtime.compute import BlockCompiler, autocast, can_compile, set_up_gpu
-from autoregressive.runtime.distributed import Session, whole_tensor, wrap_for_training
+from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.optim import ModelOptimizer, OptimSettings
+from autoregressive.runtime.parallel import whole_tensor, wrap_for_training
 from autoregressive.train.objective import GPTTrainer, Objective
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

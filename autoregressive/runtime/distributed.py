@@ -1,4 +1,4 @@
-"""Process group, device and seed: the only file that knows what a rank is.
+"""Process group, device and seed: the only file, with parallel.py, that knows what a rank is.
 
 A plain `python script.py` is world size 1; `torchrun` sets the environment for more. Collectives of the CPU run on
 gloo, those of a GPU on nccl.
@@ -140,7 +140,7 @@ def open_session(device="auto", debug=False):
         # Each restart of a group by torchrun has keys of its own: those of the one before name ports that are closed.
         store, rank, _ = next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
         store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group(_backend(torch.device(device)), store=store, rank=rank, world_size=world_size,
+        dist.init_process_group(backend_of(torch.device(device)), store=store, rank=rank, world_size=world_size,
                                 timeout=COLLECTIVE_TIMEOUT)
     with contextlib.ExitStack() as held:
         try:
@@ -151,7 +151,8 @@ def open_session(device="auto", debug=False):
                 dist.destroy_process_group()
 
 
-def _backend(device: torch.device) -> str:
+def backend_of(device: torch.device) -> str:
+    """Returns the backend of collectives between processes that compute on a kind of device."""
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
@@ -162,91 +163,6 @@ def _leave_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)            # training saves and leaves
     time.sleep(PARENT_PATIENCE_SECONDS)
     os._exit(128 + signal.SIGTERM)
-
-
-PARALLEL = ("ddp", "fsdp")
-
-
-def wrap_for_training(module, session, parallel="ddp", blocks=(), dtype=None):
-    """Prepares a module whose backward averages gradients over all processes.
-
-    Args:
-        module: its forward returns the loss.
-        session: Session.
-        parallel: "ddp" keeps all weights on every process; "fsdp" (FSDP2) shards weights, gradients and optimizer.
-        blocks: with fsdp, the submodules whose weights are gathered one after the other.
-        dtype: with fsdp, the dtype that the weights of blocks are gathered in; None is their own.
-
-    Returns:
-        the module to call; with one process and ddp, the module itself.
-    """
-    if parallel == "fsdp":
-        if not dist.is_initialized():               # shards need a group, also of one process
-            dist.init_process_group(_backend(session.device), store=dist.HashStore(), rank=0, world_size=1)
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-        mesh = init_device_mesh(session.device.type, (session.world_size,))
-        # What a block is given stays as it is: under autocast, which decides what is computed in `dtype`, the residual
-        # stream and the rotary table are float32, as with ddp. So are the weights outside of the blocks.
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for block in blocks:
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-        return fully_shard(module, mesh=mesh)
-    if session.world_size == 1:
-        return module
-    devices = [session.device] if session.device.type == "cuda" else None
-    return torch.nn.parallel.DistributedDataParallel(module, device_ids=devices)
-
-
-def sync_gradients(module, enabled):
-    """Returns a context for a backward that averages gradients over processes only if `enabled`: not before the last
-    micro-batch of a step."""
-    if hasattr(module, "set_requires_gradient_sync"):               # FSDP2
-        module.set_requires_gradient_sync(enabled)
-    elif hasattr(module, "no_sync") and not enabled:                # DDP
-        return module.no_sync()
-    return contextlib.nullcontext()
-
-
-def whole_tensor(tensor):
-    """Returns a tensor itself, or what its shards on all processes make up (all call this)."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def shard_like(tensor, other):
-    """Returns what this process holds of a whole tensor, if it is divided like `other`, which may be undivided."""
-def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns a tensor itself, or the shard of it that this process holds; what is written there is written in it."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-    if not hasattr(other, "device_mesh"):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)
-
-
-def gather_state(model, optimizer):
-    """Returns the state dicts of a model and its optimizer, whole and on the CPU on rank 0, whatever the sharding.
-
-    All processes call this. The optimizer's state is keyed by names of parameters, so that it fits any number of
-    processes and either way of running in parallel.
-    """
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
-
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return get_model_state_dict(model, options=options), get_optimizer_state_dict(model, optimizer, options=options)
-
-
-def scatter_state(model, model_state, optimizer, optimizer_state):
-    """Loads what gather_state returned, read on every process, into a model and its optimizer (all call this)."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
-
-    options = StateDictOptions(full_state_dict=True, strict=True)
-    set_model_state_dict(model, model_state, options=options)
-    set_optimizer_state_dict(model, optimizer, optimizer_state, options=options)
 
 
 def keyed_random(seed, epoch, stream):

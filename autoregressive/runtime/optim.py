@@ -7,8 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoregressive.runtime.distributed import gather_state, local_part, scatter_state, shard_like, whole_tensor
 from autoregressive.runtime.entry import Parser, at_least, share
+from autoregressive.runtime.parallel import (
+    copy_part,
+    gather_state,
+    gather_tensors,
+    local_part,
+    scatter_state,
+    whole_tensor,
+)
 
 SCHEDULES = ("constant", "cosine", "linear")
 EMA_DECAY = 0.9999
@@ -198,7 +205,7 @@ class ModelOptimizer:
         model, optimizer = gather_state(self.model, self.optimizer)
         state = {"model": model, "optimizer": optimizer, "scaler": self.scaler.state_dict()}
         if self.ema:
-            state["ema"] = {name: whole_tensor(weight).cpu() for name, weight in self.ema.weights.items()}
+            state["ema"] = gather_tensors(self.ema.weights)
         return state
 
     def load(self, state: dict[str, Any]) -> None:
@@ -210,13 +217,9 @@ class ModelOptimizer:
         if self.ema and "ema" not in state:
             raise ValueError("--ema: expected a checkpoint with an average of the weights, found none; start without "
                              "--ema")
-        options = [{name: value for name, value in group.items() if name != "params"}
-                   for group in self.optimizer.param_groups]
         scatter_state(self.model, state["model"], self.optimizer, state["optimizer"])
-        for group, own in zip(self.optimizer.param_groups, options, strict=True):
-            group.update(own)                       # the flags of this start, not those of the file
         if "scaler" in state:                       # public checkpoints hold none
             self.scaler.load_state_dict(state["scaler"])
         if self.ema:
             for name, weight in self.ema.weights.items():
-                weight.copy_(shard_like(state["ema"][name], weight))
+                copy_part(state["ema"][name], weight)

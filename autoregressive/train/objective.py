@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from autoregressive.runtime.compute import BlockCompiler, autocast
-from autoregressive.runtime.distributed import Session, sync_gradients
+from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.meter import Meter
 from autoregressive.runtime.optim import ModelOptimizer
+from autoregressive.runtime.parallel import sync_gradients
 
 LOSSES = ("token_loss", "cluster_loss", "cluster_accuracy")
 

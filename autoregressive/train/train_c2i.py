@@ -36,11 +36,12 @@ from autoregressive.models.start import check_start, read_start
 from autoregressive.pipeline import Pipeline, load_decoder
 from autoregressive.runtime.checkpoint import find_checkpoint, load_strictly
 from autoregressive.runtime.compute import PRECISIONS, BlockCompiler, add_compute_args, can_compile, set_up_gpu
-from autoregressive.runtime.distributed import PARALLEL, Session, seed_everything, wrap_for_training
+from autoregressive.runtime.distributed import Session, seed_everything
 from autoregressive.runtime.entry import Flags, Parser, at_least, checks, flag_of, free, on_main, pixels, run, share
 from autoregressive.runtime.files import weights_sha256
 from autoregressive.runtime.log import LOGGER, open_logger
 from autoregressive.runtime.optim import ModelOptimizer, OptimSettings, add_optim_args, check_optim
+from autoregressive.runtime.parallel import PARALLEL, device_to_build_on, wrap_for_training
 from autoregressive.runtime.pictures import save_grid
 from autoregressive.runtime.run_settings import RunSettings, add_training_args, check_batch, open_run_folder
 from autoregressive.runtime.speed import Speedometer
@@ -182,10 +183,11 @@ def build_trainer(args: Flags, config: GPTConfig, start: GPTFile | None, data: T
     """Builds the model and everything that trains it."""
     device = session.device
     seed_everything(args.global_seed)               # the same weights on every process
-    model = GPT(config)
-    if start:
+    place = device_to_build_on(session, args.parallel)
+    with place:
+        model = GPT(config)
+    if start and place.type != "meta":
         load_strictly(model, start.state, start.path)
-    model.to(device)
     head_loss = plain_head_loss
     if not args.no_fused_loss:
         chunk_bytes = (args.loss_mib or (CPU_LOSS_MIB if device.type == "cpu" else GPU_LOSS_MIB)) * 2**20
