@@ -73,8 +73,8 @@ def test_the_published_way_computes_the_logits_of_the_model():
 
 
 def test_gpu_sh_fills_every_section_in_tiny_sizes(tmp_path):
-    done = subprocess.run(["bash", ROOT / "scripts/benchmarks/gpu.sh", "--device", "cpu", "--smoke", "--out", "there"],
-                          cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run(["bash", ROOT / "scripts/benchmarks/gpu.sh", "--device", "cpu", "--smoke", "--out", "there",
+                           "--minutes", "60"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((tmp_path / "there" / "results.json").read_text())
     assert {row["section"] for row in results["rows"]} == {section.name for section in gpu.SECTIONS}
