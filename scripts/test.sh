@@ -8,4 +8,4 @@ if [ "${1:-}" = --all ]; then
     shift
     set -- --run-long "$@"
 fi
-exec python -m pytest -q tests "$@"
+exec python -m pytest -q -n 2 tests "$@"
