@@ -256,7 +256,7 @@ def test_killed_and_resumed_training_with_a_discriminator_ends_bit_for_bit_like_
         expected, found = (end[kind]["model"] if kind == "discriminator" else end[kind] for end in ends)
         assert all(torch.equal(expected[name], found[name]) for name in expected), kind
     assert ends[0]["steps"] == 9
-    assert [row for row in rows_of(tmp_path / "killed") if "discriminator" in row][-1]["discriminator"] > 0
+    assert max(row.get("discriminator", 0) for row in rows_of(tmp_path / "killed")) > 0
 
 
 # In float32 the rounding of another batch size puts one of the discriminator's 218,000 leaky ReLUs on the other side of
