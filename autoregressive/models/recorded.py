@@ -78,6 +78,8 @@ def compile_decoding(model: GPT) -> GPT:
 
     Inside a graph every kernel still costs a microsecond or two: compiled, a block has a third of them.
     """
+    # A bucket is a form of its own, of which torch allows 8 by default: 24 x 24 tokens have 9.
+    torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
     for layer in model.layers:
         layer.decode = torch.compile(layer.decode, dynamic=False)
     return model
