@@ -203,12 +203,14 @@ class Runner:
         """Trains, samples and scores one run, and keeps its result."""
         experiment = self.experiment
         plan = experiment.plan
-        begun = experiment.folder(each) / "begun.json"
         identity = experiment.identity(each)
+        # A training that has begun stays the same run when its samples are drawn or scored in another way.
+        training = {"train": identity["train"]}
+        begun = experiment.folder(each) / "begun.json"
         if not begun.exists():
-            write_json(begun, identity | {"commit": self._commit, "cpu_seconds": 0.0})
+            write_json(begun, training | {"commit": self._commit, "cpu_seconds": 0.0})
         record = read_json(begun, {"commit": str, "cpu_seconds": float})
-        check_same(begun, identity, record)
+        check_same(begun, training, record)
 
         def counted(words: list[str]) -> Work:
             record["cpu_seconds"] += yield Command(each.name, words, record["commit"])
