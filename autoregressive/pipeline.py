@@ -22,7 +22,7 @@ from autoregressive.models.loading import GPTFile, build_gpt
 from autoregressive.models.packed import can_pack, pack_linears
 from autoregressive.models.recorded import RecordedSteps, compile_decoding
 from autoregressive.models.sampler import Sampler, add_sampler_args
-from autoregressive.runtime.compute import PRECISIONS, can_compile
+from autoregressive.runtime.compute import PRECISIONS, add_compile_errors_arg, set_up_compiler
 from autoregressive.runtime.entry import Parser, free, pixels
 from autoregressive.runtime.files import weights_sha256
 from autoregressive.runtime.identity import check_codebook, check_recorded
@@ -50,6 +50,7 @@ class PipelineSettings:
     vq_precision: str
     vq_ckpt: str | None
     compile: bool
+    compile_errors: str
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ def add_pipeline_args(parser: Parser) -> None:
                        help="of the VQ decoder; default: bf16 on a GPU, none on a CPU")
     group.add_argument("--compile", action=argparse.BooleanOptionalAction,
                        help="compile the blocks of a decode step and, on a GPU, record it as graphs; default: on a GPU")
+    add_compile_errors_arg(group)
     group.add_argument("--image-size", type=pixels, default=384, help="pixels of a generated picture's side")
     group.add_argument("--image-size-eval", type=pixels, default=256, help="pixels of a stored picture's side")
     group.add_argument("--resize", default="bicubic", choices=("bicubic", "antialias"),
@@ -181,7 +183,7 @@ def load_pipeline(file: GPTFile, settings: PipelineSettings, sampler: Sampler, v
     if settings.compile:
         if device.type == "cuda":
             steps = RecordedSteps(gpt)
-        if device.type == "cpu" or can_compile(device, wanted=True):
+        if set_up_compiler(device, settings.compile_errors):
             compile_decoding(gpt)
             vq.decoder.compile()
     elif can_pack(device, dtype):

@@ -1,5 +1,6 @@
 """What torch.compile makes of the blocks, by a backend that needs no compiler, and the precision of both --parallel."""
 
+import copy
 import functools
 import importlib.util
 import logging
@@ -7,11 +8,14 @@ import logging
 import pytest
 import torch
 import torch.distributed as dist
+from torch._dynamo.testing import CompileCounter
 
 from autoregressive.models import gpt
+from autoregressive.models.cache import DecodePosition
 from autoregressive.models.cluster_loss import fused_head_loss
 from autoregressive.models.gpt import GPT, GPTConfig
-from autoregressive.runtime.compute import BlockCompiler, autocast, can_compile, set_up_gpu
+from autoregressive.models.recorded import BUCKET, compile_decoding
+from autoregressive.runtime.compute import BlockCompiler, autocast, set_up_compiler, set_up_gpu
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.optim import ModelOptimizer, OptimSettings
 from autoregressive.runtime.parallel import whole_tensor, wrap_for_training
@@ -26,7 +30,10 @@ NUM_LAYERS = 10                                     # more than Dynamo compiles 
 def clean():
     """Forgets what was compiled, and restores what compiling sets."""
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(suppress_errors=False, optimize_ddp=True):
+    config = torch._dynamo.config
+    names = ("suppress_errors", "fail_on_recompile_limit_hit", "cache_size_limit", "optimize_ddp")
+    with config.patch({name: getattr(config, name) for name in names}):
+        assert set_up_compiler(CPU, "raise")
         yield
 
 
@@ -118,10 +125,28 @@ def test_fsdp_in_bfloat16_computes_what_ddp_does(group, monkeypatch):
     assert (sharded_gradients - gradients).norm() < 1e-4 * gradients.norm()
 
 
+def test_every_bucket_of_24_by_24_tokens_has_its_compiled_step():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig("small", 2, 2, 16, grid=24, vocab_size=24, num_classes=5)).eval()
+    torch.nn.init.normal_(model.output.weight)
+    counter = CompileCounter()
+    compiled = compile_decoding(copy.deepcopy(model), backend=counter)
+    caches = [model.new_cache(2) for _ in range(2)]
+    num_tokens = model.config.num_tokens
+    with torch.inference_mode():
+        for cache in caches:
+            model.prefill(torch.tensor([0, 4]), cache)
+        for length in range(BUCKET, num_tokens + 1, BUCKET):
+            tokens, at = torch.randint(24, (2,)), DecodePosition.in_bucket(torch.tensor([length - 1]), length)
+            expected, found = model.decode_step(tokens, at, caches[0]), compiled.decode_step(tokens, at, caches[1])
+            assert torch.equal(found, expected)
+    assert counter.frame_count == num_tokens // BUCKET == 9
+
+
 def first_step(monkeypatch, errors, backend):
     """Takes the first step of a trainer whose blocks a backend is to compile."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    assert can_compile(GPU, wanted=True, errors=errors)
+    assert set_up_compiler(GPU, errors)
     objective = new_objective(num_layers=3)
     compiler = BlockCompiler(objective.model.layers, backend)
     optimizer = ModelOptimizer(objective.model, OptimSettings(lr=1e-3), CPU)

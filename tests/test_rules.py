@@ -60,12 +60,12 @@ SCRIPTS = {
 RUN = {"results_dir", "new_run", "no_local_save", "epochs", "max_steps", "log_every", "val_every", "ckpt_every",
        "ckpt_steps", "ckpt_minutes", "keep_checkpoints", "gradient_accumulation_steps", "num_workers"}
 FREE = {                        # no result depends on these, nor on device and debug; every other flag counts
-    "autoregressive/train/extract_codes_c2i.py": {"batch_size", "num_workers", "no_compile", "max_failures",
-                                                  "overwrite"},
+    "autoregressive/train/extract_codes_c2i.py": {"batch_size", "num_workers", "no_compile", "compile_errors",
+                                                  "max_failures", "overwrite"},
     "autoregressive/train/train_c2i.py": RUN | {"validation_step", "parallel", "no_compile", "compile_errors",
                                                 "cudnn_attention", "checkpoint_activations", "loss_mib"},
-    "autoregressive/sample/sample_c2i_ddp.py": {"preset", "sample_dir"},
-    "autoregressive/sample/sample_c2i.py": {"preset"},
+    "autoregressive/sample/sample_c2i_ddp.py": {"preset", "sample_dir", "compile_errors"},
+    "autoregressive/sample/sample_c2i.py": {"preset", "compile_errors"},
     "tokenizer/tokenizer_image/vq_train.py": RUN | {"max_failures", "output"},
     "tokenizer/validation/val.py": {"max_failures"},
     "balance_k_means.py": {"overwrite"},

@@ -5,7 +5,7 @@ its position, its uniforms and the tokens before it in tensors that stay in plac
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -73,13 +73,11 @@ class RecordedSteps:
         self._graphs[key] = self._record(step)
 
 
-def compile_decoding(model: GPT) -> GPT:
+def compile_decoding(model: GPT, backend: str | Callable[..., Any] = "inductor") -> GPT:
     """Compiles what a block does in a decode step, once for all blocks of a model; in place.
 
     Inside a graph every kernel still costs a microsecond or two: compiled, a block has a third of them.
     """
-    # A bucket is a form of its own, of which torch allows 8 by default: 24 x 24 tokens have 9.
-    torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
     for layer in model.layers:
-        layer.decode = torch.compile(layer.decode, dynamic=False)
+        layer.decode = torch.compile(layer.decode, dynamic=False, backend=backend)
     return model

@@ -13,18 +13,24 @@ from autoregressive.runtime.log import LOGGER
 
 PRECISIONS = {"none": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 COMPILE_ERRORS = ("warn", "raise")
+MAX_FORMS = 64                  # in which one function is compiled; any further one would run as it is
 
 
 def add_compute_args(parser: Parser) -> None:
     """Declares the flags of how a GPU computes what is trained."""
     group = parser.add_argument_group("computing")
     free(group.add_argument("--no-compile", action="store_true", help="do not compile (a GPU compiles by default)"))
-    free(group.add_argument("--compile-errors", default="warn", choices=COMPILE_ERRORS,
-                            help="what cannot be compiled runs as it is, slower, with a warning; or ends the run"))
+    add_compile_errors_arg(group)
     group.add_argument("--tf32", action=argparse.BooleanOptionalAction, default=True,
                        help="multiply float32 matrices on a GPU's tensor cores, with 10 bits of mantissa")
     free(group.add_argument("--cudnn-attention", action="store_true", help="let torch take cuDNN's attention where it "
                             "prefers it, as on an H100; else it is the flash attention that has been tested"))
+
+
+def add_compile_errors_arg(parser: argparse._ActionsContainer) -> None:
+    """Declares the flag of what becomes of errors in compiling, on a parser or a group of flags."""
+    free(parser.add_argument("--compile-errors", default="warn", choices=COMPILE_ERRORS,
+                             help="what cannot be compiled runs as it is, slower, with a warning; or ends the run"))
 
 
 def set_up_gpu(tf32: bool, cudnn_attention: bool) -> None:
@@ -46,20 +52,23 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "none")
 
 
-def can_compile(device: torch.device, wanted: bool, errors: str = "warn") -> bool:
-    """Says whether to compile: on a GPU, if it is wanted and Triton is there; its absence is said once, in the log.
+def set_up_compiler(device: torch.device, errors: str) -> bool:
+    """Sets up torch.compile for this process; returns whether it can compile.
 
     Args:
-        device: where the model computes.
-        wanted: whether the user wants it.
+        device: where the compiled code runs; on a GPU it needs Triton, whose absence is said in the log.
         errors: one of COMPILE_ERRORS.
     """
-    if device.type != "cuda" or not wanted:
-        return False
-    if importlib.util.find_spec("triton") is None:
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         LOGGER.warning("torch.compile needs the package triton, which is not installed: running without it, slower")
         return False
-    torch._dynamo.config.suppress_errors = errors == "warn"
+    config = torch._dynamo.config
+    config.suppress_errors = errors == "warn"
+    config.fail_on_recompile_limit_hit = errors == "raise"
+    # Each bucket of a decode step is a form of its own, of which torch allows 8: 24 x 24 tokens have 9.
+    config.cache_size_limit = MAX_FORMS
+    # It would split the graph of a block at DDP's buckets; their gradients are averaged between blocks anyway.
+    config.optimize_ddp = False
     return True
 
 
@@ -77,8 +86,6 @@ class BlockCompiler:
         self._backend = torch._dynamo.lookup_backend(backend)
         self.graphs = 0
         self.calls = 0
-        # It would split the graph of a block at DDP's buckets; their gradients are averaged between blocks anyway.
-        torch._dynamo.config.optimize_ddp = False
         for block in self._blocks:
             block.compile(backend=self._compile)
 

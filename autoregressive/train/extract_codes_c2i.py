@@ -18,7 +18,7 @@ if __name__ == "__main__":
 
 from autoregressive.data.code_writer import CodeWriter
 from autoregressive.data.codes import add_code_args, open_codes, verify_checksums
-from autoregressive.runtime.compute import PRECISIONS, can_compile
+from autoregressive.runtime.compute import PRECISIONS, add_compile_errors_arg, set_up_compiler
 from autoregressive.runtime.distributed import Session, seed_everything
 from autoregressive.runtime.entry import Flags, Parser, at_least, between, checks, free, run
 from autoregressive.runtime.files import check_writable_folder
@@ -56,6 +56,7 @@ def build_parser() -> Parser:
     free(parser.add_argument("--num-workers", type=at_least(0), default=24,
                              help="processes that decode and crop images, at most as many as there are cores"))
     free(parser.add_argument("--no-compile", action="store_true", help="do not compile (a GPU compiles by default)"))
+    add_compile_errors_arg(parser)
     add_failure_args(parser)
     free(parser.add_argument("--overwrite", action="store_true",
                              help="replace a finished store, or one of another extraction, at --code-path"))
@@ -98,8 +99,9 @@ def main(args: Flags, session: Session) -> None:
 
     size, names = args.image_size, manifest["crops"]
     batch_size = args.batch_size or default_batch_size(args.vq_model, size, PRECISIONS[args.precision], session.device)
+    compiles = session.device.type == "cuda" and not args.no_compile
     encoder = CropEncoder(vq, session.device, args.precision, batch_size,
-                          compiled=can_compile(session.device, not args.no_compile))
+                          compiled=compiles and set_up_compiler(session.device, args.compile_errors))
     batches = writer.rows.missing(max(1, batch_size // len(names)))     # cut by absolute row, for any number of ranks
     num_done = writer.rows.num_done                         # before another process may remove the rows
     session.barrier()                                           # all have seen the same rows missing

@@ -35,7 +35,7 @@ from autoregressive.models.sampler import Sampler
 from autoregressive.models.start import check_start, read_start
 from autoregressive.pipeline import Pipeline, load_decoder
 from autoregressive.runtime.checkpoint import find_checkpoint, load_strictly
-from autoregressive.runtime.compute import PRECISIONS, BlockCompiler, add_compute_args, can_compile, set_up_gpu
+from autoregressive.runtime.compute import PRECISIONS, BlockCompiler, add_compute_args, set_up_compiler, set_up_gpu
 from autoregressive.runtime.distributed import Session, seed_everything
 from autoregressive.runtime.entry import Flags, Parser, at_least, checks, flag_of, free, on_main, pixels, run, share
 from autoregressive.runtime.files import weights_sha256
@@ -196,7 +196,7 @@ def build_trainer(args: Flags, config: GPTConfig, start: GPTFile | None, data: T
     for layer in model.layers:
         layer.recomputes = args.checkpoint_activations
     compiler = None
-    if can_compile(device, not args.no_compile, args.compile_errors):
+    if device.type == "cuda" and not args.no_compile and set_up_compiler(device, args.compile_errors):
         head_loss = torch.compile(head_loss)
         compiler = BlockCompiler(model.layers)
     wrapped = wrap_for_training(Objective(model, head_loss), session, args.parallel, model.layers,

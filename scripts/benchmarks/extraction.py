@@ -23,10 +23,10 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from autoregressive.data.code_writer import CodeWriter
-from autoregressive.runtime.compute import PRECISIONS
+from autoregressive.runtime.compute import PRECISIONS, set_up_compiler
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.entry import Flags, Parser, at_least, run
-from scripts.benchmarks.turns import Report, Values, add_report_args, benchmark_parser, compare, compile_or_raise, timed
+from scripts.benchmarks.turns import Report, Values, add_report_args, benchmark_parser, compare, timed
 from tokenizer.tokenizer_image.crops import load_crops
 from tokenizer.tokenizer_image.encoding import CropEncoder, agreement, default_batch_size
 from tokenizer.tokenizer_image.images import center_crop, crop_names, cut_crops, enlarged_side, open_dataset, to_float
@@ -135,7 +135,7 @@ def measure_store(args: Flags, folder: Path) -> Values:
 
 def main(args: Flags, session: Session) -> None:
     if session.device.type == "cuda":
-        compile_or_raise()
+        set_up_compiler(session.device, "raise")
     report = Report("extraction", args.report, args.minutes)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -28,7 +28,7 @@ from autoregressive.models.gpt import GPT, GPT_MODELS, gpt_config
 from autoregressive.models.recorded import RecordedSteps, compile_decoding
 from autoregressive.models.sampler import Sampler, draw, filter_logits
 from autoregressive.runtime.checkpoint import read_checkpoint
-from autoregressive.runtime.compute import autocast
+from autoregressive.runtime.compute import autocast, set_up_compiler
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.entry import Flags, Parser, at_least, run
 from autoregressive.train.objective import Objective
@@ -37,7 +37,6 @@ from scripts.benchmarks.turns import (
     Values,
     add_report_args,
     benchmark_parser,
-    compile_or_raise,
     write_random_codes,
 )
 
@@ -211,7 +210,7 @@ def main(args: Flags, session: Session) -> None:
     torch.backends.cudnn.allow_tf32 = False
     is_gpu = session.device.type == "cuda"
     if is_gpu:
-        compile_or_raise()
+        set_up_compiler(session.device, "raise")
     comparisons = Comparisons(args, session.device)
     training = comparisons.loss_and_gradients
     rows = [("logits, float32", comparisons.logits, 1e-4),

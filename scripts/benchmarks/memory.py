@@ -22,6 +22,7 @@ from autoregressive.models.generate import generate
 from autoregressive.models.gpt import GPT, GPT_MODELS, gpt_config
 from autoregressive.models.recorded import RecordedSteps, compile_decoding
 from autoregressive.models.sampler import Sampler
+from autoregressive.runtime.compute import set_up_compiler
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.entry import Flags, Parser, at_least, checks, run
 from scripts.benchmarks.turns import (
@@ -29,7 +30,6 @@ from scripts.benchmarks.turns import (
     Values,
     add_report_args,
     benchmark_parser,
-    compile_or_raise,
     write_random_codes,
 )
 
@@ -85,7 +85,7 @@ def main(args: Flags, session: Session) -> None:
     with checks(session):
         if session.device.type != "cuda":
             raise ValueError(f"--device: expected a GPU, whose memory is measured, got {session.device.type}")
-    compile_or_raise()
+    set_up_compiler(session.device, "raise")
     report = Report("memory", args.report, args.minutes)
     work = {}
     for name in args.gpt_models:

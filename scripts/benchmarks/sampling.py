@@ -36,7 +36,7 @@ from autoregressive.models.packed import can_pack, pack_linears
 from autoregressive.models.recorded import CUDARecorder, RecordedSteps, compile_decoding
 from autoregressive.models.sampler import Sampler, guide
 from autoregressive.pipeline import LARGEST_TILE, Pipeline
-from autoregressive.runtime.compute import PRECISIONS
+from autoregressive.runtime.compute import PRECISIONS, set_up_compiler
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.entry import Flags, Parser, run
 from scripts.benchmarks.turns import (
@@ -47,7 +47,6 @@ from scripts.benchmarks.turns import (
     add_size_args,
     benchmark_parser,
     compare,
-    compile_or_raise,
     timed,
 )
 from tokenizer.tokenizer_image.encoding import default_batch_size
@@ -269,7 +268,7 @@ def compare_ways(args: Flags, config: GPTConfig, batch_size: int, bandwidth: flo
 
 def main(args: Flags, session: Session) -> None:
     if args.compile:
-        compile_or_raise()
+        set_up_compiler(session.device, "raise")
     report = Report("sampling", args.report, args.minutes)
     bandwidth = copy_bandwidth(session.device)
     print(f"copy bandwidth {bandwidth / 1e9:.1f} GB/s")

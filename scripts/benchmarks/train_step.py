@@ -24,7 +24,7 @@ from torch import Tensor
 
 from autoregressive.models.cluster_loss import fused_head_loss, reference_losses
 from autoregressive.models.gpt import GPT, GPT_MODELS, GPTConfig, gpt_config
-from autoregressive.runtime.compute import set_up_gpu
+from autoregressive.runtime.compute import set_up_compiler, set_up_gpu
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.entry import Flags, Parser, run
 from autoregressive.runtime.optim import ModelOptimizer, OptimSettings
@@ -38,7 +38,6 @@ from scripts.benchmarks.turns import (
     benchmark_parser,
     clock,
     compare,
-    compile_or_raise,
     resident_bytes,
     timed,
 )
@@ -165,7 +164,7 @@ def peak(device: torch.device) -> int:
 
 def main(args: Flags, session: Session) -> None:
     if session.device.type == "cuda":
-        compile_or_raise()
+        set_up_compiler(session.device, "raise")
         set_up_gpu(tf32=True, cudnn_attention=False)            # as train_c2i.py by default
     report = Report("training" if args.part == "step" else "head and losses", args.report, args.minutes)
     for grid, name in itertools.product(args.grids, args.gpt_models):

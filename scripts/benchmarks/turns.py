@@ -46,12 +46,6 @@ def add_size_args(parser: Parser, gpt_models: Iterable[str]) -> None:
     parser.add_argument("--grids", nargs="+", type=int, default=[16], help="sides of the picture in tokens")
 
 
-def compile_or_raise() -> None:
-    """Lets what cannot be compiled raise: left to run as it is, it would only be slow."""
-    torch._dynamo.config.suppress_errors = False
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
-
-
 def clock(device: torch.device | None) -> float:
     """Returns wall seconds, once `device` has done all its work; without a device CPU seconds of this process."""
     if device is None:
