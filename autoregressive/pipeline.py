@@ -146,6 +146,15 @@ def load_decoder(path: str | Path, config: VQConfig, codebook_sha256: str | None
     return vq, hashes
 
 
+def place_decoder(vq: VQModel, dtype: torch.dtype, device: torch.device, compiled: bool) -> None:
+    """Moves a VQ model to a device, its decoder in a dtype, to be compiled or not; the codebook stays float32."""
+    vq.to(device)
+    for part in (vq.post_quant_conv, vq.decoder):
+        part.to(dtype, memory_format=torch.channels_last)
+    if compiled:
+        vq.decoder.compile()
+
+
 def load_pipeline(file: GPTFile, settings: PipelineSettings, sampler: Sampler, vq_config: VQConfig,
                   device: torch.device) -> Pipeline:
     """Loads what the settings describe, after comparing them with each other and with the files.
@@ -179,18 +188,13 @@ def load_pipeline(file: GPTFile, settings: PipelineSettings, sampler: Sampler, v
 
     dtype, vq_dtype = PRECISIONS[settings.precision], PRECISIONS[settings.vq_precision]
     gpt = gpt.to(device).cast(dtype)
-    steps = None
-    if settings.compile:
-        if device.type == "cuda":
-            steps = RecordedSteps(gpt)
-        if set_up_compiler(device, settings.compile_errors):
-            compile_decoding(gpt)
-            vq.decoder.compile()
+    steps = RecordedSteps(gpt) if settings.compile and device.type == "cuda" else None
+    compiled = settings.compile and set_up_compiler(device, settings.compile_errors)
+    if compiled:
+        compile_decoding(gpt)
     elif can_pack(device, dtype):
         pack_linears(gpt)
-    vq.to(device)
-    for part in (vq.post_quant_conv, vq.decoder):                # the codebook stays float32
-        part.to(vq_dtype, memory_format=torch.channels_last)
+    place_decoder(vq, vq_dtype, device, compiled)
     tile = min(LARGEST_TILE, default_batch_size(vq_config.vq_model, settings.image_size, vq_dtype, device))
     return Pipeline(gpt, vq, sampler, settings.image_size_eval, settings.resize == "antialias", tile,
                     class_names, hashes, steps)

@@ -16,16 +16,18 @@ import json
 import subprocess
 import tempfile
 
+import numpy as np
 import torch
 
-from autoregressive.models.generate import generate
-from autoregressive.models.gpt import GPT, GPT_MODELS, gpt_config
+from autoregressive.models.gpt import GPT_MODELS, gpt_config
 from autoregressive.models.recorded import RecordedSteps, compile_decoding
-from autoregressive.models.sampler import Sampler
 from autoregressive.runtime.compute import set_up_compiler
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.entry import Flags, Parser, at_least, checks, run
+from scripts.benchmarks.sampling import decoder_tile, make_decoding, make_model
 from scripts.benchmarks.turns import (
+    NUM_CLASSES,
+    VOCAB_SIZE,
     Report,
     Values,
     add_report_args,
@@ -34,7 +36,6 @@ from scripts.benchmarks.turns import (
 )
 
 TRAIN = Path(__file__).resolve().parents[2] / "autoregressive" / "train" / "train_c2i.py"
-VOCAB_SIZE, NUM_CLASSES = 16384, 1000
 STEPS = 2                                           # the second one has moments, but no more memory than that
 
 
@@ -68,16 +69,14 @@ def training_memory(name: str, grid: int, num_images: int, flags: list[str]) -> 
 
 
 def sampling_memory(name: str, grid: int, num_images: int, device: torch.device) -> Values:
-    """Returns the peak of drawing tokens in bf16, recorded, without the VQ model."""
-    with device:
-        model = GPT(gpt_config(name, grid=grid, vocab_size=VOCAB_SIZE, num_classes=NUM_CLASSES))
-    model = model.to(device).eval().requires_grad_(False).cast(torch.bfloat16)      # the rotary table, too
-    labels = torch.zeros(num_images, dtype=torch.int64, device=device)
-    uniforms = torch.zeros(num_images, grid * grid, dtype=torch.float64, device=device)
+    """Returns the peak of drawing pictures in bf16, compiled and recorded."""
+    dtype = torch.bfloat16
+    model = make_model(gpt_config(name, grid=grid, vocab_size=VOCAB_SIZE, num_classes=NUM_CLASSES), dtype, device)
     steps = RecordedSteps(compile_decoding(model))
+    pipeline = make_decoding(model, steps, decoder_tile(grid, num_images, dtype, device), dtype, compiled=True)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
-    generate(model, labels, uniforms, Sampler(cfg_scale=2.0), steps)
+    pipeline.draw(np.zeros(num_images, np.int64), np.zeros((num_images, grid * grid)))
     return {"ours": {"peak GiB": torch.cuda.max_memory_allocated(device) / 2**30}}
 
 

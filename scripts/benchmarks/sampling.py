@@ -35,11 +35,12 @@ from autoregressive.models.gpt import GPT, GPT_MODELS, GPTConfig, gpt_config
 from autoregressive.models.packed import can_pack, pack_linears
 from autoregressive.models.recorded import CUDARecorder, RecordedSteps, compile_decoding
 from autoregressive.models.sampler import Sampler, guide
-from autoregressive.pipeline import LARGEST_TILE, Pipeline
+from autoregressive.pipeline import LARGEST_TILE, Pipeline, place_decoder
 from autoregressive.runtime.compute import PRECISIONS, set_up_compiler
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.entry import Flags, Parser, run
 from scripts.benchmarks.turns import (
+    NUM_CLASSES,
     DoesNotFit,
     Report,
     Values,
@@ -52,7 +53,6 @@ from scripts.benchmarks.turns import (
 from tokenizer.tokenizer_image.encoding import default_batch_size
 from tokenizer.tokenizer_image.vq_model import VQ_MODELS, VQConfig, VQModel
 
-NUM_CLASSES = 1000
 SAMPLER = Sampler(cfg_scale=2.0)
 VQ, DOWNSAMPLING = "VQ-16", 16
 LIVE_MAPS = 8                                       # of the VQ decoder's widest feature maps, at once
@@ -206,13 +206,9 @@ def make_model(config: GPTConfig, dtype: torch.dtype, device: torch.device) -> G
 
 
 def make_decoding(model: GPT, steps: RecordedSteps | None, tile: int, dtype: torch.dtype, compiled: bool) -> Pipeline:
-    """Returns a pipeline whose VQ model of random weights decodes the tokens of `model`, set up as in load_pipeline."""
-    device = model.norm.weight.device
-    vq = VQModel(VQConfig(VQ)).eval().requires_grad_(False).to(device)
-    for part in (vq.post_quant_conv, vq.decoder):
-        part.to(dtype, memory_format=torch.channels_last)
-    if compiled:
-        vq.decoder.compile()
+    """Returns a pipeline whose VQ model of random weights decodes the tokens of `model`."""
+    vq = VQModel(VQConfig(VQ)).eval().requires_grad_(False)
+    place_decoder(vq, dtype, model.norm.weight.device, compiled)
     grid = model.config.grid
     return Pipeline(gpt=model, vq=vq, sampler=SAMPLER, image_size=grid * DOWNSAMPLING, antialias=False,
                     tile=tile, class_names=None, hashes={}, steps=steps)

@@ -31,6 +31,8 @@ from autoregressive.runtime.optim import ModelOptimizer, OptimSettings
 from autoregressive.runtime.speed import Speedometer
 from autoregressive.train.objective import GPTTrainer, Objective
 from scripts.benchmarks.turns import (
+    NUM_CLASSES,
+    VOCAB_SIZE,
     Report,
     Values,
     add_report_args,
@@ -42,7 +44,7 @@ from scripts.benchmarks.turns import (
     timed,
 )
 
-VOCAB_SIZE, CLUSTER_SIZE, NUM_CLASSES = 16384, 128, 1000
+CLUSTER_SIZE = 128
 CHUNK_ROWS = {"cpu": 256, "cuda": 2048}             # of train_c2i.py's defaults: 16 and 128 MiB
 STEPS = {"cpu": 2, "cuda": 10}                      # of one measurement of whole steps
 

@@ -18,6 +18,7 @@ from autoregressive.runtime.entry import Parser, above, at_least
 from autoregressive.runtime.files import atomic_write, read_json, write_json
 
 RESULTS, TABLE = "results.json", "results.md"       # of a report
+VOCAB_SIZE, NUM_CLASSES = 16384, 1000              # of the published models
 SKIPPED_FOR_TIME = "skipped for time"
 Values = dict[str, dict[str, float]]                # of a row: by way, then by name
 
