@@ -25,7 +25,7 @@ sys.path[:0] = {paths}
 import torch
 from autoregressive.runtime.checkpoint import read_checkpoint, save_checkpoint
 from autoregressive.runtime.distributed import open_session
-from test_sharding import build, take_step
+from test_sharding import build, take_step, validate
 
 folder, parallel = Path(sys.argv[1]), sys.argv[2]
 def save(name, state):
@@ -41,6 +41,7 @@ with open_session("cpu") as session:
         save("0.pt", optimizer.state())
         for step in range(2):
             take_step(module, optimizer, step, session)
+        validate(module)
         save("2.pt", optimizer.state())
         take_step(module, optimizer, 2, session)
         save("3.pt", optimizer.state())
@@ -77,6 +78,12 @@ def take_step(module, optimizer, step, session):
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[part].flatten())
     optimizer.backward(loss)
     optimizer.step(step, 1e-2, loss.detach())
+
+
+def validate(module):
+    """Runs forward alone, after which FSDP2 leaves some weights whole."""
+    with torch.inference_mode():
+        module(torch.zeros(1, 8, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
 
 
 def train(folder, parallel, processes):

@@ -222,4 +222,4 @@ class ModelOptimizer:
             self.scaler.load_state_dict(state["scaler"])
         if self.ema:
             for name, weight in self.ema.weights.items():
-                copy_part(state["ema"][name], weight)
+                copy_part(f"average of {name}", state["ema"][name], weight)

@@ -121,13 +121,14 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def copy_part(whole: Tensor, target: Tensor) -> None:
+def copy_part(name: str, whole: Tensor, target: Tensor) -> None:
     """Copies a whole tensor into one of its shape, or this process's rows of it into its shard.
 
     Of a tensor that is mapped from a file nothing but these rows is read.
     """
     if whole.shape != target.shape:
-        raise ValueError(f"expected a tensor of shape {tuple(target.shape)}, found {tuple(whole.shape)}")
+        raise ValueError(f"{name}: expected shape {tuple(target.shape)}, found {tuple(whole.shape)}; "
+                         "take a checkpoint of this model")
     if hasattr(target, "device_mesh"):
         mesh = target.device_mesh
         rows = -(-len(whole) // mesh.size())        # of a process, as torch.chunk has it; the last may have fewer
@@ -157,11 +158,13 @@ def gather_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[di
     processes and either way of running in parallel. It changes nothing, unlike torch.distributed.checkpoint, which
     takes a step with an optimizer that has no state yet.
     """
+    # First: FSDP2 leaves weights whole after a forward without a backward, and shards them again for this call.
+    weights = gather_tensors(model.state_dict())
     names = {parameter: name for name, parameter in model.named_parameters()}
     state = {names[parameter]: gather_tensors(moments) for parameter, moments in optimizer.state.items()}
     groups = [group | {"params": [names[parameter] for parameter in group["params"]]}
               for group in optimizer.param_groups]
-    return gather_tensors(model.state_dict()), {"state": state, "param_groups": groups}
+    return weights, {"state": state, "param_groups": groups}
 
 
 def scatter_state(model: nn.Module, model_state: dict[str, Tensor], optimizer: torch.optim.Optimizer,
@@ -179,14 +182,14 @@ def scatter_state(model: nn.Module, model_state: dict[str, Tensor], optimizer: t
     if optimizer_state["state"]:                    # none before the first step
         check_names("moments", parameters, optimizer_state["state"])
     for name, tensor in own.items():
-        copy_part(model_state[name], tensor)
+        copy_part(name, model_state[name], tensor)
     for name, moments in optimizer_state["state"].items():
         parameter = parameters[name]
         filled = optimizer.state[parameter] = {}
         for kind, value in moments.items():
             filled[kind] = torch.empty_like(parameter if value.dim() else value, device=parameter.device,
                                             requires_grad=False)
-            copy_part(value, filled[kind])
+            copy_part(f"{kind} of {name}", value, filled[kind])
 
 
 def check_names(what: str, expected: Iterable[str], found: Iterable[str]) -> None:
