@@ -22,7 +22,7 @@ from autoregressive.models.loading import GPTFile, build_gpt
 from autoregressive.models.packed import can_pack, pack_linears
 from autoregressive.models.recorded import RecordedSteps, compile_decoding
 from autoregressive.models.sampler import Sampler, add_sampler_args
-from autoregressive.runtime.compute import PRECISIONS, add_compile_errors_arg, set_up_compiler
+from autoregressive.runtime.compute import PRECISIONS, add_compile_errors_arg, set_up_compiler, to_device
 from autoregressive.runtime.entry import Parser, free, pixels
 from autoregressive.runtime.files import weights_sha256
 from autoregressive.runtime.identity import check_codebook, check_recorded
@@ -81,8 +81,7 @@ class Pipeline:
     def draw_tokens(self, labels: np.ndarray, uniforms: np.ndarray) -> Tensor:
         """Returns tokens (B, T) int64 on the device, of labels (B,) and uniforms (B, T)."""
         device = self.gpt.norm.weight.device
-        return generate(self.gpt, torch.from_numpy(labels).to(device), torch.from_numpy(uniforms).to(device),
-                        self.sampler, self.steps)
+        return generate(self.gpt, to_device(labels, device), to_device(uniforms, device), self.sampler, self.steps)
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor) -> Tensor:
@@ -116,7 +115,8 @@ def add_pipeline_args(parser: Parser) -> None:
     group.add_argument("--vq-precision", choices=tuple(PRECISIONS),
                        help="of the VQ decoder; default: bf16 on a GPU, none on a CPU")
     group.add_argument("--compile", action=argparse.BooleanOptionalAction,
-                       help="compile the blocks of a decode step and, on a GPU, record it as graphs; default: on a GPU")
+                       help="compile the blocks of a decode step and, on a GPU, record it as graphs; "
+                            "sample_c2i_ddp.py does so on a GPU")
     add_compile_errors_arg(group)
     group.add_argument("--image-size", type=pixels, default=384, help="pixels of a generated picture's side")
     group.add_argument("--image-size-eval", type=pixels, default=256, help="pixels of a stored picture's side")
@@ -188,7 +188,7 @@ def load_pipeline(file: GPTFile, settings: PipelineSettings, sampler: Sampler, v
 
     dtype, vq_dtype = PRECISIONS[settings.precision], PRECISIONS[settings.vq_precision]
     gpt = gpt.to(device).cast(dtype)
-    steps = RecordedSteps(gpt) if settings.compile and device.type == "cuda" else None
+    steps = RecordedSteps(gpt) if settings.compile else None
     compiled = settings.compile and set_up_compiler(device, settings.compile_errors)
     if compiled:
         compile_decoding(gpt)

@@ -11,10 +11,11 @@ import torch.distributed as dist
 from torch._dynamo.testing import CompileCounter
 
 from autoregressive.models import gpt
-from autoregressive.models.cache import DecodePosition
 from autoregressive.models.cluster_loss import fused_head_loss
+from autoregressive.models.generate import generate
 from autoregressive.models.gpt import GPT, GPTConfig
-from autoregressive.models.recorded import BUCKET, compile_decoding
+from autoregressive.models.recorded import BUCKET, RecordedSteps, compile_decoding
+from autoregressive.models.sampler import Sampler
 from autoregressive.runtime.compute import BlockCompiler, autocast, set_up_compiler, set_up_gpu
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.optim import ModelOptimizer, OptimSettings
@@ -31,7 +32,7 @@ def clean():
     """Forgets what was compiled, and restores what compiling sets."""
     torch._dynamo.reset()
     config = torch._dynamo.config
-    names = ("suppress_errors", "fail_on_recompile_limit_hit", "cache_size_limit", "optimize_ddp")
+    names = ("suppress_errors", "fail_on_cache_limit_hit", "cache_size_limit", "optimize_ddp")
     with config.patch({name: getattr(config, name) for name in names}):
         assert set_up_compiler(CPU, "raise")
         yield
@@ -131,15 +132,10 @@ def test_every_bucket_of_24_by_24_tokens_has_its_compiled_step():
     torch.nn.init.normal_(model.output.weight)
     counter = CompileCounter()
     compiled = compile_decoding(copy.deepcopy(model), backend=counter)
-    caches = [model.new_cache(2) for _ in range(2)]
     num_tokens = model.config.num_tokens
-    with torch.inference_mode():
-        for cache in caches:
-            model.prefill(torch.tensor([0, 4]), cache)
-        for length in range(BUCKET, num_tokens + 1, BUCKET):
-            tokens, at = torch.randint(24, (2,)), DecodePosition.in_bucket(torch.tensor([length - 1]), length)
-            expected, found = model.decode_step(tokens, at, caches[0]), compiled.decode_step(tokens, at, caches[1])
-            assert torch.equal(found, expected)
+    labels, uniforms = torch.tensor([0, 4]), torch.rand(2, num_tokens, dtype=torch.float64)
+    found = generate(compiled, labels, uniforms, Sampler(2.0), RecordedSteps(compiled))
+    assert torch.equal(found, generate(model, labels, uniforms, Sampler(2.0), RecordedSteps(model)))
     assert counter.frame_count == num_tokens // BUCKET == 9
 
 
@@ -173,11 +169,18 @@ def test_blocks_that_cannot_be_compiled_end_the_run_if_wanted(monkeypatch):
         first_step(monkeypatch, "raise", failing_backend)
 
 
-def test_products_are_tf32_and_attention_is_not_that_of_cudnn_unless_wanted():
+@pytest.fixture
+def gpu_settings():
+    """Restores what set_up_gpu sets."""
     cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
     before = cuda.matmul.allow_tf32, cudnn.allow_tf32, cuda.cudnn_sdp_enabled()
+    yield
+    set_up_gpu(before[0], before[2])
+    cudnn.allow_tf32 = before[1]
+
+
+def test_products_are_tf32_and_attention_is_not_that_of_cudnn_unless_wanted(gpu_settings):
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
     for tf32, cudnn_attention in ((True, False), (False, True)):
         set_up_gpu(tf32, cudnn_attention)
         assert (cuda.matmul.allow_tf32, cudnn.allow_tf32, cuda.cudnn_sdp_enabled()) == (tf32, tf32, cudnn_attention)
-    cuda.matmul.allow_tf32, cudnn.allow_tf32 = before[:2]
-    cuda.enable_cudnn_sdp(before[2])

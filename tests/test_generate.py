@@ -1,9 +1,11 @@
 """Filters against the fixture, draws against exact probabilities, guidance and independence of the batch."""
 
 import copy
+import gc
 import io
 import logging
 import re
+import weakref
 
 import numpy as np
 import pytest
@@ -206,6 +208,26 @@ def test_a_step_is_recorded_once_for_every_bucket_batch_size_and_way_of_drawing(
     assert sum(graph.count for graph in graphs) == 4 * 8 - len(graphs)
     # No later batch has overwritten what an earlier one returned.
     assert all(torch.equal(found, expected) for found, expected in kept)
+
+
+def test_what_an_earlier_batch_left_in_the_cache_reaches_no_later_one(model):
+    steps = RecordedSteps(model)
+    labels, uniforms = (torch.from_numpy(array) for array in random_numbers(0, range(3), 4, 9))
+    expected = generate(model, labels, uniforms, Sampler(2.0))
+    for values in steps.drawing(3, Sampler(2.0)).cache.values:
+        values.fill_(torch.nan)
+    assert torch.equal(generate(model, labels, uniforms, Sampler(2.0), steps), expected)
+
+
+def test_recorded_steps_keep_the_tensors_of_one_batch_size(model):
+    steps = RecordedSteps(model)
+    drawings = weakref.WeakSet()
+    for batch_size in (3, 2, 4):
+        labels, uniforms = (torch.from_numpy(array) for array in random_numbers(0, range(batch_size), 4, 9))
+        generate(model, labels, uniforms, Sampler(2.0), steps)
+        drawings.add(steps.drawing(batch_size, Sampler(2.0)))
+    gc.collect()
+    assert len(drawings) == 1
 
 
 @pytest.fixture

@@ -71,9 +71,7 @@ class Drawing:
         if is_guided:
             null = torch.full_like(labels, model.config.num_classes)
             labels = torch.cat([labels, null])
-        with torch.compiler.set_stance("force_eager"):              # blocks are compiled for buckets alone
-            logits = model.prefill(labels, self.cache)
-        self._append(logits, sampler, is_guided)
+        self._append(model.prefill(labels, self.cache), sampler, is_guided)
 
     def step(self, model: GPT, at: DecodePosition, sampler: Sampler, is_guided: bool) -> None:
         """Draws the token at `at`, whose index is that of the drawing. This is the function that a graph records."""
@@ -95,8 +93,8 @@ class Drawing:
 class Steps(Protocol):
     """How the steps of a batch are run: one by one, or recorded."""
 
-    def drawing(self, batch_size: int, sampler: Sampler) -> Drawing:
-        """Returns what the steps of a batch read and write."""
+    def begin(self, labels: Tensor, uniforms: Tensor, sampler: Sampler) -> Drawing:
+        """Returns a drawing of labels (B,) and uniforms (B, T), on the model's device, whose first token is drawn."""
 
     def step(self, drawing: Drawing, position: int, sampler: Sampler) -> None:
         """Draws the token at a position, 1 .. T - 1; those before it are drawn."""
@@ -108,8 +106,10 @@ class EagerSteps:
     def __init__(self, model: GPT):
         self._model = model
 
-    def drawing(self, batch_size: int, sampler: Sampler) -> Drawing:
-        return Drawing(self._model, batch_size, sampler.guides(0))
+    def begin(self, labels: Tensor, uniforms: Tensor, sampler: Sampler) -> Drawing:
+        drawing = Drawing(self._model, len(labels), sampler.guides(0))
+        drawing.begin(self._model, labels, uniforms, sampler)
+        return drawing
 
     def step(self, drawing: Drawing, position: int, sampler: Sampler) -> None:
         at = DecodePosition(drawing.index, length=position + 1)
@@ -131,9 +131,7 @@ def generate(model: GPT, labels: Tensor, uniforms: Tensor, sampler: Sampler, ste
         (B, T) int64 tokens.
     """
     steps = steps or EagerSteps(model)
-    batch_size, num_tokens = uniforms.shape
-    drawing = steps.drawing(batch_size, sampler)
-    drawing.begin(model, labels, uniforms, sampler)
-    for position in range(1, num_tokens):
+    drawing = steps.begin(labels, uniforms, sampler)
+    for position in range(1, uniforms.shape[1]):
         steps.step(drawing, position, sampler)
     return drawing.tokens.clone()                   # a later batch may be drawn in the same place

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from autoregressive.models.cache import DecodePosition
 from autoregressive.models.generate import Drawing
@@ -38,30 +39,54 @@ class CUDARecorder:
         return graph
 
 
+class CalledAgain:
+    """Stands in for a CUDA graph where there is no GPU: the function itself, to be called again."""
+
+    def __init__(self, function: Callable[[], None]):
+        self.replay = function
+
+
 class RecordedSteps:
-    """Steps of a GPT that are recorded when they are first met; a models.generate.Steps."""
+    """Steps of a GPT that are recorded when they are first met; a models.generate.Steps.
+
+    It keeps the tensors and graphs of one batch size: those of the batches before go when another size comes.
+    """
 
     def __init__(self, model: GPT, record: Callable[[Callable[[], None]], Graph] | None = None):
         """
         Args:
             model: in evaluation mode; its weights stay where they are.
-            record: takes down what a function does, without doing it; None is CUDARecorder().
+            record: takes down what a function does, without doing it; None is CUDARecorder(), on a CPU CalledAgain.
         """
         self._model = model
-        self._record = record or CUDARecorder()
-        self._drawings: dict[tuple, Drawing] = {}
+        is_gpu = model.norm.weight.is_cuda
+        self._record = record or (CUDARecorder() if is_gpu else CalledAgain)
+        self._drawing: Drawing | None = None
+        self._size: tuple[int, bool] | None = None              # of the drawing: batch size, whether it is guided
         self._graphs: dict[tuple, Graph] = {}
 
     def drawing(self, batch_size: int, sampler: Sampler) -> Drawing:
-        key = batch_size, sampler.guides(0)
-        if key not in self._drawings:
-            self._drawings[key] = Drawing(self._model, *key)
-        return self._drawings[key]
+        """Returns what the recorded steps of a batch of this size read and write."""
+        size = batch_size, sampler.guides(0)
+        if size != self._size:
+            self._graphs.clear()
+            self._drawing = None                    # before there is another one
+            self._drawing = Drawing(self._model, *size)
+            self._size = size
+        return self._drawing
+
+    def begin(self, labels: Tensor, uniforms: Tensor, sampler: Sampler) -> Drawing:
+        drawing = self.drawing(len(labels), sampler)
+        # A step reads the whole bucket, and hides what is not filled by a weight of 0: 0 times NaN would be NaN.
+        torch._foreach_zero_(drawing.cache.values)
+        with torch.compiler.set_stance("force_eager"):          # blocks are compiled for buckets alone
+            drawing.begin(self._model, labels, uniforms, sampler)
+        return drawing
 
     def step(self, drawing: Drawing, position: int, sampler: Sampler) -> None:
         is_guided = sampler.guides(position)
         length = min(-(-(position + 1) // BUCKET) * BUCKET, self._model.config.num_tokens)
-        key = drawing, sampler, is_guided, length
+        key = sampler, is_guided, length
         if key in self._graphs:
             self._graphs[key].replay()
             return

@@ -5,8 +5,9 @@ import importlib.util
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autoregressive.runtime.entry import Parser, free
 from autoregressive.runtime.log import LOGGER
@@ -41,6 +42,12 @@ def set_up_gpu(tf32: bool, cudnn_attention: bool) -> None:
     torch.backends.cuda.enable_cudnn_sdp(cudnn_attention)
 
 
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """Returns a copy of an array on a device; the host does not wait until a GPU has it."""
+    tensor = torch.tensor(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Returns a context that computes in one of PRECISIONS; "none" leaves everything as it is.
 
@@ -64,7 +71,7 @@ def set_up_compiler(device: torch.device, errors: str) -> bool:
         return False
     config = torch._dynamo.config
     config.suppress_errors = errors == "warn"
-    config.fail_on_recompile_limit_hit = errors == "raise"
+    config.fail_on_cache_limit_hit = errors == "raise"          # the name that torch 2.6 knows, too
     # Each bucket of a decode step is a form of its own, of which torch allows 8: 24 x 24 tokens have 9.
     config.cache_size_limit = MAX_FORMS
     # It would split the graph of a block at DDP's buckets; their gradients are averaged between blocks anyway.

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from autoregressive.runtime.checkpoint import load_strictly, model_state, read_checkpoint, save_checkpoint
+from autoregressive.runtime.compute import to_device
 from autoregressive.runtime.files import check_kinds, weights_sha256
-from evaluations.c2i.features import SPATIAL_CHANNELS, to_device, to_numpy
+from evaluations.c2i.features import SPATIAL_CHANNELS, to_numpy
 
 SMALLEST_IMAGE = 8      # pixels
 DEFAULT_WIDTH = 32      # channels of the first convolution
@@ -74,7 +75,7 @@ class ClassifierFeatures:
         self.name = f"small classifier {Path(path).name} (not Inception)"
         self.sha256 = weights_sha256(model.state_dict())
         self.settings, self.image_size = settings, settings["image_size"]
-        self._model, self._device = model.to(device).eval(), device
+        self._model, self._device = model.to(device).eval(), torch.device(device)
 
     @torch.inference_mode()
     def features(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -40,12 +40,6 @@ class FeatureNetwork(Protocol):
         """
 
 
-def to_device(images: np.ndarray, device: torch.device | str) -> Tensor:
-    """Returns pictures (N, P, P, 3) uint8 as a tensor on a device; nothing waits for a copy to a GPU."""
-    tensor = torch.tensor(images)
-    return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor
-
-
 def to_numpy(*tensors: Tensor) -> tuple[np.ndarray, ...]:
     """Returns tensors (N, any) as float32 arrays of the CPU; several are one copy, so one wait for the device."""
     widths = [tensor.shape[1] for tensor in tensors]

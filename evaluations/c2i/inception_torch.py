@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evaluations.c2i.features import SPATIAL_CHANNELS, to_device, to_numpy
+from autoregressive.runtime.compute import to_device
+from evaluations.c2i.features import SPATIAL_CHANNELS, to_numpy
 from evaluations.c2i.graph_def import Node, read_graph
 from evaluations.c2i.inception import INPUT, LOGITS, POOL, SPATIAL, Inception
 

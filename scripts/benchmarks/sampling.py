@@ -115,6 +115,7 @@ class PublishedWay:
         self._step()
         if self.is_recorded:
             self.graph = CUDARecorder()(self._step)
+            self.graph.replay()                     # recording computed nothing of what `_step` has just named
 
     def _step(self) -> None:
         x = self.x
@@ -234,7 +235,7 @@ def compare_ways(args: Flags, config: GPTConfig, batch_size: int, bandwidth: flo
         compile_decoding(ours)
     elif can_pack(device, dtype):
         ours = pack_linears(copy.deepcopy(model))
-    if args.compile and is_gpu:
+    if args.compile:
         steps = RecordedSteps(ours)
         cache = steps.drawing(batch_size, SAMPLER).cache
     labels = torch.randint(NUM_CLASSES, (batch_size,), device=device)
