@@ -11,7 +11,7 @@ import torch
 
 from autoregressive.models.gpt import GPT, GPTConfig
 from autoregressive.models.loading import GPTFile, describe_gpt, move_rows_to_tokens, name_moments, read_gpt
-from autoregressive.runtime.checkpoint import load_strictly
+from autoregressive.runtime.checkpoint import check_weights
 from autoregressive.runtime.identity import check_recorded
 from autoregressive.runtime.log import LOGGER
 
@@ -47,7 +47,7 @@ def read_start(path: Path | None, config: GPTConfig, *, tokens: np.ndarray, mapp
         payload = file.payload | {"model": file.state, "optimizer": moments}
     state = move_rows_to_tokens(file.state, tokens, file.path) if init_from_original else file.state
     with torch.device("meta"):
-        load_strictly(GPT(config), state, file.path, describe_gpt(state))
+        check_weights(GPT(config), state, file.path, describe_gpt(state))
     return dataclasses.replace(file, state=state, payload=payload)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
+from torch import Tensor, nn
 
 from autoregressive.runtime.files import atomic_write, check_file, check_kinds
 from autoregressive.runtime.log import LOGGER
@@ -116,14 +117,11 @@ def _without_prefixes(state):
     return state
 
 
-def load_strictly(module, state, path, hint=""):
-    """Loads a state dict into a module whose keys and shapes must be the same.
-
-    A module on the meta device takes the tensors of the file themselves (no second copy of the weights); others are
-    filled in place.
+def check_weights(module: nn.Module, state: dict[str, Tensor], path: str | Path, hint: str = "") -> None:
+    """Checks that a state dict can be loaded into a module.
 
     Args:
-        module: the module to fill.
+        module: its keys and shapes must be those of `state`.
         state: dict of name -> tensor.
         path: named in the error.
         hint: appended to the error: what the file holds, what to do.
@@ -143,6 +141,16 @@ def load_strictly(module, state, path, hint=""):
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f"{path}: expected finite weights, found NaN or infinity in {name}; "
                              "take another checkpoint")
+
+
+def load_strictly(module: nn.Module, state: dict[str, Tensor], path: str | Path, hint: str = "") -> None:
+    """Loads a state dict into a module, after check_weights, whose arguments and errors these are.
+
+    A module on the meta device takes the tensors of the file themselves (no second copy of the weights); others are
+    filled in place.
+    """
+    check_weights(module, state, path, hint)
+    expected = module.state_dict()
     on_meta = any(tensor.is_meta for tensor in expected.values())
     if on_meta:                                      # the file's precision must not decide the model's
         state = {name: tensor.to(expected[name].dtype) for name, tensor in state.items()}
