@@ -281,6 +281,16 @@ def test_what_was_handed_over_is_written_when_a_signal_ends_the_drawing(tmp_path
     assert np.array_equal(rows.array("pictures")[:6], PICTURES[:6])
 
 
+def test_an_error_of_the_writing_thread_is_logged_when_another_one_ends_the_drawing(tmp_path, monkeypatch, caplog):
+    rows = writer_of(tmp_path)
+    rows.create()
+    monkeypatch.setattr(rows, "write", lambda *_, **__: int("no number"))
+    with pytest.raises(SystemExit), BackgroundWriter(rows) as writer:
+        write_behind(writer, range(3))
+        raise SystemExit(143)
+    assert "writing rows: invalid literal for int" in caplog.text
+
+
 @pytest.mark.parametrize("num_batches", [1, 2])
 def test_an_error_of_the_writing_thread_ends_the_drawing(tmp_path, monkeypatch, num_batches):
     rows = writer_of(tmp_path)

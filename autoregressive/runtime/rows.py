@@ -2,7 +2,7 @@
 
 A folder holds one .npy file for each array, whose space is reserved at the start, and status.npy, a byte for each row.
 Rows are written at their own place with os.pwrite, first the arrays, then the status that makes them count. So a kill
-loses at most the batch at hand, codes need the disk once, since they stay where they are written, and there are no
+loses at most the batches at hand, codes need the disk once, since they stay where they are written, and there are no
 millions of small files. A record beside the arrays holds the identity of the run; it is written first and removed last,
 and rows without it count for nobody.
 
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from autoregressive.runtime.files import read_json, write_json
 from autoregressive.runtime.identity import find_difference
+from autoregressive.runtime.log import LOGGER
 
 TO_DO, WRITTEN, FAILED = 0, 1, 2
 POLL_SECONDS = 1                                    # between two looks at what the other processes have written
@@ -160,7 +161,7 @@ class BackgroundWriter:
     """Writes rows in a thread, so that a GPU draws the next batch meanwhile; one batch at most waits for it.
 
     At the end of its context everything is written. What goes wrong in the thread is raised by the next `write`, or at
-    the end.
+    the end; it is logged if the context ends with another error.
     """
 
     def __init__(self, rows: RowWriter):
@@ -176,6 +177,8 @@ class BackgroundWriter:
         self._thread.shutdown()
         if kind is None:
             self._wait()
+        elif self._pending and (failure := self._pending.exception()):
+            LOGGER.error("writing rows: %s", failure)
 
     def write(self, rows: range, **tensors: Tensor) -> None:
         """Begins to write consecutive rows, as RowWriter.write does, from tensors that nobody changes any more."""
