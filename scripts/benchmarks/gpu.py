@@ -26,7 +26,7 @@ import torch
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.entry import Flags, Parser, above, checks, run
 from autoregressive.runtime.files import write_json
-from scripts.benchmarks.turns import RESULTS, TABLE, Report
+from scripts.benchmarks.turns import RESULTS, ROW_FAILED, TABLE, Report
 
 FOLDER = Path(__file__).resolve().parent
 GRACE_SECONDS = 20              # beyond its time that a section has for the row that it is in
@@ -93,18 +93,21 @@ def run_section(section: Section, args: Flags, device: torch.device, seconds: fl
     command = [sys.executable, FOLDER / section.script, "--device", device.type, "--report", args.out,
                "--minutes", str(seconds / 60), *words]
     process = subprocess.Popen(command, start_new_session=True)     # it may have processes of its own
+    note = ""
     try:
         code = process.wait(seconds + GRACE_SECONDS)
+        if code not in (0, ROW_FAILED):
+            note = f"{section.script} ended with exit code {code}"
     except subprocess.TimeoutExpired:
-        code = None
-        Report(section.name, args.out).add("the rest", note=f"stopped after {seconds + GRACE_SECONDS:.0f} s")
-    finally:
+        code = 0
+        note = f"stopped after {seconds + GRACE_SECONDS:.0f} s"
+    finally:                                        # before a row is added: both read the file, change it and write it
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    if code not in (0, 1, None):                    # 1: it wrote rows of what failed
-        Report(section.name, args.out).add("the rest", note=f"{section.script} ended with exit code {code}")
-    return code in (0, None)
+    if note:
+        Report(section.name, args.out).add("the rest", note=note)
+    return code == 0
 
 
 def main(args: Flags, session: Session) -> None:

@@ -1,6 +1,6 @@
 """Peak memory of a GPU: training as train_c2i.py does it, and sampling, as torch counts what it allocates.
 
-    python scripts/benchmarks/memory.py                                         # GPT-B, L and XL, on an 80 GB GPU
+    python scripts/benchmarks/memory.py                                         # GPT-B to XXL, on an 80 GB GPU
 
 Not counted are what CUDA itself and its libraries hold, half a GB or more. Every training is a process of its own.
 """
@@ -31,6 +31,7 @@ from scripts.benchmarks.turns import (
     Report,
     Values,
     add_report_args,
+    add_size_args,
     benchmark_parser,
     write_random_codes,
 )
@@ -43,9 +44,8 @@ def build_parser() -> Parser:
     """Returns the parser of this script's command line."""
     parser = benchmark_parser("Measure the peak memory of training and sampling.", rounds=1)
     add_report_args(parser)
-    parser.add_argument("--gpt-models", nargs="+", default=["GPT-B", "GPT-L", "GPT-XL"], choices=GPT_MODELS,
-                        help="sizes of the GPT")
-    parser.add_argument("--grids", nargs="+", type=at_least(1), default=[16, 24], help="sides of the picture in tokens")
+    add_size_args(parser, GPT_MODELS)
+    parser.set_defaults(gpt_models=["GPT-B", "GPT-L", "GPT-XL", "GPT-XXL"], grids=[16, 24])
     parser.add_argument("--train-images", type=at_least(1), default=32, help="images of a step")
     parser.add_argument("--sample-images", type=at_least(1), default=128, help="pictures drawn together, with guidance")
     return parser

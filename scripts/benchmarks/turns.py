@@ -19,6 +19,7 @@ from autoregressive.runtime.files import atomic_write, read_json, write_json
 
 RESULTS, TABLE = "results.json", "results.md"       # of a report
 VOCAB_SIZE, NUM_CLASSES = 16384, 1000              # of the published models
+ROW_FAILED = 3                                      # exit code of a benchmark whose rows say what failed
 SKIPPED_FOR_TIME = "skipped for time"
 Values = dict[str, dict[str, float]]                # of a row: by way, then by name
 
@@ -146,9 +147,9 @@ class Report:
             file.write(as_table(results).encode())
 
     def finish(self) -> None:
-        """Leaves with exit code 1 if a row failed."""
+        """Leaves with exit code ROW_FAILED if a row failed."""
         if self.num_failed:
-            raise SystemExit(1)
+            raise SystemExit(ROW_FAILED)
 
 
 def first_line(error: BaseException) -> str:
