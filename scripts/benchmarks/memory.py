@@ -24,7 +24,7 @@ from autoregressive.models.recorded import RecordedSteps, compile_decoding
 from autoregressive.runtime.compute import set_up_compiler
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.entry import Flags, Parser, at_least, checks, run
-from scripts.benchmarks.sampling import decoder_tile, make_decoding, make_model
+from scripts.benchmarks.drawing import decoder_tile, make_decoding, make_model
 from scripts.benchmarks.turns import (
     NUM_CLASSES,
     VOCAB_SIZE,

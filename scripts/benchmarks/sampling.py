@@ -34,11 +34,11 @@ from autoregressive.models.generate import generate
 from autoregressive.models.gpt import GPT, GPT_MODELS, GPTConfig, gpt_config
 from autoregressive.models.packed import can_pack, pack_linears
 from autoregressive.models.recorded import CUDARecorder, RecordedSteps, compile_decoding
-from autoregressive.models.sampler import Sampler, guide
-from autoregressive.pipeline import LARGEST_TILE, Pipeline, place_decoder
+from autoregressive.models.sampler import guide
 from autoregressive.runtime.compute import PRECISIONS, set_up_compiler
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.entry import Flags, Parser, run
+from scripts.benchmarks.drawing import DOWNSAMPLING, SAMPLER, VQ, decoder_tile, make_decoding, make_model
 from scripts.benchmarks.turns import (
     NUM_CLASSES,
     DoesNotFit,
@@ -50,11 +50,8 @@ from scripts.benchmarks.turns import (
     compare,
     timed,
 )
-from tokenizer.tokenizer_image.encoding import default_batch_size
-from tokenizer.tokenizer_image.vq_model import VQ_MODELS, VQConfig, VQModel
+from tokenizer.tokenizer_image.vq_model import VQ_MODELS
 
-SAMPLER = Sampler(cfg_scale=2.0)
-VQ, DOWNSAMPLING = "VQ-16", 16
 LIVE_MAPS = 8                                       # of the VQ decoder's widest feature maps, at once
 
 
@@ -172,11 +169,6 @@ def temporary_bytes(config: GPTConfig, batch_size: int, dtype: torch.dtype) -> d
     return {"published": logits + repeated, "ours": logits}
 
 
-def decoder_tile(grid: int, batch_size: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Returns how many pictures the VQ decoder takes together."""
-    return min(batch_size, LARGEST_TILE, default_batch_size(VQ, grid * DOWNSAMPLING, dtype, device))
-
-
 def decoder_bytes(grid: int, tile: int, dtype: torch.dtype) -> int:
     """Returns the bytes of the VQ decoder's activations, about."""
     return LIVE_MAPS * tile * VQ_MODELS[VQ].channels * (grid * DOWNSAMPLING)**2 * dtype.itemsize
@@ -195,24 +187,6 @@ def free_bytes(device: torch.device) -> float:
         return math.inf
     torch.cuda.empty_cache()                        # what torch keeps of finished work is free, too
     return torch.cuda.mem_get_info(device)[0]
-
-
-def make_model(config: GPTConfig, dtype: torch.dtype, device: torch.device) -> GPT:
-    """Returns a GPT of random weights that can only be run."""
-    torch.manual_seed(0)
-    with device:                                    # a large one takes long to fill on a CPU
-        model = GPT(config).eval().requires_grad_(False)
-    torch.nn.init.normal_(model.output.weight, std=0.02)
-    return model.to(device).cast(dtype)
-
-
-def make_decoding(model: GPT, steps: RecordedSteps | None, tile: int, dtype: torch.dtype, compiled: bool) -> Pipeline:
-    """Returns a pipeline whose VQ model of random weights decodes the tokens of `model`."""
-    vq = VQModel(VQConfig(VQ)).eval().requires_grad_(False)
-    place_decoder(vq, dtype, model.norm.weight.device, compiled)
-    grid = model.config.grid
-    return Pipeline(gpt=model, vq=vq, sampler=SAMPLER, image_size=grid * DOWNSAMPLING, antialias=False,
-                    tile=tile, class_names=None, hashes={}, steps=steps)
 
 
 def compare_ways(args: Flags, config: GPTConfig, batch_size: int, bandwidth: float, device: torch.device) -> Values:
