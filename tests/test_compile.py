@@ -79,7 +79,7 @@ def test_one_graph_serves_all_blocks_and_changes_no_number(drop_path, recomputes
     loss, gradients = loss_and_gradients(objective)
     assert (compiler.graphs, compiler.calls) == (1, NUM_LAYERS)
     assert loss == pytest.approx(plain_loss, rel=1e-6)
-    assert torch.allclose(gradients, plain_gradients, rtol=1e-4, atol=1e-6)
+    assert (gradients - plain_gradients).norm() < 1e-6 * plain_gradients.norm()
 
 
 def test_recomputing_a_block_keeps_less():
