@@ -1,17 +1,23 @@
-"""The exact steps of balanced clustering: the best assignment for given centers, and the best swaps.
+"""The exact steps of balanced clustering: the best assignment to given centers, the best swaps.
 
-V codes belong to K clusters of exactly S = V / K. Moving one code from cluster a to b costs at least
-w[a, b] = min over i in a of (cost[i, b] - cost[i, a]), so an assignment is optimal exactly when the graph of these
-K x K weights has no negative cycle. Cycles are found and cancelled among K nodes, however many codes there are.
+Letters: V codes of E dimensions belong to K clusters of exactly S = V / K.
+
+Moving one code from cluster a to b costs at least w[a, b] = min over i in a of
+(cost[i, b] - cost[i, a]), so an assignment is optimal exactly when the graph of these K x K weights
+has no negative cycle. Cycles are found and cancelled among K nodes, however many codes there are.
 """
 
 import numpy as np
 
-TOLERANCE = 1e-10       # relative to the largest cost: below it, differences of float64 sums are rounding
+TOLERANCE = 1e-10       # of the largest cost: smaller differences of float64 sums are rounding
+LOOK_EVERY = 4          # steps between two searches for cycles: these are short, so they show early
 
 
 def distance_costs(codes: np.ndarray, centers: np.ndarray) -> np.ndarray:
-    """Returns (V, K) float64: squared distances of codes to centers, less the |code|^2 that no assignment changes."""
+    """Returns the squared distances (V, K) of codes (V, E) to centers (K, E), both float64.
+
+    They lack the |code|^2, which no assignment changes.
+    """
     return (centers ** 2).sum(axis=1) - 2 * (codes @ centers.T)
 
 
@@ -25,7 +31,8 @@ def fill_clusters(costs: np.ndarray) -> np.ndarray:
         (V,) int64: the cluster of each code, S codes in every cluster.
     """
     two_cheapest = np.partition(costs, 1, axis=1)
-    return fill_in_order(costs, np.argsort(two_cheapest[:, 0] - two_cheapest[:, 1], kind="stable"))
+    losses = two_cheapest[:, 0] - two_cheapest[:, 1]    # (V,) negative: what the first choice saves
+    return fill_in_order(costs, np.argsort(losses, kind="stable"))
 
 
 def fill_in_order(costs: np.ndarray, order: np.ndarray) -> np.ndarray:
@@ -45,7 +52,8 @@ def fill_in_order(costs: np.ndarray, order: np.ndarray) -> np.ndarray:
     for code in order.tolist():
         cluster = assignment[code]
         if not room[cluster]:
-            cluster = assignment[code] = int((costs[code] + closed).argmin())
+            cluster = int((costs[code] + closed).argmin())
+            assignment[code] = cluster
         room[cluster] -= 1
         if not room[cluster]:
             closed[cluster] = np.inf
@@ -57,7 +65,8 @@ def list_members(assignment: np.ndarray, num_clusters: int) -> np.ndarray:
     return np.argsort(assignment, kind="stable").reshape(num_clusters, -1)
 
 
-def move_weights(costs: np.ndarray, members: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def move_weights(costs: np.ndarray, members: np.ndarray,
+                 clusters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Finds the cheapest code to move out of some clusters into each other cluster.
 
     Args:
@@ -66,9 +75,10 @@ def move_weights(costs: np.ndarray, members: np.ndarray, clusters: np.ndarray) -
         clusters: (A,) int64, the clusters to leave.
 
     Returns:
-        weights (A, K) float64, and slots (A, K) int64: which member it is. A cluster costs 0 to itself.
+        weights (A, K) float64, what the move costs, 0 from a cluster to itself; and slots (A, K)
+        int64, which member of the cluster the code is.
     """
-    leaving = costs[members[clusters]]                                                      # (A, S, K)
+    leaving = costs[members[clusters]]                                              # (A, S, K)
     leaving -= np.take_along_axis(leaving, clusters[:, None, None], axis=2)
     return leaving.min(axis=1), leaving.argmin(axis=1)
 
@@ -81,7 +91,8 @@ def find_negative_cycles(weights: np.ndarray, tolerance: float) -> list[list[int
         tolerance: a path counts as shorter only by more than this.
 
     Returns:
-        list of cycles, each a list of nodes a, b, c, .. with a -> b -> c -> .. -> a; empty exactly when there is none.
+        list of cycles, each a list of nodes a, b, c, .. with a -> b -> c -> .. -> a; empty exactly
+        when there is none.
     """
     num_nodes = len(weights)
     lengths = np.zeros(num_nodes)
@@ -94,28 +105,32 @@ def find_negative_cycles(weights: np.ndarray, tolerance: float) -> list[list[int
             return []
         lengths = np.where(shorter, shortest, lengths)
         previous = np.where(shorter, extended.argmin(axis=0), previous)
-        is_due = step % 4 == 0 or step == num_nodes  # cycles are short, so looking now and then finds them early
+        is_due = step % LOOK_EVERY == 0 or step == num_nodes
         if is_due and (cycles := _cycles_of(previous.tolist())):
             return cycles
     return []
 
 
-def _cycles_of(previous):
+def _cycles_of(previous: list[int]) -> list[list[int]]:
     """Returns the cycles of a graph in which every node has at most one predecessor (-1: none)."""
-    cycles, visited = [], {-1}
+    cycles = []
+    visited = {-1}
     for node in range(len(previous)):
         path = []
         while node not in visited:
             visited.add(node)
             path.append(node)
             node = previous[node]
-        if node in path:
-            cycles.append(path[path.index(node):][::-1])
+        if node in path:                            # it came back to a node of its own
+            backwards = path[path.index(node):]
+            cycles.append(backwards[::-1])
     return cycles
 
 
 def assign_exactly(costs: np.ndarray, assignment: np.ndarray) -> np.ndarray:
-    """Returns the balanced assignment of least total cost, by cancelling negative cycles of a given one.
+    """Returns the balanced assignment of least total cost.
+
+    It cancels negative cycles of a given assignment until there are none.
 
     Args:
         costs: (V, K) float64.
@@ -129,7 +144,7 @@ def assign_exactly(costs: np.ndarray, assignment: np.ndarray) -> np.ndarray:
     members = list_members(assignment, num_clusters)
     weights, slots = move_weights(costs, members, np.arange(num_clusters))
     while cycles := find_negative_cycles(weights, tolerance):
-        for cycle in cycles:                         # disjoint: each cluster gives one code and gets one
+        for cycle in cycles:        # they are disjoint: a cluster gives one code and gets one
             target = np.roll(cycle, -1)
             source_slots = slots[cycle, target]
             members[target, np.roll(source_slots, -1)] = members[cycle, source_slots]
@@ -138,42 +153,50 @@ def assign_exactly(costs: np.ndarray, assignment: np.ndarray) -> np.ndarray:
     return _assignment_of(members)
 
 
-def _assignment_of(members):
+def _assignment_of(members: np.ndarray) -> np.ndarray:
+    """Returns the assignment (V,) int64 of members (K, S): the inverse of list_members."""
     return np.argsort(members, axis=None) // members.shape[1]
 
 
 def assignment_is_optimal(costs: np.ndarray, assignment: np.ndarray) -> bool:
-    """Returns whether no other balanced assignment costs less: no negative cycle among the K clusters."""
+    """Returns whether no other balanced assignment costs less: there is no negative cycle."""
     return np.array_equal(assign_exactly(costs, assignment), assignment)
 
 
 def swap_changes(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Returns (S, S) float64: by how much the SSE changes when first[i] and second[j] change places.
+    """Returns (S, S) float64: how much the SSE changes when first[i] and second[j] change places.
 
-    With d = second[j] - first[i] the means move by d/S and -d/S, so the change is -2 d.(c_a - c_b) - 2 |d|^2 / S.
+    With d = second[j] - first[i] the means c_a and c_b of the two move by d/S and -d/S, so the
+    change is -2 d.(c_a - c_b) - 2 |d|^2 / S.
 
     Args:
-        first, second: (S, E) float64, all codes of two clusters.
+        first: (S, E) float64, all codes of one cluster.
+        second: (S, E) float64, all codes of another.
     """
     size = len(first)
     step = first.mean(axis=0) - second.mean(axis=0)
-    leave = 2 * (first @ step) - 2 * (first ** 2).sum(axis=1) / size
-    enter = -2 * (second @ step) - 2 * (second ** 2).sum(axis=1) / size
+    leave = 2 * (first @ step) - 2 * (first ** 2).sum(axis=1) / size                # (S,)
+    enter = -2 * (second @ step) - 2 * (second ** 2).sum(axis=1) / size             # (S,)
     return leave[:, None] + enter + 4 / size * (first @ second.T)
 
 
 def swap_candidates(codes: np.ndarray, members: np.ndarray, tolerance: float) -> np.ndarray:
-    """Returns the pairs of clusters (a < b) in which a swap may lower the SSE, by a bound that misses none."""
+    """Returns the pairs of clusters a < b, (pairs, 2), in which a swap may lower the SSE.
+
+    The bound on what a swap changes misses none of those that do.
+    """
     num_clusters, size = members.shape
-    centers = codes[members].mean(axis=1)
-    radii = np.linalg.norm(codes[members] - centers[:, None], axis=2).max(axis=1)
-    gaps = np.linalg.norm(centers[:, None] - centers, axis=2)
-    weights, _ = move_weights(distance_costs(codes, centers), members, np.arange(num_clusters))
+    centers = codes[members].mean(axis=1)                                           # (K, E)
+    radii = np.linalg.norm(codes[members] - centers[:, None], axis=2).max(axis=1)   # (K,)
+    gaps = np.linalg.norm(centers[:, None] - centers, axis=2)                       # (K, K)
+    costs = distance_costs(codes, centers)
+    weights, _ = move_weights(costs, members, np.arange(num_clusters))              # (K, K)
     bound = weights + weights.T - 2 * (radii[:, None] + radii + gaps) ** 2 / size
     return np.argwhere(np.triu(bound < -tolerance, k=1))
 
 
-def swap_codes(codes: np.ndarray, assignment: np.ndarray, num_clusters: int) -> tuple[np.ndarray, int]:
+def swap_codes(codes: np.ndarray, assignment: np.ndarray,
+               num_clusters: int) -> tuple[np.ndarray, int]:
     """Swaps pairs of codes as long as a swap lowers the SSE.
 
     Args:
@@ -182,7 +205,8 @@ def swap_codes(codes: np.ndarray, assignment: np.ndarray, num_clusters: int) -> 
         num_clusters: K.
 
     Returns:
-        the improved assignment (V,) int64, and the number of swaps made: 0 certifies that none helps.
+        the improved assignment (V,) int64, and the number of swaps made: 0 certifies that none
+        lowers the SSE.
     """
     members = list_members(assignment, num_clusters)
     tolerance = TOLERANCE * (codes ** 2).sum(axis=1).max()
@@ -190,6 +214,6 @@ def swap_codes(codes: np.ndarray, assignment: np.ndarray, num_clusters: int) -> 
     for a, b in swap_candidates(codes, members, tolerance):
         while (changes := swap_changes(codes[members[a]], codes[members[b]])).min() < -tolerance:
             i, j = np.unravel_index(changes.argmin(), changes.shape)
-            members[a, i], members[b, j] = members[b, j], members[a, i]
+            members[a, i], members[b, j] = members[b, j], members[a, i]     # the swap itself
             num_swaps += 1
     return _assignment_of(members), num_swaps

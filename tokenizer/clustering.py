@@ -1,14 +1,16 @@
-"""Exactly balanced clustering of a codebook, and the order of the codes inside a cluster. Pure functions on arrays.
+"""Exactly balanced clustering of a codebook, and the order of the codes inside a cluster.
 
-V codes of E dimensions, K clusters of exactly S codes each, V = K * S. An `assignment` is (V,) int64, the cluster of
-each code; the SSE is the sum of squared distances of the codes to the means of their clusters. Three methods:
+These are pure functions on arrays. Letters: V codes of E dimensions, K clusters of exactly S codes
+each, V = K * S. An `assignment` is (V,) int64, the cluster of each code; the SSE is the sum of
+squared distances of the codes to the means of their clusters. Three methods:
 
 `cluster_greedy`   Algorithm 1 of the paper (arXiv 2501.00880), as published.
-`cluster_optimal`  a start by deterministic annealing with balanced soft assignments, then rounds of means and EXACT
-                   assignments, alternating with swaps of two codes, until neither lowers the SSE.
-`cluster_random`   the control of an experiment: clusters that mean nothing.
+`cluster_optimal`  a start by deterministic annealing with balanced soft assignments, then rounds
+                   of means and EXACT assignments, alternating with swaps of two codes, until
+                   neither lowers the SSE.
+`cluster_random`   the control of an experiment: balanced clusters without structure.
 
-All compute on one thread, whatever the machine has, so results do not depend on the number of threads.
+All compute on one thread, so results do not depend on how many threads the machine has.
 """
 
 from collections import deque
@@ -51,9 +53,10 @@ class Clustering:
 
 
 def check_cluster_size(num_codes: int, cluster_size: int) -> None:
-    """Raises ValueError unless clusters of `cluster_size` codes divide a codebook of `num_codes`."""
+    """Raises ValueError unless clusters of `cluster_size` codes divide a codebook of that many."""
     if cluster_size <= 0 or num_codes % cluster_size:
-        raise ValueError(f"cluster size: expected a positive divisor of the {num_codes} codes, got {cluster_size}")
+        raise ValueError(f"cluster size: expected a positive divisor of the {num_codes} codes, "
+                         f"got {cluster_size}")
 
 
 def normalize_codes(codebook: torch.Tensor) -> np.ndarray:
@@ -71,14 +74,15 @@ def cluster_means(codes: np.ndarray, assignment: np.ndarray, num_clusters: int) 
 
 
 def balanced_sse(codes: np.ndarray, assignment: np.ndarray, num_clusters: int) -> float:
-    """Returns the sum of squared distances of codes (V, E) to the means of their clusters, in float64."""
+    """Returns the SSE of codes (V, E) in an assignment to `num_clusters` clusters, in float64."""
     means = cluster_means(codes, assignment, num_clusters)
     return float(((codes.astype(np.float64) - means[assignment]) ** 2).sum())
 
 
 def start_codes(num_codes: int, num_clusters: int, seed: int) -> np.ndarray:
-    """Returns the published start for a seed: (K,) int64, the first K of torch.randperm(V) after manual_seed(seed)."""
-    return torch.randperm(num_codes, generator=torch.Generator().manual_seed(seed))[:num_clusters].numpy()
+    """Returns the published start for a seed: the first K of torch.randperm(V), (K,) int64."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(num_codes, generator=generator)[:num_clusters].numpy()
 
 
 def cluster_random(codes: np.ndarray, num_clusters: int, seed: int) -> Clustering:
@@ -88,13 +92,12 @@ def cluster_random(codes: np.ndarray, num_clusters: int, seed: int) -> Clusterin
         codes: (V, E) float32, normalized.
         num_clusters: K, which divides V.
         seed: of the permutation whose first V / K codes are the first cluster, and so on.
-
-    Returns:
-        Clustering
     """
     num_codes = len(codes)
+    cluster_size = num_codes // num_clusters
+    permutation = start_codes(num_codes, num_codes, seed)
     assignment = np.empty(num_codes, np.int64)
-    assignment[start_codes(num_codes, num_codes, seed)] = np.arange(num_codes) // (num_codes // num_clusters)
+    assignment[permutation] = np.arange(num_codes) // cluster_size
     sse = balanced_sse(codes, assignment, num_clusters)
     return Clustering(assignment, sse, [sse])
 
@@ -103,29 +106,30 @@ def cluster_greedy(codes: np.ndarray, start: np.ndarray, keep_best: bool = False
                    on_round: Callable[[], object] = lambda: None) -> Clustering:
     """Clusters by Algorithm 1 of the paper.
 
-    Each round visits the codes in ascending distance to their nearest center and gives each to its nearest cluster with
-    room; ties go to the lower code and the lower cluster. It ends when old and new centers agree or after 100 rounds.
+    Each round visits the codes in ascending distance to their nearest center and gives each to its
+    nearest cluster with room; ties go to the lower code and the lower cluster. It ends when old and
+    new centers agree or after 100 rounds.
 
     Args:
         codes: (V, E) float32, normalized.
         start: (K,) int64, the codes that are the first centers; K divides V.
-        keep_best: whether to return the round of least SSE instead of the last, which is the published behaviour.
+        keep_best: whether to return the round of least SSE; the last one, as published, otherwise.
         on_round: called after every round.
-
-    Returns:
-        Clustering
     """
     num_clusters = len(start)
     codes = codes.astype(np.float64)
-    centers, assignments, trace = codes[start], [], []
+    centers = codes[start]
+    assignments = []
+    trace = []
     with threadpool_limits(1):
         for _ in range(GREEDY_ROUNDS):
             costs = distance_costs(codes, centers)
-            distances = costs.min(axis=1) + (codes ** 2).sum(axis=1)
+            distances = costs.min(axis=1) + (codes ** 2).sum(axis=1)    # costs lack the |code|^2
             assignment = fill_in_order(costs, np.argsort(distances, kind="stable"))
             assignments.append(assignment)
             trace.append(balanced_sse(codes, assignment, num_clusters))
-            old_centers, centers = centers, cluster_means(codes, assignment, num_clusters)
+            old_centers = centers
+            centers = cluster_means(codes, assignment, num_clusters)
             on_round()
             if np.allclose(centers, old_centers):
                 break
@@ -141,30 +145,35 @@ def cluster_optimal(codes: np.ndarray, start: np.ndarray,
         codes: (V, E) float32, normalized.
         start: (K,) int64, the codes that are the first centers; K divides V.
         on_round: called after every round.
-
-    Returns:
-        Clustering
     """
     num_clusters = len(start)
-    if num_clusters in (1, len(codes)):              # one answer only, up to names
+    if _is_trivial(codes, num_clusters):
         assignment = np.arange(len(codes)) * num_clusters // len(codes)
         return Clustering(assignment, balanced_sse(codes, assignment, num_clusters))
     with threadpool_limits(1):
         centers, prices = anneal(codes, start, on_round)
         codes = codes.astype(np.float64)
         assignment = fill_clusters(distance_costs(codes, centers) - prices)
-        trace, total_swaps = [], 0
+        trace = []
+        total_swaps = 0
         while True:
             assignment = assign_exactly(distance_costs(codes, centers), assignment)
             trace.append(balanced_sse(codes, assignment, num_clusters))
-            old_centers, centers = centers, cluster_means(codes, assignment, num_clusters)
+            old_centers = centers
+            centers = cluster_means(codes, assignment, num_clusters)
             on_round()
-            if np.array_equal(centers, old_centers):            # every round lowers the SSE, so it comes to this
-                assignment, num_swaps = swap_codes(codes, assignment, num_clusters)
-                if not num_swaps:
-                    return Clustering(assignment, trace[-1], trace, total_swaps)
-                total_swaps += num_swaps
-                centers = cluster_means(codes, assignment, num_clusters)
+            if not np.array_equal(centers, old_centers):
+                continue                        # every round lowers the SSE, so this ends
+            assignment, num_swaps = swap_codes(codes, assignment, num_clusters)
+            if num_swaps == 0:
+                return Clustering(assignment, trace[-1], trace, total_swaps)
+            total_swaps += num_swaps
+            centers = cluster_means(codes, assignment, num_clusters)
+
+
+def _is_trivial(codes: np.ndarray, num_clusters: int) -> bool:
+    """Returns whether there is only one balanced clustering, up to the names of the clusters."""
+    return num_clusters in (1, len(codes))
 
 
 def certify(codes: np.ndarray, assignment: np.ndarray, num_clusters: int) -> dict[str, bool]:
@@ -176,26 +185,30 @@ def certify(codes: np.ndarray, assignment: np.ndarray, num_clusters: int) -> dic
         num_clusters: K.
 
     Returns:
-        dict of claim -> bool: `balanced`, `assignment_is_optimal` for the means of the clusters (no negative cycle
-        among them), `no_swap_improves` (no exchange of two codes lowers the SSE).
+        dict of claim -> bool: `balanced`, `assignment_is_optimal` for the means of the clusters (no
+        negative cycle among them), `no_swap_improves` (no exchange of two codes lowers the SSE).
     """
     codes = codes.astype(np.float64)
-    is_balanced = bool((np.bincount(assignment, minlength=num_clusters) * num_clusters == len(codes)).all())
-    is_optimal = no_swap_improves = is_balanced and num_clusters in (1, len(codes))
-    if is_balanced and not is_optimal:
+    sizes = np.bincount(assignment, minlength=num_clusters)
+    is_balanced = bool((sizes * num_clusters == len(codes)).all())
+    is_optimal = is_balanced
+    no_swap_improves = is_balanced
+    if is_balanced and not _is_trivial(codes, num_clusters):
         with threadpool_limits(1):
             costs = distance_costs(codes, cluster_means(codes, assignment, num_clusters))
             is_optimal = assignment_is_optimal(costs, assignment)
-            no_swap_improves = swap_codes(codes, assignment, num_clusters)[1] == 0
-    return {"balanced": is_balanced, "assignment_is_optimal": is_optimal, "no_swap_improves": no_swap_improves}
+            _, num_swaps = swap_codes(codes, assignment, num_clusters)
+            no_swap_improves = num_swaps == 0
+    return {"balanced": is_balanced, "assignment_is_optimal": is_optimal,
+            "no_swap_improves": no_swap_improves}
 
 
 def order_clusters(codes: np.ndarray, assignment: np.ndarray, num_clusters: int) -> np.ndarray:
     """Lists the codes cluster by cluster, neighbours inside a cluster side by side.
 
-    The member nearest the mean stands at position (S-1)//2, its nearest neighbour right of it; then in turn, the left
-    end first, each end takes the unplaced code nearest to its outermost code. Distances are Euclidean between
-    normalized codes; ties go to the lowest code.
+    The member nearest the mean stands at position (S-1)//2, its nearest neighbour right of it; then
+    in turn, the left end first, each end takes the unplaced code nearest to its outermost code.
+    Distances are Euclidean between normalized codes; ties go to the lowest code.
 
     Args:
         codes: (V, E) float32, normalized.
@@ -205,19 +218,23 @@ def order_clusters(codes: np.ndarray, assignment: np.ndarray, num_clusters: int)
     Returns:
         (V,) int64: the old index of the code at each new index j*S + p.
     """
-    members = list_members(assignment, num_clusters)
+    ordered = []
     with threadpool_limits(1):
-        return np.concatenate([cluster[_chain(codes[cluster].astype(np.float64))] for cluster in members])
+        for members in list_members(assignment, num_clusters):
+            chain = _chain(codes[members].astype(np.float64))
+            ordered.append(members[chain])
+    return np.concatenate(ordered)
 
 
-def _chain(points):
+def _chain(points: np.ndarray) -> list[int]:
     """Returns the order of the points (S, E) of one cluster."""
-    chain, target = deque(), points.mean(axis=0)
+    chain = deque()
+    target = points.mean(axis=0)
     for place in range(len(points)):
         distances = ((points - target) ** 2).sum(axis=1)
         distances[list(chain)] = np.inf
         nearest = distances.argmin()
-        if place % 2:                                # the first at the middle, the second right of it, and in turn
+        if place % 2 == 1:          # the first in the middle, the second right of it, and in turn
             chain.append(nearest)
             target = points[chain[0]]
         else:
