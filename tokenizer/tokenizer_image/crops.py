@@ -37,7 +37,7 @@ class Failures:
         found: row -> (path, reason).
     """
 
-    def __init__(self, num_images: int, max_failures: float):
+    def __init__(self, num_images: int, max_failures: float) -> None:
         self.num_images, self.max_failures = num_images, max_failures
         self.found: dict[int, tuple[str, str]] = {}
         self._num_reported = 0

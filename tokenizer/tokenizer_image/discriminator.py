@@ -17,7 +17,7 @@ class PatchDiscriminator(nn.Module):
         norm: "group", which treats every picture alone, or "batch", which is the published recipe's.
     """
 
-    def __init__(self, norm="group"):
+    def __init__(self, norm="group") -> None:
         super().__init__()
         layers, width = [nn.Conv2d(3, 64, 4, 2, padding=1), nn.LeakyReLU(0.2)], 64
         for channels, stride in ((128, 2), (256, 2), (512, 1)):

@@ -40,7 +40,7 @@ class CropEncoder:
     Pieces are filled up to `batch_size`, so that every crop is computed in the same shape, whatever stands beside it.
     """
 
-    def __init__(self, vq: VQModel, device: torch.device, precision: str, batch_size: int, compiled: bool = False):
+    def __init__(self, vq: VQModel, device: torch.device, precision: str, batch_size: int, compiled: bool = False) -> None:
         """
         Args:
             vq: VQModel in float32; a copy of its encoder is converted, the model itself stays as it is.

@@ -92,7 +92,7 @@ def dataset_sha256(dataset: ImageSet, rows: Iterable[int] | None = None) -> str:
 class ImageFolder(ImageSet):
     """Pictures in one folder a class, in the order and under the labels of listing.list_images."""
 
-    def __init__(self, data_path: str):
+    def __init__(self, data_path: str) -> None:
         self._root = Path(data_path)
         self.class_names, paths = list_images(self._root)
         counts = [len(paths_of_class) for paths_of_class in paths]
@@ -112,7 +112,7 @@ class ImageFolder(ImageSet):
 class Digits(ImageSet):
     """The 1,797 handwritten digits inside scikit-learn, 8 x 8 pixels, in one fixed split stratified by class."""
 
-    def __init__(self, split: str):
+    def __init__(self, split: str) -> None:
         if split not in DIGITS_SPLITS:
             raise ValueError(f"--data-path: expected {' or '.join(DIGITS_SPLITS)} (a split of the digits), got {split}")
         from sklearn.datasets import load_digits  # here: it takes a second, and folders do not need it

@@ -29,7 +29,7 @@ def add_lpips_args(parser: Parser) -> None:
 class LPIPS(nn.Module):
     """The distance; its weights never change."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.features = vgg16(weights=None).features[:STAGES[-1]]
         self.weights = nn.ParameterList(torch.ones(1, width, 1, 1) for width in WIDTHS)

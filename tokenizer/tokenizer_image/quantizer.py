@@ -21,7 +21,13 @@ GPU_BUDGET = 2**26              # 256 MiB
 
 
 class QuantizerLosses(NamedTuple):
-    """The terms that a quantiser adds to a training loss, weighted; each a float32 scalar."""
+    """The terms that a quantiser adds to a training loss, weighted; each a float32 scalar.
+
+    Attributes:
+        codebook: pulls codes towards the features that they stand for.
+        commitment: pulls features towards their codes.
+        entropy: makes every choice of a code sharp, and the use of all codes even.
+    """
 
     codebook: Tensor
     commitment: Tensor
@@ -34,7 +40,7 @@ class Quantizer(nn.Module):
     The stored codes (V, E) are raw; everything that leaves this module is normalised.
     """
 
-    def __init__(self, codebook_size, codebook_embed_dim):
+    def __init__(self, codebook_size: int, codebook_embed_dim: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(codebook_size, codebook_embed_dim)
         with torch.no_grad():
@@ -47,51 +53,80 @@ class Quantizer(nn.Module):
         return nearest_codes(_rows(latents), self._codebook()).view(len(latents), -1)
 
     def vectors(self, codes: Tensor, h: int, w: int) -> Tensor:
-        """Returns the normalised vectors (B, E, h, w) of codes (B, T) int64, T = h * w in raster order."""
+        """Returns the normalised vectors (B, E, h, w) of codes.
+
+        Args:
+            codes: (B, T) int64, T = h * w in raster order.
+            h: rows of the feature map.
+            w: columns of the feature map.
+        """
         vectors = F.normalize(self.embedding(codes), dim=-1)                        # (B, T, E)
         return vectors.transpose(1, 2).unflatten(2, (h, w)).contiguous()            # (B, E, h, w)
 
-    def forward(self, latents, entropy_ratio=0.0):
+    def forward(self, latents: Tensor,
+                entropy_ratio: float = 0.0) -> tuple[Tensor, QuantizerLosses, Tensor]:
         """Quantises latents (B, E, h, w), letting gradients pass straight through.
+
+        Args:
+            latents: (B, E, h, w) float of any precision.
+            entropy_ratio: weight of the entropy term; 0 leaves it out.
 
         Returns:
             z_q (B, E, h, w) float32, QuantizerLosses, codes (B, T) int64.
         """
         batch, _, h, w = latents.shape
-        z = _rows(latents)                                                          # (N, E), N = B*h*w
-        indices = nearest_codes(z, self._codebook())
+        z = _rows(latents)                                                          # (N, E)
+        indices = nearest_codes(z, self._codebook())                                # (N,)
         z_q = F.normalize(self.embedding(indices).float(), dim=1)                   # (N, E)
-        losses = QuantizerLosses(
-            codebook=F.mse_loss(z_q, z.detach()),
-            commitment=COMMITMENT_WEIGHT * F.mse_loss(z, z_q.detach()),
-            entropy=entropy_ratio * _entropy(z, self._codebook()) if entropy_ratio else z.new_zeros(()))
-        z_q = z + (z_q - z).detach()                                                # straight-through
-        z_q = z_q.view(batch, h, w, -1).permute(0, 3, 1, 2).contiguous()
+        codebook_loss = F.mse_loss(z_q, z.detach())
+        commitment = COMMITMENT_WEIGHT * F.mse_loss(z, z_q.detach())
+        entropy = z.new_zeros(())
+        if entropy_ratio:
+            entropy = entropy_ratio * _entropy(z, self._codebook())
+        losses = QuantizerLosses(codebook_loss, commitment, entropy)
+        z_q = z + (z_q - z).detach()                # straight-through
+        z_q = z_q.view(batch, h, w, -1).permute(0, 3, 1, 2).contiguous()            # (B, E, h, w)
         return z_q, losses, indices.view(batch, -1)
 
-    def _codebook(self):
+    def _codebook(self) -> Tensor:
+        """Returns the normalised codes (V, E) float32."""
         return F.normalize(self.embedding.weight.float(), dim=1)
 
     @torch.no_grad()
     def record_usage(self, codes: Tensor) -> None:
-        """Appends codes (any shape) to the memory of the last 65,536 indices, newest at the end."""
+        """Appends codes of any shape to the last 65,536 in `codebook_used`, newest at the end."""
         recent = torch.cat([self.codebook_used, codes.flatten().to(self.codebook_used)])
         self.codebook_used.copy_(recent[-USAGE_WINDOW:])
 
 
-def _rows(latents):
-    return F.normalize(latents.float().permute(0, 2, 3, 1).flatten(0, 2), dim=1)    # (B, E, h, w) -> (N, E)
+def _rows(latents: Tensor) -> Tensor:
+    """Returns latents (B, E, h, w) as normalised vectors (N, E) float32, N = B * h * w."""
+    return F.normalize(latents.float().permute(0, 2, 3, 1).flatten(0, 2), dim=1)
 
 
-def _entropy(z, codebook):
-    # mean_n H(p_n) + sum_v a_v log(a_v + 1e-5), a = mean_n p_n: sharp for one vector, flat over all of them.
-    # In chunks that are computed again in the backward pass, so that no (N, V) matrix outlives its chunk.
-    chunks = [checkpoint(_assignment_sums, rows, codebook, use_reentrant=False) for rows in _chunks(z, codebook)]
-    sample_entropy, assignments = (sum(parts) / len(z) for parts in zip(*chunks, strict=True))
-    return sample_entropy + (assignments * torch.log(assignments + 1e-5)).sum()
+def _entropy(z: Tensor, codebook: Tensor) -> Tensor:
+    """Returns mean_n H(p_n) - H(mean_n p_n), where p_n are the shares of vector n in the codes.
+
+    It is least where a vector has one code, and all vectors together use all of them.
+
+    Args:
+        z: (N, E) float32, normalised.
+        codebook: (V, E) float32, normalised.
+    """
+    entropies = []
+    assignments = []
+    for rows in _chunks(z, codebook):
+        # Computed again in the backward pass, so that no (n, V) matrix outlives its chunk.
+        entropy, assignment = checkpoint(_assignment_sums, rows, codebook, use_reentrant=False)
+        entropies.append(entropy)
+        assignments.append(assignment)
+    sample_entropy = sum(entropies) / len(z)                                        # mean_n H(p_n)
+    mean_p = sum(assignments) / len(z)                                              # (V,)
+    return sample_entropy + (mean_p * torch.log(mean_p + 1e-5)).sum()
 
 
-def _assignment_sums(rows, codebook):
+def _assignment_sums(rows: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the sums over rows (n, E) of the entropy of p, a scalar, and of p, (V,)."""
     with full_float32(rows.device):
         logits = -_squared_distances(rows, codebook) / ENTROPY_TEMPERATURE          # (n, V)
     log_p = F.log_softmax(logits, dim=1)
@@ -99,19 +134,23 @@ def _assignment_sums(rows, codebook):
     return -(p * log_p).sum(), p.sum(0)
 
 
-def _squared_distances(rows, codebook):
-    # |z|^2 is left out: one value a row, which changes neither an argmin nor a softmax over the codes.
-    return torch.addmm(codebook.square().sum(1), rows, codebook.t(), alpha=-2)      # (n, V)
+def _squared_distances(rows: Tensor, codebook: Tensor) -> Tensor:
+    """Returns the squared distances (n, V) of rows (n, E) to the codes, less |row|^2.
+
+    That is one value a row, which changes neither an argmin nor a softmax over the codes.
+    """
+    return torch.addmm(codebook.square().sum(1), rows, codebook.t(), alpha=-2)
 
 
-def _chunks(z, codebook):
+def _chunks(z: Tensor, codebook: Tensor) -> tuple[Tensor, ...]:
+    """Returns z (N, E) in chunks of rows whose distances to all codes fit the device's budget."""
     budget = CPU_BUDGET if z.device.type == "cpu" else GPU_BUDGET
     return z.split(max(1, budget // len(codebook)))
 
 
 @torch.no_grad()
 def nearest_codes(z: Tensor, codebook: Tensor) -> Tensor:
-    """Finds the nearest code of every vector, in float32 whatever autocast and TF32 settings are in force.
+    """Finds the nearest code of every vector, in float32 whatever autocast and TF32 settings hold.
 
     Args:
         z: (N, E) float vectors.
@@ -120,20 +159,26 @@ def nearest_codes(z: Tensor, codebook: Tensor) -> Tensor:
     Returns:
         (N,) int64: index of the code at the smallest Euclidean distance.
     """
-    z, codebook = z.float(), codebook.float()
+    z = z.float()
+    codebook = codebook.float()
     with full_float32(z.device):
-        return torch.cat([_squared_distances(rows, codebook).argmin(1) for rows in _chunks(z, codebook)])
+        nearest = [_squared_distances(rows, codebook).argmin(1) for rows in _chunks(z, codebook)]
+    return torch.cat(nearest)
 
 
 @contextlib.contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
-    """Computes float32 matrix products of the block in full float32: autocast off, TF32 and bfloat16 kernels off."""
+    """Computes float32 matrix products of the block in full float32.
+
+    Autocast is off, and so are the TF32 and bfloat16 kernels; afterwards all is as it was.
+    """
     with torch.autocast(device.type, enabled=False), contextlib.ExitStack() as on_exit:
         if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
             for switch in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
                 on_exit.callback(setattr, switch, "fp32_precision", switch.fp32_precision)
                 switch.fp32_precision = "ieee"
-        else:                                                   # torch before 2.9 has one switch for all of them
-            on_exit.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        else:                                   # torch before 2.9 has one switch for all of them
+            precision = torch.get_float32_matmul_precision()
+            on_exit.callback(torch.set_float32_matmul_precision, precision)
             torch.set_float32_matmul_precision("highest")
         yield

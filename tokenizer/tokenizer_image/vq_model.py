@@ -1,11 +1,12 @@
-"""The VQ tokenizers: images to codes and back, with the architecture and the state-dict keys of the published files.
+"""The VQ tokenizers: images to codes and back, with the published architecture and state-dict keys.
 
     model = VQModel(VQConfig("VQ-16", codebook_size=16384, codebook_embed_dim=8))
-    codes = model.quantize.codes(model.encode(images))          # (B, 3, P, P) in [-1, 1] -> (B, T) int64
-    images = model.decode_codes(codes, grid)                    # and back
+    codes = model.quantize.codes(model.encode(images))  # (B, 3, P, P) in [-1, 1] -> (B, T) int64
+    images = model.decode_codes(codes, grid)            # and back
 
-Letters: B batch, T tokens, V codes, E code dimension, P pixels, C channels, h and w sides of a feature map.
-Attributes that appear in state-dict keys (conv_blocks, res, attn, nin_shortcut, ...) keep their published names.
+Letters: B batch, T tokens, V codes, E code dimension, P pixels, C channels, h and w sides of a
+feature map. Attributes that appear in state-dict keys (conv_blocks, res, attn, nin_shortcut, ...)
+keep their published names.
 """
 
 import math
@@ -32,14 +33,14 @@ class VQSize:
     """
 
     channels: int
-    multipliers: tuple
+    multipliers: tuple[int, ...]
     z_channels: int
 
 
 VQ_MODELS = {
-    "VQ-16": VQSize(128, (1, 1, 2, 2, 4), 256),
-    "VQ-8": VQSize(128, (1, 2, 2, 4), 256),
-    "VQ-4-small": VQSize(32, (1, 1, 2), 32),
+    "VQ-16": VQSize(channels=128, multipliers=(1, 1, 2, 2, 4), z_channels=256),
+    "VQ-8": VQSize(channels=128, multipliers=(1, 2, 2, 4), z_channels=256),
+    "VQ-4-small": VQSize(channels=32, multipliers=(1, 1, 2), z_channels=32),
 }
 MOST_CODEBOOK_WEIGHTS = 2**31                       # 8 GiB
 
@@ -58,7 +59,7 @@ class VQConfig:
     codebook_size: int = 16384
     codebook_embed_dim: int = 8
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Raises ValueError if there is no such model, or none of this size."""
         if self.vq_model not in VQ_MODELS:
             raise ValueError(f"--vq-model: expected {' or '.join(VQ_MODELS)}, got {self.vq_model}")
@@ -70,34 +71,38 @@ class VQConfig:
     @classmethod
     def recorded_in(cls, record: dict[str, Any]) -> "VQConfig":
         """Returns the config that a record holds, such as a manifest of codes."""
-        return cls(**{field.name: record[field.name] for field in fields(cls) if field.name in record})
+        names = [field.name for field in fields(cls) if field.name in record]
+        return cls(**{name: record[name] for name in names})
 
 
 def downsampling(name: str) -> int:
-    """Returns how many pixels a side one token of model `name` stands for: grid = image_size // downsampling(name)."""
+    """Returns the side in pixels of one token of model `name`: grid = image_size // that."""
     return 2 ** (len(VQ_MODELS[name].multipliers) - 1)
 
 
 def check_image_size(image_size: int, name: str) -> None:
-    """Raises ValueError unless pictures of `image_size` pixels, at least 1, are whole tokens of model `name`."""
+    """Raises ValueError unless pictures of `image_size` pixels, at least 1, are whole tokens."""
     step = downsampling(name)
     if image_size % step:
-        raise ValueError(f"--image-size: expected a multiple of {step} for {name}, got {image_size}")
+        raise ValueError(f"--image-size: expected a multiple of {step} for {name}, "
+                         f"got {image_size}")
 
 
 def add_vq_args(parser: Parser, ckpt_required: bool = False) -> None:
-    """Declares the flags of a tokenizer: --vq-model, --codebook-size, --codebook-embed-dim, --vq-ckpt."""
+    """Declares the flags of a tokenizer: those of VQConfig and --vq-ckpt."""
     group = parser.add_argument_group("tokenizer")
-    group.add_argument("--vq-model", default="VQ-16", choices=tuple(VQ_MODELS), help="size of the tokenizer")
+    group.add_argument("--vq-model", default="VQ-16", choices=tuple(VQ_MODELS),
+                       help="size of the tokenizer")
     group.add_argument("--codebook-size", type=at_least(1), default=16384, help="number of codes")
-    group.add_argument("--codebook-embed-dim", type=at_least(1), default=8, help="dimensions of a code")
+    group.add_argument("--codebook-embed-dim", type=at_least(1), default=8,
+                       help="dimensions of a code")
     group.add_argument("--vq-ckpt", required=ckpt_required, help="checkpoint of the tokenizer")
 
 
 class VQModel(nn.Module):
     """An autoencoder whose latents are looked up in a codebook."""
 
-    def __init__(self, config: VQConfig):
+    def __init__(self, config: VQConfig) -> None:
         super().__init__()
         self.config = config
         size = VQ_MODELS[config.vq_model]
@@ -109,18 +114,31 @@ class VQModel(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.codebook_embed_dim, size.z_channels, 1)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Returns the latents (B, E, h, w) of images (B, 3, P, P) float in [-1, 1]; h = w = P // downsampling."""
-        return self.quant_conv(self.encoder(images))
+        """Returns the latents (B, E, h, w) of images (B, 3, P, P) float in [-1, 1].
+
+        h = w = P // downsampling.
+        """
+        features = self.encoder(images)             # (B, z_channels, h, w)
+        return self.quant_conv(features)            # (B, E, h, w)
 
     def decode(self, z_q: Tensor) -> Tensor:
         """Returns the images (B, 3, P, P), about in [-1, 1], of quantised latents (B, E, h, w)."""
-        return self.decoder(self.post_quant_conv(z_q.type_as(self.post_quant_conv.weight)))
+        z_q = z_q.type_as(self.post_quant_conv.weight)
+        features = self.post_quant_conv(z_q)        # (B, z_channels, h, w)
+        return self.decoder(features)               # (B, 3, P, P)
 
     def decode_codes(self, codes: Tensor, grid: int) -> Tensor:
-        """Returns the images (B, 3, P, P), about in [-1, 1], of codes (B, T) int64 in raster order, T = grid * grid."""
-        return self.decode(self.quantize.vectors(codes, grid, grid))
+        """Returns the images (B, 3, P, P), about in [-1, 1], of codes.
 
-    def forward(self, images: Tensor, entropy_ratio: float = 0.0) -> tuple[Tensor, QuantizerLosses, Tensor]:
+        Args:
+            codes: (B, T) int64, T = grid * grid in raster order.
+            grid: side of the pictures in tokens.
+        """
+        z_q = self.quantize.vectors(codes, grid, grid)      # (B, E, grid, grid)
+        return self.decode(z_q)                             # (B, 3, P, P)
+
+    def forward(self, images: Tensor,
+                entropy_ratio: float = 0.0) -> tuple[Tensor, QuantizerLosses, Tensor]:
         """Reconstructs images, with what training needs.
 
         Args:
@@ -130,25 +148,29 @@ class VQModel(nn.Module):
         Returns:
             reconstruction (B, 3, P, P), QuantizerLosses, codes (B, T) int64.
         """
-        z_q, losses, codes = self.quantize(self.encode(images), entropy_ratio)
-        return self.decode(z_q), losses, codes
+        latents = self.encode(images)                                   # (B, E, h, w)
+        z_q, losses, codes = self.quantize(latents, entropy_ratio)      # z_q (B, E, h, w)
+        return self.decode(z_q), losses, codes                          # (B, 3, P, P), .., (B, T)
 
 
 def named(**modules: nn.Module) -> nn.Sequential:
-    """Returns modules that are applied one after the other; the state dict calls them as the arguments do."""
+    """Returns modules that are applied one after the other, under these names in the state dict."""
     return nn.Sequential(OrderedDict(modules))
 
 
 def build_encoder(size: VQSize) -> nn.Sequential:
     """Returns images (B, 3, P, P) -> features (B, z_channels, h, w), highest resolution first."""
+    conv_in = nn.Conv2d(3, size.channels, 3, padding=1)
     widths = [size.channels * multiplier for multiplier in size.multipliers]
     last = len(widths) - 1
+    levels = []
+    for level, (width_in, width) in enumerate(pairwise([size.channels, *widths])):
+        is_last = level == last
+        levels.append(Level(width_in, width, num_blocks=2, has_attention=is_last,
+                            downsample=None if is_last else halve_sides(width)))
     return named(
-        conv_in=nn.Conv2d(3, size.channels, 3, padding=1),
-        conv_blocks=nn.Sequential(*(
-            Level(width_in, width, num_blocks=2, has_attention=level == last,
-                  downsample=halve_sides(width) if level < last else None)
-            for level, (width_in, width) in enumerate(pairwise([size.channels, *widths])))),
+        conv_in=conv_in,
+        conv_blocks=nn.Sequential(*levels),
         mid=build_middle(widths[last]),
         norm_out=group_norm(widths[last]),
         activation=nn.SiLU(),
@@ -156,16 +178,23 @@ def build_encoder(size: VQSize) -> nn.Sequential:
 
 
 def build_decoder(size: VQSize) -> nn.Sequential:
-    """Returns features (B, z_channels, h, w) -> images (B, 3, P, P): the encoder mirrored, lowest resolution first."""
+    """Returns features (B, z_channels, h, w) -> images (B, 3, P, P), lowest resolution first.
+
+    It is the encoder mirrored, with a block more at each resolution.
+    """
     widths = [size.channels * multiplier for multiplier in reversed(size.multipliers)]
     last = len(widths) - 1
+    conv_in = nn.Conv2d(size.z_channels, widths[0], 3, padding=1)
+    mid = build_middle(widths[0])
+    levels = []
+    for level, (width_in, width) in enumerate(pairwise([widths[0], *widths])):
+        is_last = level == last
+        levels.append(Level(width_in, width, num_blocks=3, has_attention=level == 0,
+                            upsample=None if is_last else double_sides(width)))
     return named(
-        conv_in=nn.Conv2d(size.z_channels, widths[0], 3, padding=1),
-        mid=build_middle(widths[0]),
-        conv_blocks=nn.Sequential(*(
-            Level(width_in, width, num_blocks=3, has_attention=level == 0,
-                  upsample=double_sides(width) if level < last else None)
-            for level, (width_in, width) in enumerate(pairwise([widths[0], *widths])))),
+        conv_in=conv_in,
+        mid=mid,
+        conv_blocks=nn.Sequential(*levels),
         norm_out=group_norm(widths[last]),
         activation=nn.SiLU(),
         conv_out=nn.Conv2d(widths[last], 3, 3, padding=1))
@@ -178,47 +207,66 @@ def halve_sides(channels: int) -> nn.Sequential:
 
 def double_sides(channels: int) -> nn.Sequential:
     """Returns a convolution of the features at twice the sides."""
-    return named(enlarge=nn.Upsample(scale_factor=2), conv=nn.Conv2d(channels, channels, 3, padding=1))
+    return named(enlarge=nn.Upsample(scale_factor=2),
+                 conv=nn.Conv2d(channels, channels, 3, padding=1))
 
 
 def build_middle(channels: int) -> nn.Sequential:
     """Returns block, attention, block at the lowest resolution."""
-    return nn.Sequential(ResBlock(channels, channels), Attention(channels), ResBlock(channels, channels))
+    return nn.Sequential(ResBlock(channels, channels), Attention(channels),
+                         ResBlock(channels, channels))
 
 
 class Level(nn.Module):
-    """The blocks of one resolution, each followed by attention where there is some, and the way to the next one."""
+    """The blocks of one resolution, with or without attention after each, and a change of sides."""
 
-    def __init__(self, channels_in, channels, num_blocks, has_attention, downsample=None, upsample=None):
+    def __init__(self, channels_in: int, channels: int, num_blocks: int, has_attention: bool,
+                 downsample: nn.Module | None = None,
+                 upsample: nn.Module | None = None) -> None:
+        """Builds the level.
+
+        Args:
+            channels_in: width of what comes in.
+            channels: width of what goes out.
+            num_blocks: number of residual blocks.
+            has_attention: whether attention follows each block.
+            downsample: what halves the sides at the end, or None.
+            upsample: what doubles the sides at the end, or None.
+        """
         super().__init__()
-        self.res = nn.ModuleList(ResBlock(channels if block else channels_in, channels) for block in range(num_blocks))
-        self.attn = nn.ModuleList(Attention(channels) if has_attention else nn.Identity() for _ in range(num_blocks))
+        widths_in = [channels_in] + [channels] * (num_blocks - 1)
+        self.res = nn.ModuleList(ResBlock(width_in, channels) for width_in in widths_in)
+        self.attn = nn.ModuleList(Attention(channels) if has_attention else nn.Identity()
+                                  for _ in range(num_blocks))
         self.downsample = downsample or nn.Identity()
         self.upsample = upsample or nn.Identity()
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns (B, channels, h', w') of x (B, channels_in, h, w); h' = h / 2, h or 2 h."""
         for res, attn in zip(self.res, self.attn, strict=True):
-            x = attn(res(x))
+            x = attn(res(x))                                                        # (B, C, h, w)
         return self.upsample(self.downsample(x))
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Returns the published 32 groups, fewer in narrow models, which need a few channels in each."""
+    """Returns the published 32 groups, fewer in narrow models: a group needs a few channels."""
     return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
 
 
 class ResBlock(nn.Module):
     """Two normalised convolutions beside a shortcut."""
 
-    def __init__(self, channels_in, channels):
+    def __init__(self, channels_in: int, channels: int) -> None:
         super().__init__()
         self.norm1 = group_norm(channels_in)
         self.conv1 = nn.Conv2d(channels_in, channels, 3, padding=1)
         self.norm2 = group_norm(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.nin_shortcut = nn.Conv2d(channels_in, channels, 1) if channels_in != channels else nn.Identity()
+        is_same_width = channels_in == channels
+        self.nin_shortcut = nn.Identity() if is_same_width else nn.Conv2d(channels_in, channels, 1)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns (B, channels, h, w) of x (B, channels_in, h, w)."""
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
         return self.nin_shortcut(x) + h
@@ -227,14 +275,25 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Self-attention of one head over all positions of a feature map."""
 
-    def __init__(self, channels):
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = group_norm(channels)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x):
-        normed = self.norm(x)
-        q, k, v = (conv(normed).flatten(2).transpose(1, 2).unsqueeze(1)            # (B, 1, h*w, C)
-                   for conv in (self.q, self.k, self.v))
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns (B, C, h, w) of x (B, C, h, w)."""
+        normed = self.norm(x)                                                       # (B, C, h, w)
+        q = _positions(self.q(normed))                                              # (B, 1, h*w, C)
+        k = _positions(self.k(normed))
+        v = _positions(self.v(normed))
         mixed = F.scaled_dot_product_attention(q, k, v)                             # (B, 1, h*w, C)
-        return x + self.proj_out(mixed.squeeze(1).transpose(1, 2).reshape(x.shape))
+        mixed = mixed.squeeze(1).transpose(1, 2).reshape(x.shape)                   # (B, C, h, w)
+        return x + self.proj_out(mixed)
+
+
+def _positions(features: Tensor) -> Tensor:
+    """Returns a feature map (B, C, h, w) as the one head of attention wants it, (B, 1, h*w, C)."""
+    return features.flatten(2).transpose(1, 2).unsqueeze(1)

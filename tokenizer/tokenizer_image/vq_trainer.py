@@ -66,7 +66,7 @@ class TokenizerSettings:
 class TokenizerMeter(Meter):
     """The means of a tokenizer's steps, and how much of the codebook they used."""
 
-    def __init__(self, num_codes: int, device: torch.device):
+    def __init__(self, num_codes: int, device: torch.device) -> None:
         super().__init__(STATISTICS, device)
         self.counts = torch.zeros(num_codes, device=device)                         # of the codes, since last read
 
