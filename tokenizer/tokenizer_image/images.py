@@ -1,15 +1,18 @@
 """Image files and the only conversions between uint8 pictures and float images.
 
-Pictures are (H, W, 3) uint8 RGB numpy arrays; images are (N, 3, P, P) float32 tensors in [-1, 1]. The geometry is that
-of ADM (OpenAI's guided-diffusion), which the published codes and references were made with.
+Pictures are (H, W, 3) uint8 RGB numpy arrays; images are (N, 3, P, P) float32 tensors in [-1, 1].
+The geometry is that of ADM (OpenAI's guided-diffusion), which the published codes and references
+were made with. Letters: B pictures, N images or pictures, H and W sides, P pixels of a crop's side.
 """
 
+import argparse
 import hashlib
 import math
 import os
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -17,34 +20,37 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from autoregressive.runtime.entry import pixels
+from autoregressive.runtime.entry import Parser, pixels
 from tokenizer.tokenizer_image.listing import list_images
 
-MOST_PIXELS = 2**27             # of a picture that is enlarged to be cut; Pillow refuses files above 2^27.4
+MOST_PIXELS = 2**27             # of an enlarged picture; Pillow refuses files above 2^27.4
+# Of crops: the share of the space that is above them, and left of them.
 POSITIONS = {"top-left": (0, 0), "top-right": (0, 1), "bottom-left": (1, 0), "bottom-right": (1, 1),
-             "centre": (0.5, 0.5)}                      # of crops: the share of the space above and left of them
+             "centre": (0.5, 0.5)}
 MIRRORED = ", mirrored"         # what the name of such a crop ends with
 DIGITS_SPLITS = ("train", "val")
-DIGITS_VAL = 6                  # one of so many digits of each class is of the split val
+DIGITS_VAL = 6                  # one in so many digits of each class belongs to the split val
 DIGITS_SEED = 0                 # of the split that tokenizer, GPT and classifier share
 # What Pillow raises on truncated, damaged, misnamed or gigantic files.
 BROKEN_IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error,
                        Image.DecompressionBombError)
 
 
-def add_source_args(parser):
-    """Declares the flags that say where images come from: --dataset, --data-path."""
+def add_source_args(parser: Parser) -> argparse._ArgumentGroup:
+    """Declares --dataset and --data-path, which say where images come from; returns their group."""
     group = parser.add_argument_group("images")
     group.add_argument("--dataset", default="imagenet", choices=tuple(DATASETS),
-                       help="imagenet is any folder of class folders, digits the one inside scikit-learn")
+                       help="imagenet is any folder of class folders, "
+                            "digits the one inside scikit-learn")
     group.add_argument("--data-path", required=True,
                        help=f"the folder; for digits the split, {' or '.join(DIGITS_SPLITS)}")
     return group
 
 
-def add_image_args(parser):
-    """Declares the flags that say which images, and how large: those of add_source_args and --image-size."""
-    add_source_args(parser).add_argument("--image-size", type=pixels, default=256, help="side in pixels")
+def add_image_args(parser: Parser) -> None:
+    """Declares the flags of add_source_args, and --image-size beside them."""
+    group = add_source_args(parser)
+    group.add_argument("--image-size", type=pixels, default=256, help="side in pixels")
 
 
 class ImageSet:
@@ -59,6 +65,7 @@ class ImageSet:
     labels: np.ndarray
 
     def __len__(self) -> int:
+        """Returns N, the number of pictures."""
         return len(self.labels)
 
     def name_of(self, row: int) -> str:
@@ -72,7 +79,7 @@ def open_dataset(dataset: str, data_path: str) -> ImageSet:
     """Opens a set of labelled pictures.
 
     Args:
-        dataset: "imagenet" (any folder with one folder a class) or "digits" (scikit-learn's handwritten digits).
+        dataset: "imagenet" (any folder with one folder a class) or "digits" (scikit-learn's).
         data_path: the folder; for digits the split, "train" or "val".
 
     Raises:
@@ -97,42 +104,47 @@ class ImageFolder(ImageSet):
         self.class_names, paths = list_images(self._root)
         counts = [len(paths_of_class) for paths_of_class in paths]
         self.labels = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
+        names = [os.fsencode(os.path.relpath(path, self._root)) for path in chain(*paths)]
         # One block of bytes: worker processes share it, where they would copy a million strings.
-        self._names = np.array([os.fsencode(os.path.relpath(path, self._root))
-                                for paths_of_class in paths for path in paths_of_class])
+        self._names = np.array(names)
 
-    def name_of(self, row):
+    def name_of(self, row: int) -> str:
+        """Returns the path of a row below the folder."""
         return os.fsdecode(self._names[row])
 
-    def read(self, row):
+    def read(self, row: int) -> np.ndarray:
         """Returns the picture (H, W, 3) uint8 of a row. Raises ValueError if the file is broken."""
         return read_picture(self._root / self.name_of(row))
 
 
 class Digits(ImageSet):
-    """The 1,797 handwritten digits inside scikit-learn, 8 x 8 pixels, in one fixed split stratified by class."""
+    """The 1,797 handwritten digits of scikit-learn, 8 x 8 pixels, in one split by class."""
 
     def __init__(self, split: str) -> None:
         if split not in DIGITS_SPLITS:
-            raise ValueError(f"--data-path: expected {' or '.join(DIGITS_SPLITS)} (a split of the digits), got {split}")
-        from sklearn.datasets import load_digits  # here: it takes a second, and folders do not need it
+            raise ValueError(f"--data-path: expected {' or '.join(DIGITS_SPLITS)} "
+                             f"(a split of the digits), got {split}")
+        # Imported here: it takes a second, and folders do not need it.
+        from sklearn.datasets import load_digits
 
         values, labels = load_digits(return_X_y=True)
         self._rows = _digits_rows(labels, split)
-        grey = np.rint(values[self._rows] * (255 / 16)).astype(np.uint8)            # values are 0 .. 16
-        self._pictures = grey.reshape(-1, 8, 8, 1).repeat(3, axis=3)
+        grey = np.rint(values[self._rows] * (255 / 16)).astype(np.uint8)    # values are 0 .. 16
+        self._pictures = grey.reshape(-1, 8, 8, 1).repeat(3, axis=3)        # (N, 8, 8, 3)
         self.class_names = [str(digit) for digit in range(10)]
         self.labels = labels[self._rows].astype(np.int64)
 
-    def name_of(self, row):
+    def name_of(self, row: int) -> str:
+        """Returns the index of a row in scikit-learn's whole set."""
         return str(self._rows[row])
 
-    def read(self, row):
+    def read(self, row: int) -> np.ndarray:
         """Returns the picture (8, 8, 3) uint8 of a row."""
         return self._pictures[row]
 
 
-def _digits_rows(labels, split):
+def _digits_rows(labels: np.ndarray, split: str) -> np.ndarray:
+    """Returns the rows of a split, ascending, of the set with these labels (1797,)."""
     random = np.random.Generator(np.random.Philox(key=DIGITS_SEED))
     is_val = np.zeros(len(labels), dtype=bool)
     for digit in range(10):
@@ -141,27 +153,28 @@ def _digits_rows(labels, split):
     return np.flatnonzero(is_val == (split == "val"))
 
 
-DATASETS = {"imagenet": ImageFolder, "digits": Digits}
+DATASETS: dict[str, Callable[[str], ImageSet]] = {"imagenet": ImageFolder, "digits": Digits}
 
 
 def read_picture(path: str | Path) -> np.ndarray:
     """Reads an image file as RGB, without turning it by its EXIF orientation.
 
     Args:
-        path: of any format that Pillow reads; grey, 16-bit grey, palette, CMYK and alpha (dropped) are converted.
+        path: of any format that Pillow reads; grey, 16-bit grey, palette, CMYK and alpha (dropped)
+            are converted.
 
     Returns:
         (H, W, 3) uint8.
 
     Raises:
-        ValueError: the file is missing, damaged, no image, of floats, or larger than Pillow's limit for bombs.
+        ValueError: the file is missing, damaged, no image, of floats, or too large for Pillow.
     """
     try:
         with Image.open(path) as image:
             image.load()
             if image.mode == "F":                       # Pillow would clip 0 .. 1 to black
                 raise ValueError("found floating-point values, whose range nothing says")
-            if image.mode.startswith("I"):              # 16-bit grey: Pillow would clip it to 255 instead of scaling
+            if image.mode.startswith("I"):              # 16-bit grey: Pillow would clip it to 255
                 grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
                 image = Image.fromarray(grey)
             return np.asarray(image.convert("RGB"))
@@ -170,29 +183,38 @@ def read_picture(path: str | Path) -> np.ndarray:
                          "replace or remove the file") from error
 
 
-def _resize(picture, side):
-    # ADM's rule: halve by averaging while the shorter side is at least twice the wanted one, then bicubic.
+def _resize(picture: np.ndarray, side: int) -> np.ndarray:
+    """Returns a picture (H, W, 3) uint8 with a shorter side of `side` pixels, by ADM's rule.
+
+    It is halved by averaging while its shorter side is at least twice the wanted one, then resized
+    by bicubic interpolation.
+    """
     image = Image.fromarray(picture)
     while min(image.size) >= 2 * side:
-        image = image.resize(tuple(length // 2 for length in image.size), resample=Image.Resampling.BOX)
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = side / min(image.size)
-    size = tuple(round(length * scale) for length in image.size)
+    new_width = round(image.width * scale)
+    new_height = round(image.height * scale)
     height, width = picture.shape[:2]
-    if size[0] * size[1] > max(MOST_PIXELS, height * width):
-        raise ValueError(f"expected a picture whose sides differ less, found {width} x {height} pixels, which become "
-                         f"{size[0]} x {size[1]} before they are cut; replace or remove the file")
-    return np.array(image.resize(size, resample=Image.Resampling.BICUBIC))         # a copy: Pillow's own is read-only
+    if new_width * new_height > max(MOST_PIXELS, height * width):
+        raise ValueError(f"expected a picture whose sides differ less, found {width} x {height} "
+                         f"pixels, which become {new_width} x {new_height} before they are cut; "
+                         "replace or remove the file")
+    resized = image.resize((new_width, new_height), Image.Resampling.BICUBIC)
+    return np.array(resized)                            # a copy: Pillow's own memory is read-only
 
 
 def center_crop(picture: np.ndarray, size: int) -> np.ndarray:
-    """Returns ADM's centre crop (size, size, 3) uint8 of a picture (H, W, 3) uint8; small pictures are enlarged."""
+    """Returns ADM's centre crop (size, size, 3) of a picture (H, W, 3) uint8, enlarged if small."""
     resized = _resize(picture, size)
-    top, left = ((length - size) // 2 for length in resized.shape[:2])
+    height, width = resized.shape[:2]
+    top = (height - size) // 2
+    left = (width - size) // 2
     return resized[top:top + size, left:left + size]
 
 
 def enlarged_side(size: int, crop_range: float) -> int:
-    """Returns the side of the centre crop that crops of `size` pixels are cut from, truncated: 256 * 1.1 -> 281."""
+    """Returns the side of what crops of `size` pixels are cut from, truncated: 256 * 1.1 -> 281."""
     return int(size * crop_range)
 
 
@@ -204,11 +226,11 @@ def crop_names(ten_crop: bool, mirrored: bool) -> list[str]:
         mirrored: whether those of the mirrored picture follow.
     """
     names = list(POSITIONS) if ten_crop else ["centre"]
-    return names + [f"{name}{MIRRORED}" for name in names] if mirrored else names
+    return names + [name + MIRRORED for name in names] if mirrored else names
 
 
 def cut_crops(wholes: torch.Tensor | np.ndarray, size: int, names: list[str]) -> torch.Tensor:
-    """Cuts the named crops out of centre crops that are at least as large, as torchvision's TenCrop does.
+    """Cuts the named crops out of larger centre crops, as torchvision's TenCrop does.
 
     Args:
         wholes: (B, W, W, 3) uint8, torch or numpy.
@@ -218,18 +240,24 @@ def cut_crops(wholes: torch.Tensor | np.ndarray, size: int, names: list[str]) ->
     Returns:
         (B, len(names), size, size, 3) uint8 tensor on the device of `wholes`.
     """
-    wholes = torch.as_tensor(wholes)
-    sides = {False: wholes, True: wholes.flip(2)}
+    wholes = torch.as_tensor(wholes)                                        # (B, W, W, 3)
+    mirrored = wholes.flip(2)
     space = wholes.shape[1] - size
     crops = []
     for name in names:
-        top, left = (round(share * space) for share in POSITIONS[name.removesuffix(MIRRORED)])
-        crops.append(sides[name.endswith(MIRRORED)][:, top:top + size, left:left + size])
+        share_above, share_left = POSITIONS[name.removesuffix(MIRRORED)]
+        top = round(share_above * space)
+        left = round(share_left * space)
+        source = mirrored if name.endswith(MIRRORED) else wholes
+        crops.append(source[:, top:top + size, left:left + size])           # (B, size, size, 3)
     return torch.stack(crops, dim=1)
 
 
-def random_crop(picture: np.ndarray, size: int, random: np.random.Generator, smallest_share: float) -> np.ndarray:
-    """Cuts ADM's random crop: the shorter side becomes `size` to `size / smallest_share` pixels, then any window.
+def random_crop(picture: np.ndarray, size: int, random: np.random.Generator,
+                smallest_share: float) -> np.ndarray:
+    """Cuts ADM's random crop: any window of a picture that is resized at random.
+
+    The shorter side becomes `size` to `size / smallest_share` pixels.
 
     Args:
         picture: (H, W, 3) uint8.
@@ -242,17 +270,20 @@ def random_crop(picture: np.ndarray, size: int, random: np.random.Generator, sma
     """
     side = random.integers(size, math.ceil(size / smallest_share), endpoint=True)
     resized = _resize(picture, int(side))
-    top, left = (random.integers(length - size, endpoint=True) for length in resized.shape[:2])
+    height, width = resized.shape[:2]
+    top = random.integers(height - size, endpoint=True)
+    left = random.integers(width - size, endpoint=True)
     return resized[top:top + size, left:left + size]
 
 
 def to_float(pictures: torch.Tensor | np.ndarray) -> torch.Tensor:
-    """Returns images (N, 3, P, P) float32 in [-1, 1] of pictures (N, P, P, 3) uint8 (torch or numpy): x / 127.5 - 1."""
+    """Returns x / 127.5 - 1: images (N, 3, P, P) float32 of pictures (N, P, P, 3) uint8."""
     return torch.as_tensor(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def to_uint8(images: torch.Tensor, size: int | None = None, antialias: bool = False) -> torch.Tensor:
-    """Turns images into pictures by the published rule: resize, then clamp(127.5 x + 128, 0, 255), truncated.
+def to_uint8(images: torch.Tensor, size: int | None = None,
+             antialias: bool = False) -> torch.Tensor:
+    """Turns images into pictures by the published rule: resize, then clamp(127.5 x + 128, 0, 255).
 
     Args:
         images: (N, 3, P, P) float, about in [-1, 1].
@@ -260,7 +291,7 @@ def to_uint8(images: torch.Tensor, size: int | None = None, antialias: bool = Fa
         antialias: whether the bicubic resize filters; the published rule does not.
 
     Returns:
-        (N, size, size, 3) uint8 tensor on the device of `images`.
+        (N, size, size, 3) uint8 tensor on the device of `images`; fractions are cut off.
     """
     images = images.float()
     if size is not None and size != images.shape[-1]:
