@@ -25,7 +25,7 @@ from tokenizer.tokenizer_image.vq_loss import (
 )
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 from tokenizer.tokenizer_image.vq_train import build_parser
-from tokenizer.tokenizer_image.vq_trainer import STATISTICS, TokenizerSettings, TokenizerTrainer
+from tokenizer.tokenizer_image.vq_trainer import STATISTICS, Networks, TokenizerSettings, TokenizerTrainer
 from tokenizer.validation.metrics import ssim
 
 CPU = torch.device("cpu")
@@ -160,7 +160,7 @@ def make_trainer(**settings):
     model, discriminator = VQModel(VQConfig("VQ-4-small", 48, 8)), PatchDiscriminator()
     defaults = build_parser().parse_args(["--data-path", "x"]).pick(TokenizerSettings)
     settings = TokenizerSettings(**defaults | {"mixed_precision": "none", "disc_start": 1} | settings)
-    return TokenizerTrainer(model, discriminator, None, settings, OptimSettings(lr=1e-3), Session(0, 1, CPU),
+    return TokenizerTrainer(Networks(model, discriminator), settings, OptimSettings(lr=1e-3), Session(0, 1, CPU),
                             num_steps=10)
 
 

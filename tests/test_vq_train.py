@@ -301,8 +301,8 @@ def small_trainer():
     torch.manual_seed(0)
     model = VQModel(VQConfig("VQ-4-small", 48, 8))
     optim = OptimSettings(lr=1e-4, ema=True)
-    return vq_trainer.TokenizerTrainer(model, PatchDiscriminator(), None, SETTINGS, optim,
-                                       Session(0, 1, torch.device("cpu")), num_steps=9)
+    networks = vq_trainer.Networks(model, PatchDiscriminator())
+    return vq_trainer.TokenizerTrainer(networks, SETTINGS, optim, Session(0, 1, torch.device("cpu")), num_steps=9)
 
 
 def test_no_step_waits_for_the_device():

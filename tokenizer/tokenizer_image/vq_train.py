@@ -1,24 +1,25 @@
 """Trains a tokenizer: a VQ model that reconstructs images through a codebook.
 
-    torchrun --nnodes=1 --nproc_per_node=8 tokenizer/tokenizer_image/vq_train.py --data-path imagenet/train \
-        --val-path imagenet/val --vq-model VQ-16
+    torchrun --nnodes=1 --nproc_per_node=8 tokenizer/tokenizer_image/vq_train.py \
+        --data-path imagenet/train --val-path imagenet/val --vq-model VQ-16
 
 On a CPU, in about a minute, on handwritten digits (25.0 dB on those of the split val):
 
-    python tokenizer/tokenizer_image/vq_train.py --dataset digits --data-path train --val-path val --no-flip \
-        --smallest-crop 1 --image-size 16 --vq-model VQ-4-small --codebook-size 512 --max-steps 350 \
-        --global-batch-size 32 --lr 1.5e-3 --lr-schedule linear --warmup 30 --mixed-precision none --num-workers 0 \
-        --perceptual-weight 0 --disc-weight 0
+    python tokenizer/tokenizer_image/vq_train.py --dataset digits --data-path train --val-path val \
+        --no-flip --smallest-crop 1 --image-size 16 --vq-model VQ-4-small --codebook-size 512 \
+        --max-steps 350 --global-batch-size 32 --lr 1.5e-3 --lr-schedule linear --warmup 30 \
+        --mixed-precision none --num-workers 0 --perceptual-weight 0 --disc-weight 0
 """
 
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[2])      # the repository root instead of this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[2])  # the repository root, not this folder
 
 import os
 import platform
+from typing import Any
 
 import torch
 
@@ -29,7 +30,12 @@ from autoregressive.runtime.files import check_output, read_json, write_json
 from autoregressive.runtime.loader import BatchOrder
 from autoregressive.runtime.log import LOGGER, open_logger
 from autoregressive.runtime.optim import OptimSettings, add_optim_args, check_optim
-from autoregressive.runtime.run_settings import RunSettings, add_training_args, check_batch, open_run_folder
+from autoregressive.runtime.run_settings import (
+    RunSettings,
+    add_training_args,
+    check_batch,
+    open_run_folder,
+)
 from autoregressive.runtime.speed import Speedometer
 from autoregressive.runtime.training import TrainingRun
 from tokenizer.tokenizer_image.crops import TrainingCrops, add_failure_args
@@ -39,10 +45,12 @@ from tokenizer.tokenizer_image.loading import load_vq
 from tokenizer.tokenizer_image.lpips import LPIPS, add_lpips_args, load_lpips
 from tokenizer.tokenizer_image.vq_loss import GAN_LOSSES
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel, add_vq_args, check_image_size
-from tokenizer.tokenizer_image.vq_trainer import RECONSTRUCTION_LOSSES, TokenizerSettings, TokenizerTrainer
+from tokenizer.tokenizer_image.vq_settings import Networks, TokenizerData, TokenizerSettings
+from tokenizer.tokenizer_image.vq_trainer import RECONSTRUCTION_LOSSES, TokenizerTrainer
 from tokenizer.validation.reconstruction import Validation
 
-CURVES, GAN_CURVES = ("reconstruction", "codebook", "usage", "perplexity"), ("generator", "discriminator")
+CURVES = ("reconstruction", "codebook", "usage", "perplexity")
+GAN_CURVES = ("generator", "discriminator")
 RESULT = ("reconstruction", "usage", "val_psnr", "val_codes_used", "val_usage", "val_perplexity")
 
 
@@ -53,75 +61,98 @@ def build_parser() -> Parser:
     add_vq_args(parser)
     add_optim_args(parser)
     add_training_args(parser, results_dir="results", precisions=("none", "bf16"))
-    parser.set_defaults(weight_decay=0.0, global_batch_size=128, epochs=40, ckpt_every=0, ckpt_steps=5000)
+    parser.set_defaults(weight_decay=0.0, global_batch_size=128, epochs=40, ckpt_every=0,
+                        ckpt_steps=5000)
     group = parser.add_argument_group("data")
-    group.add_argument("--val-path", help="like --data-path: pictures to judge the tokenizer by, none by default")
+    group.add_argument("--val-path", help="like --data-path: pictures to judge the tokenizer by, "
+                                          "none by default")
     group.add_argument("--smallest-crop", type=share_above_0, default=0.8,
                        help="least share of the shorter side in a random crop; 1 shows all of it")
     group.add_argument("--no-flip", action="store_true", help="mirror no pictures (digits, text)")
     add_failure_args(group)
-    group = parser.add_argument_group("losses")
-    group.add_argument("--reconstruction-loss", default="l2", choices=tuple(RECONSTRUCTION_LOSSES), help="of pixels")
-    group.add_argument("--reconstruction-weight", type=at_least(0.0), default=1.0, help="weight of the pixels' loss")
-    group.add_argument("--perceptual-weight", type=at_least(0.0), default=1.0,
-                       help="weight of LPIPS; 0 needs no VGG weights")
-    add_lpips_args(parser)
-    group.add_argument("--entropy-ratio", type=at_least(0.0), default=0.0, help="weight of the entropy loss")
-    group.add_argument("--disc-weight", type=at_least(0.0), default=0.5, help="weight of the adversarial loss; 0: none")
-    group.add_argument("--disc-start", type=at_least(0), default=20000, help="steps before the discriminator begins")
-    group.add_argument("--disc-loss", default="hinge", choices=tuple(GAN_LOSSES), help="adversarial loss")
-    group.add_argument("--disc-norm", default="group", choices=NORMS, help="of the discriminator; batch as published")
-    group.add_argument("--disc-adaptive-weight", action="store_true",
-                       help="scale the adversarial loss by the gradients at the decoder's last layer")
-    group.add_argument("--revive-every", type=at_least(0), default=0,
-                       help="steps after which codes that nothing used move to present latents; 0: never")
-    free(parser.add_argument("--output", help="the finished tokenizer; default: tokenizer.pt in the run folder"))
+    add_loss_args(parser)
+    free(parser.add_argument("--output", help="the finished tokenizer; "
+                                              "default: tokenizer.pt in the run folder"))
     return parser
 
 
-def open_data(args: Flags, session: Session) -> tuple[TrainingCrops, Validation | None]:
-    """Returns what to train on and what to validate with, after looking at the flags that concern them."""
+def add_loss_args(parser: Parser) -> None:
+    """Declares the losses, their weights, and what happens to codes that nothing uses."""
+    group = parser.add_argument_group("losses")
+    group.add_argument("--reconstruction-loss", default="l2", choices=tuple(RECONSTRUCTION_LOSSES),
+                       help="of pixels")
+    group.add_argument("--reconstruction-weight", type=at_least(0.0), default=1.0,
+                       help="weight of the pixels' loss")
+    group.add_argument("--perceptual-weight", type=at_least(0.0), default=1.0,
+                       help="weight of LPIPS; 0 needs no VGG weights")
+    add_lpips_args(parser)
+    group.add_argument("--entropy-ratio", type=at_least(0.0), default=0.0,
+                       help="weight of the entropy loss")
+    group.add_argument("--disc-weight", type=at_least(0.0), default=0.5,
+                       help="weight of the adversarial loss; 0: none")
+    group.add_argument("--disc-start", type=at_least(0), default=20000,
+                       help="steps before the discriminator begins")
+    group.add_argument("--disc-loss", default="hinge", choices=tuple(GAN_LOSSES),
+                       help="adversarial loss")
+    group.add_argument("--disc-norm", default="group", choices=NORMS,
+                       help="of the discriminator; batch as published")
+    group.add_argument("--disc-adaptive-weight", action="store_true",
+                       help="scale the adversarial loss by the gradients at the decoder's last "
+                            "layer")
+    group.add_argument("--revive-every", type=at_least(0), default=0,
+                       help="steps after which codes that nothing used move to present latents; "
+                            "0: never")
+
+
+def open_data(args: Flags, session: Session) -> TokenizerData:
+    """Checks the flags that concern the data, and opens what to train on and validate with.
+
+    Raises:
+        ValueError: a flag does not fit another, or there are too few pictures.
+    """
     check_image_size(args.image_size, args.vq_model)
     check_batch(args.global_batch_size, args.gradient_accumulation_steps, session)
     check_optim(args.ema, args.ema_warmup)
     if args.disc_weight and args.image_size < SMALLEST_IMAGE:
-        raise ValueError(f"--image-size: expected at least {SMALLEST_IMAGE} pixels for the discriminator, "
-                         f"got {args.image_size}; or give --disc-weight 0")
+        raise ValueError(f"--image-size: expected at least {SMALLEST_IMAGE} pixels for the "
+                         f"discriminator, got {args.image_size}; or give --disc-weight 0")
     dataset = open_dataset(args.dataset, args.data_path)
     validation = None
     if args.val_path:
         validation = Validation(open_dataset(args.dataset, args.val_path), args.image_size,
-                                args.global_batch_size // session.world_size, args.num_workers,
-                                args.max_failures)
+                                batch_size=args.global_batch_size // session.world_size,
+                                num_workers=args.num_workers, max_failures=args.max_failures)
     if len(dataset) < args.global_batch_size:
-        raise ValueError(f"{args.data_path}: expected at least one batch of {args.global_batch_size} images, found "
-                         f"{len(dataset)}; lower --global-batch-size")
+        raise ValueError(f"{args.data_path}: expected at least one batch of "
+                         f"{args.global_batch_size} images, found {len(dataset)}; "
+                         "lower --global-batch-size")
     order = BatchOrder(len(dataset), args.global_batch_size, args.global_seed)
-    crops = TrainingCrops(dataset, order, args.image_size, args.smallest_crop, not args.no_flip,
-                          args.max_failures)
-    return crops, validation
+    crops = TrainingCrops(dataset, order, args.image_size, args.smallest_crop,
+                          flip=not args.no_flip, max_failures=args.max_failures)
+    return TokenizerData(crops, validation)
 
 
-def build_trainer(args: Flags, config: VQConfig, session: Session, *, perceptual: LPIPS | None,
-                  start: VQModel | None, num_steps: int, crops: TrainingCrops,
-                  validation: Validation | None) -> TokenizerTrainer:
-    """Builds the networks and everything that trains them."""
-    seed_everything(args.global_seed)               # the same weights on every process
+def build_networks(args: Flags, config: VQConfig, start: VQModel | None,
+                   perceptual: LPIPS | None) -> Networks:
+    """Builds the networks, alike on every process; the model has the weights of `start`, if any."""
+    seed_everything(args.global_seed)
     model = VQModel(config)
     if start is not None:
         model.load_state_dict(start.state_dict())
     discriminator = PatchDiscriminator(args.disc_norm) if args.disc_weight else None
-    return TokenizerTrainer(model, discriminator, perceptual, TokenizerSettings(**args.pick(TokenizerSettings)),
-                            OptimSettings(**args.pick(OptimSettings)), session, num_steps=num_steps,
-                            validation=validation, crops=crops)
+    return Networks(model, discriminator, perceptual)
 
 
-def describe(args: Flags, crops: TrainingCrops, validation: Validation | None) -> dict:
+def describe(args: Flags, data: TokenizerData) -> dict[str, Any]:
     """Returns what a reader of a checkpoint must know of it."""
-    names = ("image_size", "dataset", "global_seed", "global_batch_size")
-    return args.pick(VQConfig) | {name: getattr(args, name) for name in names} | {
-        "num_classes": len(crops.dataset.class_names), "num_images": len(validation.dataset) if validation else 0,
-        "python": platform.python_version(), "torch": str(torch.__version__)}
+    record = args.pick(VQConfig)
+    for name in ("image_size", "dataset", "global_seed", "global_batch_size"):
+        record[name] = getattr(args, name)
+    return record | {
+        "num_classes": len(data.crops.dataset.class_names),
+        "num_images": len(data.validation.dataset) if data.validation else 0,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__)}
 
 
 def check_owner(output: Path, folder: Path) -> None:
@@ -131,35 +162,51 @@ def check_owner(output: Path, folder: Path) -> None:
     record = output.with_suffix(".json")            # written first
     owner = read_json(record, {"run_folder": str})["run_folder"] if record.is_file() else None
     if owner is None or (output.parent / owner).resolve() != folder.resolve():
-        raise ValueError(f"{output}: expected the tokenizer of {folder}, found that of {owner or 'another run'}; name "
-                         "another --output, or remove it")
+        raise ValueError(f"{output}: expected the tokenizer of {folder}, found that of "
+                         f"{owner or 'another run'}; name another --output, or remove it")
 
 
 def save_tokenizer(output: Path, trainer: TokenizerTrainer, training: TrainingRun) -> None:
-    """Saves the finished tokenizer, its numbers beside it, and a picture of reconstructions in the run folder."""
-    record, folder = training.record | {"steps": training.num_steps}, training.folder.path
+    """Saves the finished tokenizer, its numbers beside it, and a picture of reconstructions.
+
+    Args:
+        output: where the tokenizer goes; the numbers go beside it with .json.
+        trainer: the tokenizer.
+        training: the run, in whose folder the picture goes.
+    """
+    record = training.record | {"steps": training.num_steps}
+    folder = training.folder.path
     model = trainer.best_model()
-    validation = trainer.validation or Validation(training.batches.dataset, record["image_size"], 1, num_workers=0)
+    validation = trainer.validation or Validation(
+        training.batches.dataset, record["image_size"], batch_size=1, num_workers=0)
     validation.save_pictures(folder / "reconstructions.png", model, training.session.device)
     numbers = {name.removeprefix("val_"): value for name, value in training.result().items()}
-    write_json(output.with_suffix(".json"), record | numbers | {"run_folder": os.path.relpath(folder, output.parent)})
+    owner = {"run_folder": os.path.relpath(folder, output.parent)}
+    write_json(output.with_suffix(".json"), record | numbers | owner)
     save_checkpoint(output, {"model": model.state_dict(), "settings": record})
 
 
 def main(args: Flags, session: Session) -> None:
+    """Trains a tokenizer, or continues to, and saves it."""
     open_logger(session)
+
+    # Open and check all that the run needs; what its result depends on is its identity.
     with checks(session):
         config = VQConfig(**args.pick(VQConfig))
-        crops, validation = open_data(args, session)
+        data = open_data(args, session)
         perceptual = load_lpips(args.vgg_path, args.lpips_path) if args.perceptual_weight else None
-        start, start_hashes = None, {}
+        start = None
+        start_hashes = {}
         if args.vq_ckpt:                            # fine-tuning
             start, start_hashes = load_vq(args.vq_ckpt, config)
-        identity = args.identity() | start_hashes | {"images_sha256": dataset_sha256(crops.dataset)}
+        images_sha256 = dataset_sha256(data.crops.dataset)
+        identity = args.identity() | start_hashes | {"images_sha256": images_sha256}
         settings = RunSettings(**args.pick(RunSettings))
-        num_steps = settings.num_steps(crops.per_epoch)
+        num_steps = settings.num_steps(data.crops.per_epoch)
         if args.output:
             check_output(args.output)
+
+    # Find the run folder: a new one, or that of the run which this command continues.
     folder = open_run_folder(args, session, args.vq_model, identity, num_steps)
     output = Path(args.output or folder.path / "tokenizer.pt")
     with checks(session):
@@ -170,19 +217,25 @@ def main(args: Flags, session: Session) -> None:
         LOGGER.info("%s is finished: %s", output, folder.result)
         return
 
-    trainer = build_trainer(args, config, session, perceptual=perceptual, start=start, num_steps=num_steps,
-                            crops=crops, validation=validation)
-    training = TrainingRun(folder, trainer, crops, settings, session, record=describe(args, crops, validation),
+    # Build the networks and what trains them.
+    networks = build_networks(args, config, start, perceptual)
+    trainer = TokenizerTrainer(networks, TokenizerSettings(**args.pick(TokenizerSettings)),
+                               OptimSettings(**args.pick(OptimSettings)), session,
+                               num_steps=num_steps, data=data)
+    training = TrainingRun(folder, trainer, data.crops, settings, session,
+                           record=describe(args, data),
                            speed=Speedometer(session.device, session.world_size),
                            curves=CURVES + (GAN_CURVES if args.disc_weight else ()), result=RESULT,
                            draw_every=args.val_every)
     training.resume()
+    num_parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     LOGGER.info("%s, %.1fM parameters; %d images, %d steps of %d", args.vq_model,
-                sum(p.numel() for p in trainer.model.parameters()) / 1e6, len(crops.dataset), num_steps,
-                args.global_batch_size)
+                num_parameters / 1e6, len(data.crops.dataset), num_steps, args.global_batch_size)
+
+    # Train, then save the tokenizer on rank 0.
     try:
         training.train()
-    except ValueError:                              # of reading a picture that is broken, one too many
+    except ValueError:                              # one picture too many is broken
         trainer.note_failures()
         trainer.failures.check()
         raise
