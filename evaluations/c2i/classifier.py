@@ -4,16 +4,21 @@ Letters: N images, P pixels, C classes, F features.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autoregressive.runtime.checkpoint import load_strictly, model_state, read_checkpoint, save_checkpoint
+from autoregressive.runtime.checkpoint import (
+    load_strictly,
+    model_state,
+    read_checkpoint,
+    save_checkpoint,
+)
 from autoregressive.runtime.compute import to_device
 from autoregressive.runtime.files import check_kinds, weights_sha256
-from evaluations.c2i.features import SPATIAL_CHANNELS, to_numpy
+from evaluations.c2i.features import SPATIAL_CHANNELS, Features, to_numpy
 
 SMALLEST_IMAGE = 8      # pixels
 DEFAULT_WIDTH = 32      # channels of the first convolution
@@ -21,27 +26,39 @@ SETTINGS = {"class_names": list, "image_size": int, "accuracy": float | int, "nu
             "dataset": str, "seed": int}
 
 
-class SmallClassifier(nn.Module):
-    """Five convolutions, a global average pool and a linear layer; features have 2 x `width` channels."""
+class Maps(NamedTuple):
+    """What a SmallClassifier computes: pool (N, F), middle (N, F, P/4, P/4) and logits (N, C)."""
 
-    def __init__(self, num_classes: int, width: int = DEFAULT_WIDTH):
+    pool: Tensor
+    middle: Tensor
+    logits: Tensor
+
+
+class SmallClassifier(nn.Module):
+    """Five convolutions, a global average pool and a linear layer; F = 2 width."""
+
+    def __init__(self, num_classes: int, width: int = DEFAULT_WIDTH) -> None:
         super().__init__()
-        self.lower = nn.Sequential(_unit(3, width), _unit(width, width, stride=2), _unit(width, 2 * width),
-                                   _unit(2 * width, 2 * width, stride=2))
+        self.lower = nn.Sequential(
+            _unit(3, width), _unit(width, width, stride=2),
+            _unit(width, 2 * width), _unit(2 * width, 2 * width, stride=2))
         self.upper = _unit(2 * width, 2 * width)
         self.output = nn.Linear(2 * width, num_classes)
 
-    def maps(self, pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns pool features (N, F), middle map (N, F, P/4, P/4), logits (N, C) of a uint8 tensor (N, P, P, 3)."""
-        middle = self.lower((pictures.permute(0, 3, 1, 2).float() - 128) / 128)     # (N, F, P/4, P/4)
-        pool = self.upper(middle).mean(dim=(2, 3))                                  # (N, F)
-        return pool, middle, self.output(pool)
+    def maps(self, pictures: Tensor) -> Maps:
+        """Returns features and logits of pictures (N, P, P, 3) uint8."""
+        images = (pictures.permute(0, 3, 1, 2).float() - 128) / 128             # (N, 3, P, P)
+        middle = self.lower(images)                                             # (N, F, P/4, P/4)
+        pool = self.upper(middle).mean(dim=(2, 3))                              # (N, F)
+        return Maps(pool, middle, self.output(pool))
 
     def forward(self, pictures: Tensor) -> Tensor:
-        return self.maps(pictures)[2]
+        """Returns logits (N, C) of pictures (N, P, P, 3) uint8."""
+        return self.maps(pictures).logits
 
 
-def _unit(in_channels, out_channels, stride=1):
+def _unit(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
+    """Returns a 3x3 convolution, its batch norm and a ReLU."""
     return nn.Sequential(nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False),
                          nn.BatchNorm2d(out_channels), nn.ReLU())
 
@@ -53,8 +70,9 @@ class ClassifierFeatures:
         settings: class_names, image_size, accuracy and num_val (in validation), dataset, seed.
     """
 
-    def __init__(self, path: str | Path, device: torch.device | str = "cpu"):
-        """
+    def __init__(self, path: str | Path, device: torch.device | str = "cpu") -> None:
+        """Reads a classifier.
+
         Args:
             path: the file.
             device: where to compute.
@@ -64,25 +82,29 @@ class ClassifierFeatures:
         """
         payload = read_checkpoint(path)
         settings = payload.get("settings") if isinstance(payload, dict) else None
-        are_known = isinstance(settings, dict) and all(isinstance(settings.get(name), kind)
-                                                       for name, kind in SETTINGS.items())
+        are_known = isinstance(settings, dict) and all(
+            isinstance(settings.get(name), kind) for name, kind in SETTINGS.items())
         if not are_known or not settings["class_names"] or settings["image_size"] < SMALLEST_IMAGE:
-            raise ValueError(f"{path}: expected a classifier made by train_classifier.py, found a file that lacks "
-                             f"{', '.join(SETTINGS)}")
+            raise ValueError(f"{path}: expected a classifier made by train_classifier.py, found a "
+                             f"file that lacks {', '.join(SETTINGS)}")
         check_kinds({"width": DEFAULT_WIDTH} | settings, {"width": int}, path)
         model = SmallClassifier(len(settings["class_names"]), settings.get("width", DEFAULT_WIDTH))
         load_strictly(model, model_state(payload, path), path)
         self.name = f"small classifier {Path(path).name} (not Inception)"
         self.sha256 = weights_sha256(model.state_dict())
-        self.settings, self.image_size = settings, settings["image_size"]
-        self._model, self._device = model.to(device).eval(), torch.device(device)
+        self.settings = settings
+        self.image_size = settings["image_size"]
+        self.class_names = settings["class_names"]
+        self.accuracy = settings["accuracy"]
+        self._model = model.to(device).eval()
+        self._device = torch.device(device)
 
     @torch.inference_mode()
-    def features(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """See features.FeatureNetwork; pool (N, F), spatial (N, 7 P/4 P/4), probabilities (N, C)."""
-        pool, middle, logits = self._model.maps(to_device(images, self._device))
-        spatial = middle[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
-        return to_numpy(pool, spatial, logits.softmax(dim=1))
+    def features(self, images: np.ndarray) -> Features:
+        """Returns the features of pictures (N, P, P, 3) uint8; spatial is (N, P/4 * P/4 * 7)."""
+        maps = self._model.maps(to_device(images, self._device))
+        spatial = maps.middle[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+        return Features(*to_numpy(maps.pool, spatial, maps.logits.softmax(dim=1)))
 
 
 def save_classifier(path: str | Path, model: SmallClassifier, settings: dict[str, Any]) -> None:

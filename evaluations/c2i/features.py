@@ -1,8 +1,10 @@
-"""The one interface behind which the networks lie that turn pictures into features."""
+"""The one interface behind which the networks lie that turn pictures into features.
+
+Letters: N pictures, P pixels, F pool features, G spatial features, C classes.
+"""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -11,49 +13,54 @@ from torch import Tensor
 from evaluations.c2i.npz_reader import NpzImages
 
 SPATIAL_CHANNELS = 7            # of the spatial features, the first ones
-STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}      # mean and covariance in a reference's npz
+# Names of the mean and the covariance in the npz of a reference.
+STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+
+
+class Features(NamedTuple):
+    """What a network says of N pictures, all float32.
+
+    Attributes:
+        pool: (N, F), for FID, precision and recall.
+        spatial: (N, G), for sFID.
+        probabilities: (N, C) of the classes, for the Inception score.
+    """
+
+    pool: np.ndarray
+    spatial: np.ndarray
+    probabilities: np.ndarray
 
 
 class FeatureNetwork(Protocol):
-    """What the metrics need of a network.
+    """What the metrics and the evaluator need of a network.
 
     Attributes:
-        name: what every result calls it, so that numbers of different networks are never compared by mistake.
+        name: what every result calls it, so that numbers of different networks are never compared
+            by mistake.
         sha256: hash of its weights.
         image_size: side in pixels of the pictures that it takes, or None if any.
-        settings: class_names, None where its classes are not those of labels; accuracy of a classifier.
+        class_names: names of its classes, or None where they are not those of the labels.
+        accuracy: share of the validation pictures whose label it gives, or None if unknown.
     """
 
     name: str
     sha256: str
     image_size: int | None
-    settings: dict[str, Any]
+    class_names: list[str] | None
+    accuracy: float | None
 
-    def features(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Computes the features of a batch.
-
-        Args:
-            images: (N, P, P, 3) uint8 numpy array.
-
-        Returns:
-            pool (N, F), spatial (N, G) and class probabilities (N, C): float32 numpy arrays.
-        """
+    def features(self, images: np.ndarray) -> Features:
+        """Returns the features of a batch (N, P, P, 3) uint8."""
 
 
 def to_numpy(*tensors: Tensor) -> tuple[np.ndarray, ...]:
-    """Returns tensors (N, any) as float32 arrays of the CPU; several are one copy, so one wait for the device."""
+    """Returns tensors (N, any) as float32 arrays of the CPU.
+
+    They are copied together, so that the host waits for the device once.
+    """
     widths = [tensor.shape[1] for tensor in tensors]
-    joined = torch.cat([tensor.float() for tensor in tensors], dim=1).cpu()         # (N, all widths)
+    joined = torch.cat([tensor.float() for tensor in tensors], dim=1).cpu()     # (N, all widths)
     return tuple(part.contiguous().numpy() for part in joined.split(widths, dim=1))
-
-
-@dataclass(frozen=True)
-class Features:
-    """Features of N pictures: pool (N, F), spatial (N, G), probabilities (N, C), float32."""
-
-    pool: np.ndarray
-    spatial: np.ndarray
-    probabilities: np.ndarray
 
 
 def extract_features(network: FeatureNetwork, images: NpzImages, batch_size: int,
@@ -61,8 +68,8 @@ def extract_features(network: FeatureNetwork, images: NpzImages, batch_size: int
     """Computes the features of all pictures of a file, of which no more than a batch is in memory.
 
     Args:
-        network: FeatureNetwork.
-        images: NpzImages.
+        network: what computes them.
+        images: the pictures.
         batch_size: pictures at once.
         advance: called with the number of pictures done, for a progress bar.
 
@@ -73,8 +80,9 @@ def extract_features(network: FeatureNetwork, images: NpzImages, batch_size: int
     for batch in images.batches(batch_size):
         arrays = network.features(batch)
         if not all(np.isfinite(array).all() for array in arrays):
-            raise ValueError(f"{images.path}: expected finite features, found NaN or infinity from {network.name}; "
-                             "its weights are damaged or its precision is too low")
+            raise ValueError(f"{images.path}: expected finite features, found NaN or infinity from "
+                             f"{network.name}; its weights are damaged or its precision is too low")
         parts.append(arrays)
         advance(len(batch))
-    return Features(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+    pool, spatial, probabilities = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return Features(pool, spatial, probabilities)

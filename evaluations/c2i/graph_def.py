@@ -1,11 +1,14 @@
-"""Reads frozen TensorFlow graphs (GraphDef files) without TensorFlow: nodes, their inputs, attributes and constants."""
+"""Reads frozen TensorFlow graphs (GraphDef files) without TensorFlow."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import numpy as np
+from tensorboard.compat.proto.attr_value_pb2 import AttrValue
 from tensorboard.compat.proto.graph_pb2 import GraphDef
 from tensorboard.util.tensor_util import make_ndarray
+
+Attribute = int | float | bool | bytes | list[int] | np.ndarray | None   # a constant's is an array
 
 
 @dataclass(frozen=True)
@@ -15,12 +18,12 @@ class Node:
     Attributes:
         op: its kind, such as "Conv2D".
         inputs: names of other nodes, whose first output is read; control inputs are left out.
-        attributes: dict of name -> int, float, bool, bytes, list of ints, or numpy array (the value of a constant).
+        attributes: by name.
     """
 
     op: str
     inputs: list[str]
-    attributes: dict[str, Any]
+    attributes: dict[str, Attribute]
 
 
 def read_graph(path: str | Path) -> dict[str, Node]:
@@ -29,12 +32,16 @@ def read_graph(path: str | Path) -> dict[str, Node]:
     Raises:
         DecodeError: of protobuf: the file is no GraphDef, or is cut off.
     """
-    return {node.name: Node(node.op, [name.split(":")[0] for name in node.input if not name.startswith("^")],
-                            {name: _read_attribute(value) for name, value in node.attr.items()})
-            for node in GraphDef.FromString(Path(path).read_bytes()).node}
+    nodes = {}
+    for node in GraphDef.FromString(Path(path).read_bytes()).node:
+        inputs = [name.split(":")[0] for name in node.input if not name.startswith("^")]
+        attributes = {name: _read_attribute(value) for name, value in node.attr.items()}
+        nodes[node.name] = Node(node.op, inputs, attributes)
+    return nodes
 
 
-def _read_attribute(attribute: Any) -> Any:
+def _read_attribute(attribute: AttrValue) -> Attribute:
+    """Returns the value of an attribute as plain Python or NumPy; None if it has none."""
     kind = attribute.WhichOneof("value")
     if kind == "list":
         return list(attribute.list.i)
