@@ -6,6 +6,7 @@ Letters: V codes.
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,14 +17,22 @@ from autoregressive.runtime.files import codebook_sha256, mapping_sha256, read_j
 from autoregressive.runtime.identity import find_difference
 
 CODEBOOK = "quantize.embedding.weight"
-WEIGHTS = (*STATE_KEYS, "ema")          # parts of a checkpoint that may hold the codebook
-PUBLISHED_METHOD = "optimal"                            # its files carry the published names
+WEIGHTS = (*STATE_KEYS, "ema")      # parts of a checkpoint that may hold the codebook
+PUBLISHED_METHOD = "optimal"        # its files carry the published names
 HASHES = ("codebook_sha256", "mapping_sha256", "original_codebook_sha256")
 
 
 @dataclasses.dataclass(frozen=True)
 class Outputs:
-    """The files of one command; the mapping, which is first, is held while they are written."""
+    """The files of one command; the mapping, which is first, is held while they are written.
+
+    Attributes:
+        mapping: (V,) int64, old code -> token.
+        record: JSON beside the mapping, with hashes of what it belongs to.
+        picture: distances of the codes, before and after.
+        report: JSON with the numbers of the clustering.
+        reordered: the VQ checkpoint with its codebook in the new order.
+    """
 
     mapping: Path
     record: Path
@@ -36,11 +45,18 @@ class Outputs:
         yield from dataclasses.astuple(self)
 
 
-def describe(identity: dict, codebook: Tensor, mapping: Tensor) -> dict:
-    """Returns what travels with both files, so that nobody combines those of different runs."""
-    return {"codebook_sha256": codebook_sha256(codebook[order_of(mapping)]),
-            "original_codebook_sha256": codebook_sha256(codebook),
-            "mapping_sha256": mapping_sha256(mapping)} | identity
+def describe(identity: dict[str, Any], codebook: Tensor, mapping: Tensor) -> dict[str, Any]:
+    """Returns what travels with both files, so that nobody combines those of different runs.
+
+    Args:
+        identity: what else they depend on.
+        codebook: (V, E) as it was.
+        mapping: (V,) int64, old code -> token.
+    """
+    hashes = {"codebook_sha256": codebook_sha256(codebook[order_of(mapping)]),
+              "original_codebook_sha256": codebook_sha256(codebook),
+              "mapping_sha256": mapping_sha256(mapping)}
+    return hashes | identity
 
 
 def order_of(mapping: Tensor) -> np.ndarray:
@@ -50,22 +66,25 @@ def order_of(mapping: Tensor) -> np.ndarray:
 
 def name_outputs(vq_ckpt: str, output_dir: str | None, cluster_size: int,
                  method: str | None) -> Outputs:
-    """Returns where the files go; the published method, or an unknown one, has the published names."""
+    """Returns where files go; the published method, or an unknown one, has the published names."""
     folder = Path(output_dir or Path(vq_ckpt).parent)
     suffix = f"kmeans+nearest-cluster_size={cluster_size}"
     if method not in (None, PUBLISHED_METHOD):
         suffix += f"-{method}"
     mapping = folder / f"mapping-{suffix}.pt"
-    return Outputs(reordered=folder / f"{Path(vq_ckpt).stem}-reorder-{suffix}.pt", mapping=mapping,
-                   record=Path(f"{mapping}.json"), picture=folder / f"codebook-{suffix}.png",
-                   report=folder / f"report-{suffix}.json")
+    return Outputs(
+        mapping=mapping,
+        record=Path(f"{mapping}.json"),
+        picture=folder / f"codebook-{suffix}.png",
+        report=folder / f"report-{suffix}.json",
+        reordered=folder / f"{Path(vq_ckpt).stem}-reorder-{suffix}.pt")
 
 
-def check_mapping_file(outputs: Outputs, identity: dict) -> None:
+def check_mapping_file(outputs: Outputs, identity: dict[str, Any]) -> None:
     """Raises ValueError if another mapping than that of this command lies where it goes.
 
     Args:
-        outputs: Outputs.
+        outputs: of name_outputs.
         identity: of identity_of, or the whole record once the mapping is found.
     """
     if outputs.record.exists():
@@ -82,7 +101,7 @@ def check_mapping_file(outputs: Outputs, identity: dict) -> None:
                        f"what {outputs.record.name} describes, found another mapping")
 
 
-def check_reordered_file(path: Path, state: dict[str, Tensor], record: dict) -> None:
+def check_reordered_file(path: Path, state: dict[str, Tensor], record: dict[str, Any]) -> None:
     """Raises ValueError if anything but `state`, reordered as `record` says, lies at `path`.
 
     Args:
@@ -105,18 +124,20 @@ def check_reordered_file(path: Path, state: dict[str, Tensor], record: dict) -> 
             raise _refusal(path, f"the weights of the tokenizer, found another {name}")
 
 
-def _find_difference(identity: dict, record: dict) -> str | None:
+def _find_difference(identity: dict[str, Any], record: dict[str, Any]) -> str | None:
+    """Returns how a record differs from an identity, which may lack hashes; None if it does not."""
     later = set(HASHES) - identity.keys()                       # what is known after the work only
     known = {key: value for key, value in record.items() if key not in later}
     return find_difference(identity, known)
 
 
 def _refusal(path: Path, expected: str) -> ValueError:
+    """Returns the error of a file that this command would replace, and is not its own."""
     return ValueError(f"{path}: expected {expected}; choose another --output-dir, "
                       "or replace it with --overwrite")
 
 
-def permute_codebooks(payload: dict, order: np.ndarray) -> dict:
+def permute_codebooks(payload: dict[str, Any], order: np.ndarray) -> dict[str, Any]:
     """Returns the checkpoint with the rows of all its codebooks in the new order.
 
     A bare state dict comes back under `model`.
@@ -126,6 +147,11 @@ def permute_codebooks(payload: dict, order: np.ndarray) -> dict:
     return payload | parts if parts else {"model": _permuted(payload, order)}
 
 
-def _permuted(state, order):
-    return state | {key: value[order] for key, value in state.items()
-                    if f".{key}".endswith(f".{CODEBOOK}")}      # it may have wrapper prefixes
+def _permuted(state: dict[str, Tensor], order: np.ndarray) -> dict[str, Tensor]:
+    """Returns a state dict with the codes (V, E) of its codebook in the new order."""
+    permuted = dict(state)
+    for key, value in state.items():
+        is_codebook = f".{key}".endswith(f".{CODEBOOK}")        # it may have wrapper prefixes
+        if is_codebook:
+            permuted[key] = value[order]
+    return permuted

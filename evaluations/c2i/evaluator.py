@@ -61,12 +61,14 @@ def metric_names(text: str) -> set[str]:
 
 def build_parser() -> Parser:
     """Returns the parser of this script's command line."""
-    parser = Parser("Score samples against a reference: Inception score, FID, sFID, precision, recall.",
-                    draws=False)
-    parser.add_argument("ref_batch", help="npz of the reference: pictures and perhaps ready statistics")
+    parser = Parser("Score samples against a reference: Inception score, FID, sFID, precision, "
+                    "recall.", draws=False)
+    parser.add_argument("ref_batch",
+                        help="npz of the reference: pictures and perhaps ready statistics")
     parser.add_argument("sample_batch", help="npz of the samples")
     parser.add_argument("--classifier",
-                        help="score with this small classifier (train_classifier.py), not Inception")
+                        help="score with this small classifier (train_classifier.py), "
+                             "not Inception")
     parser.add_argument("--metrics", type=metric_names, default=",".join(TITLES),
                         help="comma-separated choice")
     parser.add_argument("--batch-size", type=at_least(1), default=64,
@@ -119,7 +121,7 @@ def read_labels(reference: NpzImages, samples: NpzImages,
     """
     labels = samples.labels()
     classes = network.class_names
-    if classes is None or labels is None:           # Inception's classes are not those of the labels
+    if classes is None or labels is None:       # Inception's classes are not those of the labels
         return None
     check_class_names(classes, network.name, [samples, reference])
     if not 0 <= labels.min() <= labels.max() < len(classes):

@@ -14,12 +14,13 @@ INCEPTION_URL = ("https://openaipublic.blob.core.windows.net/diffusion/jul-2021/
                  "classify_image_graph_def.pb")
 INCEPTION_SHA256 = "009d6814d1bc560d4e7b236e170e9b2d5ca6f4b57bd8037f6db05776204415c6"
 DEFAULT_INCEPTION = "pretrained_models/classify_image_graph_def.pb"
-BACKENDS = {"tensorflow": "tensorflow", "torch": "tensorboard"}     # -> what reads it
+# A backend, and the package by which it reads the graph.
+BACKENDS = {"tensorflow": "tensorflow", "torch": "tensorboard"}
 # Nodes of the graph that are fed and read.
 INPUT = "ExpandDims"
 POOL = "pool_3"
 SPATIAL = "mixed_6/conv"
-LOGITS = "softmax/logits/MatMul"    # its second input is the weight (2048, 1008) of the probabilities
+LOGITS = "softmax/logits/MatMul"    # its second input is the weight (2048, 1008)
 
 
 class Inception:

@@ -1,8 +1,12 @@
-"""Pictures in an npz, read batch by batch: the file may be larger than memory, compressed or not, zip64 too."""
+"""Pictures in an npz, read batch by batch: it may be larger than memory, compressed or not, zip64.
+
+Letters: N pictures, H and W their sides, P the side of square ones.
+"""
 
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -24,13 +28,13 @@ class NpzImages:
     Attributes:
         path: the file.
         shape: (N, H, W, 3) of the pictures.
-        settings: the record of how the pictures were made, a plain dict; empty if the file carries none.
+        settings: the record of how the pictures were made, a plain dict; empty if there is none.
 
     Raises:
         ValueError: the file is missing, damaged, or holds no uint8 RGB pictures under `arr_0`.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         check_file(path, "name an npz of pictures")
         with read_npz(path) as archive:
@@ -42,24 +46,31 @@ class NpzImages:
             with archive.open(self._members[IMAGES]) as member:
                 self.shape, is_fortran, dtype = self._read_header(member)
                 size = self._members[IMAGES].file_size - member.tell()
-        if dtype != np.uint8 or len(self.shape) != 4 or self.shape[3] != 3 or is_fortran:
-            raise ValueError(f"{path}: expected {IMAGES} as uint8 (N, P, P, 3) in C order, found {dtype} {self.shape} "
-                             f"in {'Fortran' if is_fortran else 'C'} order")
+        are_pictures = dtype == np.uint8 and len(self.shape) == 4 and self.shape[3] == 3
+        if not are_pictures or is_fortran:
+            raise ValueError(f"{path}: expected {IMAGES} as uint8 (N, P, P, 3) in C order, found "
+                             f"{dtype} {self.shape} in {'Fortran' if is_fortran else 'C'} order")
         if min(self.shape) < 1:
             raise ValueError(f"{path}: expected pictures, found {IMAGES} of shape {self.shape}")
         if size < math.prod(self.shape):
-            raise ValueError(f"{path}: expected {math.prod(self.shape)} bytes of pictures, found {size}; "
-                             "the file is damaged, make it again")
+            raise ValueError(f"{path}: expected {math.prod(self.shape)} bytes of pictures, found "
+                             f"{size}; the file is damaged, make it again")
         self.settings = read_npz_settings(path)
 
     def __len__(self) -> int:
+        """Returns N."""
         return self.shape[0]
 
     def check_side(self, side: int | None, owner: str) -> None:
-        """Raises ValueError unless the pictures have `side` pixels a side, as `owner` wants them; None is any."""
+        """Raises ValueError unless the pictures have `side` pixels a side; None accepts any.
+
+        Args:
+            side: in pixels.
+            owner: whose side it is, for the message.
+        """
         if side is not None and self.shape[1:3] != (side, side):
-            raise ValueError(f"{self.path}: expected pictures of {side} x {side} pixels for {owner}, "
-                             f"found {self.shape[1]} x {self.shape[2]}")
+            raise ValueError(f"{self.path}: expected pictures of {side} x {side} pixels for "
+                             f"{owner}, found {self.shape[1]} x {self.shape[2]}")
 
     def batches(self, batch_size: int) -> Iterator[np.ndarray]:
         """Yields consecutive pictures (n, H, W, 3) uint8, n <= batch_size.
@@ -74,8 +85,9 @@ class NpzImages:
                 count = min(batch_size, len(self) - start)
                 content = member.read(count * picture_bytes)
                 if len(content) < count * picture_bytes:
-                    raise ValueError(f"{self.path}: expected {len(self)} pictures, found an end after "
-                                     f"{start + len(content) // picture_bytes}; the file is damaged, make it again")
+                    num_found = start + len(content) // picture_bytes
+                    raise ValueError(f"{self.path}: expected {len(self)} pictures, found an end "
+                                     f"after {num_found}; the file is damaged, make it again")
                 yield np.frombuffer(content, np.uint8).reshape(count, *self.shape[1:])
 
     def array(self, name: str) -> np.ndarray | None:
@@ -100,11 +112,17 @@ class NpzImages:
                              f"found {labels.dtype} {labels.shape}")
         return labels.astype(np.int64)
 
-    def _read_header(self, member):
+    def _read_header(self, member: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+        """Returns shape, whether in Fortran's order, and type of an array; reads up to its data.
+
+        Raises:
+            ValueError: it is no array of numpy.
+        """
+        readers = {(1, 0): np.lib.format.read_array_header_1_0,
+                   (2, 0): np.lib.format.read_array_header_2_0}
         try:
             version = np.lib.format.read_magic(member)
-            read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-            return read(member)
+            return readers[version](member)
         except (*NO_ARRAY, KeyError) as error:
-            raise ValueError(f"{self.path}: expected {IMAGES} as a numpy array, found other content "
-                             f"({error})") from error
+            raise ValueError(f"{self.path}: expected {IMAGES} as a numpy array, found other "
+                             f"content ({error})") from error

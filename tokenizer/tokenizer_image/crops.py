@@ -1,6 +1,7 @@
-"""Pictures of a data set, read and cut by workers: random crops for training a tokenizer, centre crops for the rest.
+"""Pictures of a data set, read and cut by workers: random crops for training, else centre crops.
 
-Which row comes when, and how it is cut, follows from the seed alone. Letters: B pictures, P pixels of a crop.
+Which row comes when, and how it is cut, follows from the seed alone. Letters: N pictures of a set,
+B pictures, P pixels of a crop.
 """
 
 import argparse
@@ -38,12 +39,14 @@ class Failures:
     """
 
     def __init__(self, num_images: int, max_failures: float) -> None:
-        self.num_images, self.max_failures = num_images, max_failures
+        self.num_images = num_images
+        self.max_failures = max_failures
         self.found: dict[int, tuple[str, str]] = {}
         self._num_reported = 0
 
     @property
     def are_too_many(self) -> bool:
+        """Whether more than the share, or all of them, are broken."""
         count = len(self.found)
         return count > self.max_failures * self.num_images or count == self.num_images
 
@@ -96,7 +99,6 @@ class TrainingCrops(Dataset):
         flip: whether half of the crops are mirrored.
         max_failures: share of the pictures that may be broken.
         is_broken: (N,) bool, shared by all workers: what was found to be broken.
-        per_epoch: batches of an epoch.
     """
 
     dataset: ImageSet
@@ -107,12 +109,14 @@ class TrainingCrops(Dataset):
     max_failures: float = 0.0
     is_broken: Tensor = field(init=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        """Makes the memory that all workers share."""
         is_broken = torch.zeros(len(self.dataset), dtype=torch.bool).share_memory_()
         object.__setattr__(self, "is_broken", is_broken)        # frozen
 
     @property
     def per_epoch(self) -> int:
+        """Batches of an epoch."""
         return self.order.per_epoch
 
     def rows(self, step: int) -> np.ndarray:
@@ -138,21 +142,23 @@ class TrainingCrops(Dataset):
             ValueError: more files are broken than may be.
         """
         count = len(self.dataset)
-        for place in range(row, row + count):
+        for place in range(row, row + count):       # from the row itself on, until one is whole
+            source = place % count
             random = keyed_random(self.order.seed, epoch, 1 + row)
             try:
-                picture = self.dataset.read(place % count)
+                picture = self.dataset.read(source)
                 crop = random_crop(picture, self.image_size, random, self.smallest_share)
             except (OSError, ValueError) as error:
-                self.is_broken[place % count] = True
+                self.is_broken[source] = True
                 if self.is_broken.sum() > self.max_failures * count:
-                    raise ValueError(_reason(self.dataset, place % count, error)) from error
+                    raise ValueError(_reason(self.dataset, source, error)) from error
                 continue
-            return crop[:, ::-1] if self.flip and random.random() < 0.5 else crop
+            is_mirrored = self.flip and random.random() < 0.5
+            return crop[:, ::-1] if is_mirrored else crop
         raise ValueError("expected images that can be read, found none")
 
     def failures(self, known: Container[int]) -> dict[int, tuple[str, str]]:
-        """Returns what was found to be broken by now beyond the rows `known`: row -> (path, reason)."""
+        """Returns what was found to be broken beyond the rows `known`: row -> (path, reason)."""
         found = {}
         for row in self.is_broken.nonzero().flatten().tolist():
             if row in known:
@@ -191,12 +197,18 @@ class CropBatch:
 
 @dataclass(frozen=True)
 class CenterCrops(Dataset):
-    """ADM's centre crops, of `image_size` pixels, of ranges of rows; a broken file costs its own row only."""
+    """ADM's centre crops of ranges of rows; a broken file costs its own row only.
+
+    Attributes:
+        dataset: the pictures.
+        image_size: side of a crop in pixels.
+    """
 
     dataset: ImageSet
     image_size: int
 
     def __getitem__(self, rows: range) -> CropBatch:
+        """Returns the crops of a range of rows."""
         pictures = np.zeros((len(rows), self.image_size, self.image_size, 3), np.uint8)
         failures = {}
         for place, row in enumerate(rows):
@@ -207,7 +219,8 @@ class CenterCrops(Dataset):
         return CropBatch(rows, pictures, failures)
 
 
-def load_crops(dataset: ImageSet, image_size: int, row_ranges: Iterable[range], num_workers: int) -> DataLoader:
+def load_crops(dataset: ImageSet, image_size: int, row_ranges: Iterable[range],
+               num_workers: int) -> DataLoader:
     """Returns a loader of one CropBatch for every range, in order; see runtime.loader.read_ahead.
 
     Args:

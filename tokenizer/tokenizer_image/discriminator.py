@@ -1,6 +1,6 @@
-"""The patch discriminator: one logit for every patch of a picture, real or reconstructed (pix2pix, Isola et al. 2017).
+"""The patch discriminator: one logit for every patch of a picture (pix2pix, Isola et al. 2017).
 
-Letters: B batch, P pixels.
+Letters: B batch, P pixels, h and w sides in patches.
 """
 
 from torch import Tensor, nn
@@ -11,24 +11,36 @@ GROUPS = 32
 
 
 class PatchDiscriminator(nn.Module):
-    """Five 4x4 convolutions: 64, 128, 256 channels at stride 2, 512 and 1 at stride 1; norm on the middle three.
+    """Five 4x4 convolutions: 64, 128, 256 channels at stride 2, 512 and 1 at stride 1.
 
-    Args:
-        norm: "group", which treats every picture alone, or "batch", which is the published recipe's.
+    A norm follows each of the middle three.
     """
 
-    def __init__(self, norm="group") -> None:
+    def __init__(self, norm: str = "group") -> None:
+        """Builds the network with its published initial weights.
+
+        Args:
+            norm: "group", which treats every picture alone, or "batch", as in the published recipe.
+        """
         super().__init__()
-        layers, width = [nn.Conv2d(3, 64, 4, 2, padding=1), nn.LeakyReLU(0.2)], 64
+        layers = [nn.Conv2d(3, 64, 4, 2, padding=1), nn.LeakyReLU(0.2)]
+        width = 64
         for channels, stride in ((128, 2), (256, 2), (512, 1)):
-            normalise = nn.GroupNorm(GROUPS, channels) if norm == "group" else nn.BatchNorm2d(channels)
-            layers += [nn.Conv2d(width, channels, 4, stride, padding=1, bias=False), normalise, nn.LeakyReLU(0.2)]
+            layers.append(nn.Conv2d(width, channels, 4, stride, padding=1, bias=False))
+            layers.append(nn.GroupNorm(GROUPS, channels) if norm == "group"
+                          else nn.BatchNorm2d(channels))
+            layers.append(nn.LeakyReLU(0.2))
             width = channels
         self.main = nn.Sequential(*layers, nn.Conv2d(width, 1, 4, 1, padding=1))
         for module in self.modules():
             if hasattr(module, "weight"):
-                nn.init.normal_(module.weight, mean=0.0 if isinstance(module, nn.Conv2d) else 1.0, std=0.02)
+                mean = 0.0 if isinstance(module, nn.Conv2d) else 1.0
+                nn.init.normal_(module.weight, mean=mean, std=0.02)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Returns logits (B, 1, h, w), positive for real, of images (B, 3, P, P) in [-1, 1]; P is at least 24."""
+        """Returns logits (B, 1, h, w), positive for real.
+
+        Args:
+            images: (B, 3, P, P) float in [-1, 1], P at least SMALLEST_IMAGE.
+        """
         return self.main(images)

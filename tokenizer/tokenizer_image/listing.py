@@ -1,4 +1,4 @@
-"""Which files of a folder of class folders are images: those that torchvision's ImageFolder takes, in its order.
+"""Which files of a folder of class folders are images: as torchvision's ImageFolder, in its order.
 
 Other than there, hidden files and hidden folders of classes are left out, pipes and devices are
 never opened, and links that lead back into a folder that one is already in are not followed.
@@ -12,7 +12,9 @@ from pathlib import Path
 from autoregressive.runtime.log import LOGGER
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-FILE, FOLDER, SPECIAL = "file", "folder", "pipe or device"
+FILE = "file"
+FOLDER = "folder"
+SPECIAL = "pipe or device"
 
 
 def list_images(root: Path) -> tuple[list[str], list[list[str]]]:
@@ -97,9 +99,12 @@ def _is_image(entry: os.DirEntry, left_out: Counter) -> bool:
 
 
 def _kind_of(entry: os.DirEntry) -> str:
-    """Returns FILE, FOLDER or SPECIAL. A link to nowhere is a file: reading it fails, not listing it."""
+    """Returns FILE, FOLDER or SPECIAL.
+
+    A link to nowhere is a file: reading it fails, not listing it.
+    """
     try:
-        if entry.is_file():                                     # without a look at the disk, mostly
+        if entry.is_file():                                     # mostly without reading the disk
             return FILE
         if entry.is_dir():
             return FOLDER
@@ -110,5 +115,6 @@ def _kind_of(entry: os.DirEntry) -> str:
 
 
 def _identity_of(folder: str | Path) -> tuple[int, int]:
+    """Returns what is the same for all paths to one folder: device and inode."""
     found = os.stat(folder)
     return found.st_dev, found.st_ino

@@ -1,4 +1,4 @@
-"""Reading VQ files: weights of the asked-for model or a clear error, with the hashes that travel with them."""
+"""Reading VQ files: weights of the wanted model or a clear error, with the hashes of both."""
 
 from pathlib import Path
 
@@ -8,11 +8,12 @@ from autoregressive.runtime.checkpoint import load_strictly, model_state, read_c
 from autoregressive.runtime.files import codebook_sha256, weights_sha256
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 
-VQ_HINT = "name a tokenizer with --vq-ckpt; pretrained_models/README.md says where the published ones come from"
+VQ_HINT = ("name a tokenizer with --vq-ckpt; pretrained_models/README.md says where the published "
+           "ones come from")
 
 
 def default_vq_path(cluster_size: int) -> str:
-    """Returns where balance_k_means.py puts the published VQ checkpoint with its codebook reordered."""
+    """Returns where balance_k_means.py puts the published VQ checkpoint, reordered."""
     return f"pretrained_models/vq_ds16_c2i-reorder-kmeans+nearest-cluster_size={cluster_size}.pt"
 
 

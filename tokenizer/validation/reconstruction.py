@@ -1,4 +1,7 @@
-"""A look at a VQ model through a set of pictures: it reconstructs them, and we say how well."""
+"""How well a VQ model reconstructs a set of pictures.
+
+Letters: B pictures of a batch, n of them whole, P pixels, T tokens.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,19 +22,37 @@ from tokenizer.validation.metrics import codebook_usage, psnr
 NUM_SHOWN = 16                                      # pictures in the picture of reconstructions
 
 
-class ReconstructionMeter:
-    """Means over images of what measures say of their reconstructions, and the use of the codebook."""
+# Maps pictures and their reconstructions, both (B, P, P, 3) uint8, to values (B,).
+Measure = Callable[[Tensor, Tensor], Tensor]
 
-    def __init__(self, measures: dict[str, Callable[[Tensor, Tensor], Tensor]], codebook_size: int,
-                 device: torch.device):
-        """Every one of `measures` maps pictures and reconstructions, both (B, P, P, 3) uint8, to values (B,)."""
-        self.measures, self.num_images = measures, 0
+
+class ReconstructionMeter:
+    """Means over images of measures of their reconstructions, and the use of the codebook."""
+
+    def __init__(self, measures: dict[str, Measure], codebook_size: int,
+                 device: torch.device) -> None:
+        """Starts with no images.
+
+        Args:
+            measures: by name.
+            codebook_size: V.
+            device: where sums and counts lie.
+        """
+        self.measures = measures
+        self.num_images = 0
         self.sums = torch.zeros(len(measures), dtype=torch.float64, device=device)
         self.counts = torch.zeros(codebook_size, dtype=torch.float64, device=device)
 
     def add(self, codes: Tensor, pictures: Tensor, reconstructions: Tensor) -> None:
-        """Adds a batch: its codes (B, T) int64, and what they come from and lead to, both (B, P, P, 3) uint8."""
-        values = [measure(pictures, reconstructions).double().sum() for measure in self.measures.values()]
+        """Adds a batch.
+
+        Args:
+            codes: (B, T) int64.
+            pictures: (B, P, P, 3) uint8, what they come from.
+            reconstructions: (B, P, P, 3) uint8, what they lead to.
+        """
+        values = [measure(pictures, reconstructions).double().sum()
+                  for measure in self.measures.values()]
         self.sums += torch.stack(values)
         self.counts += torch.bincount(codes.flatten(), minlength=len(self.counts))
         self.num_images += len(pictures)
@@ -39,7 +60,8 @@ class ReconstructionMeter:
     def read(self, session: Session) -> dict[str, float]:
         """Returns the means over the images of all processes, and what codebook_usage says."""
         means = session.sum(self.sums) / sum(session.gather(self.num_images))
-        return dict(zip(self.measures, means.tolist(), strict=True)) | codebook_usage(session.sum(self.counts))
+        usage = codebook_usage(session.sum(self.counts))
+        return dict(zip(self.measures, means.tolist(), strict=True)) | usage
 
 
 @dataclass(eq=False)
@@ -62,13 +84,14 @@ class Validation:
     max_failures: float = 0.0
     failures: Failures = field(init=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        """Starts with no failures."""
         self.failures = Failures(len(self.dataset), self.max_failures)
 
     @torch.inference_mode()
     def reconstruct(self, model: VQModel, meter: ReconstructionMeter, session: Session,
                     description: str) -> Iterator[np.ndarray]:
-        """Yields the reconstructions (n, P, P, 3) uint8 of this process's share of the pictures, and measures them.
+        """Yields the reconstructions (n, P, P, 3) uint8 of this process's share of the pictures.
 
         Args:
             model: on the session's device.
@@ -77,7 +100,8 @@ class Validation:
             description: of the work, for the progress bar.
         """
         rows = session.share_of(len(self.dataset))
-        ranges = [rows[first:first + self.batch_size] for first in range(0, len(rows), self.batch_size)]
+        ranges = [rows[first:first + self.batch_size]
+                  for first in range(0, len(rows), self.batch_size)]
         with progress(session, len(rows), description, "image") as bar:
             for batch in load_crops(self.dataset, self.image_size, ranges, self.num_workers):
                 self.failures.add(batch.failures)
@@ -91,14 +115,15 @@ class Validation:
                 yield reconstructions.cpu().numpy()
 
     def measure(self, model: VQModel, session: Session) -> dict[str, float]:
-        """Returns psnr, the mean over the images, and what codebook_usage says (all processes call this).
+        """Returns the mean psnr and what codebook_usage says (all processes call this).
 
         Raises:
             SystemExit: with exit code 1, if more pictures are broken than may be.
         """
-        meter = ReconstructionMeter({"psnr": psnr}, model.quantize.embedding.num_embeddings, session.device)
+        num_codes = model.quantize.embedding.num_embeddings
+        meter = ReconstructionMeter({"psnr": psnr}, num_codes, session.device)
         for _ in self.reconstruct(model, meter, session, "validate"):
-            pass
+            pass                                    # the meter is all that is wanted
         self.failures.gather(session)
         self.failures.check()
         return meter.read(session)
@@ -106,9 +131,11 @@ class Validation:
     @torch.inference_mode()
     def save_pictures(self, path: Path, model: VQModel, device: torch.device) -> None:
         """Saves the first pictures above their reconstructions."""
-        first = CenterCrops(self.dataset, self.image_size)[range(min(NUM_SHOWN, len(self.dataset)))]
-        originals = torch.from_numpy(first.whole())
+        count = min(NUM_SHOWN, len(self.dataset))
+        first = CenterCrops(self.dataset, self.image_size)[range(count)]
+        originals = torch.from_numpy(first.whole())                             # (n, P, P, 3)
         if not len(originals):
             return
-        reconstructions = to_uint8(model(to_float(originals.to(device)))[0]).cpu()
+        images, _, _ = model(to_float(originals.to(device)))                    # (n, 3, P, P)
+        reconstructions = to_uint8(images).cpu()
         save_grid(path, torch.cat([originals, reconstructions]), columns=len(originals))
