@@ -149,9 +149,6 @@ def permute_codebooks(payload: dict[str, Any], order: np.ndarray) -> dict[str, A
 
 def _permuted(state: dict[str, Tensor], order: np.ndarray) -> dict[str, Tensor]:
     """Returns a state dict with the codes (V, E) of its codebook in the new order."""
-    permuted = dict(state)
-    for key, value in state.items():
-        is_codebook = f".{key}".endswith(f".{CODEBOOK}")        # it may have wrapper prefixes
-        if is_codebook:
-            permuted[key] = value[order]
-    return permuted
+    permuted = {key: value[order] for key, value in state.items()
+                if f".{key}".endswith(f".{CODEBOOK}")}          # it may have wrapper prefixes
+    return state | permuted                                     # of the type that it was

@@ -78,11 +78,12 @@ def extract_features(network: FeatureNetwork, images: NpzImages, batch_size: int
     """
     parts = []
     for batch in images.batches(batch_size):
-        arrays = network.features(batch)
-        if not all(np.isfinite(array).all() for array in arrays):
+        part = network.features(batch)
+        if not all(np.isfinite(array).all() for array in part):
             raise ValueError(f"{images.path}: expected finite features, found NaN or infinity from "
                              f"{network.name}; its weights are damaged or its precision is too low")
-        parts.append(arrays)
+        parts.append(part)
         advance(len(batch))
-    pool, spatial, probabilities = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    return Features(pool, spatial, probabilities)
+    return Features(np.concatenate([part.pool for part in parts]),
+                    np.concatenate([part.spatial for part in parts]),
+                    np.concatenate([part.probabilities for part in parts]))
