@@ -202,7 +202,7 @@ def reorder_by(given: Mapping, payload: dict[str, Any], state: dict[str, Tensor]
     mapping = torch.from_numpy(given.tokens)
     identity = {"cluster_size": args.cluster_size,
                 "num_clusters": len(codebook) // args.cluster_size,
-                "method": None, "seed": None}                   # None: whoever made it did not say
+                "method": None, "seed": None}                   # None: unknown
     identity |= {key: given.hashes[key] for key in OF_CLUSTERING if key in given.hashes}
     record = describe(identity, codebook, mapping)
     outputs = name_outputs(args.vq_ckpt, args.output_dir, args.cluster_size, identity["method"])
@@ -229,7 +229,7 @@ def main(args: Flags, session: Session) -> None:
     """Reorders the codebook, by a mapping that is given or by a clustering."""
     open_logger(session)
 
-    # Read the codebook, and the mapping if there is one: then that is all.
+    # Read the codebook; a mapping that is given is applied, and that is all.
     with checks(session):
         check_one_process(session)
         payload, codebook = read_codebook(args)
@@ -239,7 +239,7 @@ def main(args: Flags, session: Session) -> None:
         reorder_by(given, payload, state, args, session)
         return
 
-    # Find out where the files go, and whose those are that lie there.
+    # Name the outputs, and check that files already there are this command's own.
     with checks(session):
         identity = identity_of(args, codebook)
         outputs = name_outputs(args.vq_ckpt, args.output_dir, args.cluster_size, args.method)

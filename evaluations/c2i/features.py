@@ -1,4 +1,4 @@
-"""The one interface behind which the networks lie that turn pictures into features.
+"""The interface of the networks that turn pictures into features.
 
 Letters: N pictures, P pixels, F pool features, G spatial features, C classes.
 """
@@ -18,7 +18,7 @@ STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
 
 class Features(NamedTuple):
-    """What a network says of N pictures, all float32.
+    """What a network computes from N pictures, all float32.
 
     Attributes:
         pool: (N, F), for FID, precision and recall.

@@ -89,7 +89,8 @@ def download_inception(path: str | Path) -> None:
     """Downloads the frozen graph to `path`, which appears when its hash is right.
 
     Raises:
-        ValueError: it cannot be had, or is another file; the message says where to put it by hand.
+        ValueError: it cannot be downloaded, or is another file; the message says where to put it by
+            hand.
     """
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -39,7 +39,7 @@ class StreamingStatistics:
     """Mean and covariance of features that arrive in batches, in float64.
 
     Batches are merged by their means and scatter matrices (Chan, Golub and LeVeque), so that a
-    large mean costs no digits of the covariance.
+    large mean does not cost the covariance precision.
 
     Attributes:
         count: number of features.

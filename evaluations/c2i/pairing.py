@@ -47,7 +47,7 @@ def _count(images: NpzImages) -> str:
 
 
 def kind_of(images: NpzImages) -> str | None:
-    """Returns what a file says that it is; None if it does not."""
+    """Returns the kind of npz that a file records; None if it records none."""
     kind = images.settings.get("kind")
     return kind if isinstance(kind, str) else None
 

@@ -197,7 +197,7 @@ class CropBatch:
 
 @dataclass(frozen=True)
 class CenterCrops(Dataset):
-    """ADM's centre crops of ranges of rows; a broken file costs its own row only.
+    """ADM's centre crops of ranges of rows; a broken file affects its own row only.
 
     Attributes:
         dataset: the pictures.

@@ -79,8 +79,8 @@ class CropEncoder:
         Returns:
             (B, len(names), T) int64 tensor on the device.
         """
-        wholes = torch.from_numpy(pictures).to(self._device)                    # (B, W, W, 3)
-        crops = cut_crops(wholes, size, names).flatten(0, 1)                    # (.., P, P, 3)
+        crops = cut_crops(torch.from_numpy(pictures).to(self._device), size, names)
+        crops = crops.flatten(0, 1)                                             # (.., P, P, 3)
         codes = [self._encode_piece(piece) for piece in crops.split(self._batch_size)]
         return torch.cat(codes).unflatten(0, (len(pictures), len(names)))       # (B, names, T)
 

@@ -295,5 +295,5 @@ class Attention(nn.Module):
 
 
 def _positions(features: Tensor) -> Tensor:
-    """Returns a feature map (B, C, h, w) as the one head of attention wants it, (B, 1, h*w, C)."""
+    """Returns a feature map (B, C, h, w) as attention of one head takes it, (B, 1, h*w, C)."""
     return features.flatten(2).transpose(1, 2).unsqueeze(1)

@@ -1,6 +1,7 @@
 """One step of a tokenizer: first the VQ model, then, once it has begun, the discriminator.
 
-Letters: B batch, P pixels, V codes, E code dimension, h and w sides of a feature map.
+Letters: B batch, b micro-batch, P pixels, V codes, E code dimension, h and w sides of a feature
+map.
 """
 
 from dataclasses import replace
@@ -115,18 +116,18 @@ class TokenizerTrainer:
         discriminator_loss = losses.new_zeros(())
         discriminator_norm = losses.new_zeros(())
         if has_gan:
-            for number, (micro_batch, reconstruction) in enumerate(
-                    zip(micro_batches, reconstructions, strict=True), 1):
+            pairs = zip(micro_batches, reconstructions, strict=True)
+            for number, (micro_batch, reconstruction) in enumerate(pairs, 1):
                 is_last = number == len(micro_batches)
-                discriminator_loss = discriminator_loss + self._backward_discriminator(
-                    micro_batch, reconstruction, is_last)
+                loss = self._backward_discriminator(micro_batch, reconstruction, is_last)
+                discriminator_loss = discriminator_loss + loss
             discriminator_norm, is_also_bad = self.discriminator_optimizer.step(
                 step, lr, discriminator_loss)
             is_bad = is_bad | is_also_bad
         values = torch.stack([*losses, discriminator_loss, norm, discriminator_norm])
         self.meter.add(step, values, is_bad)
 
-        # Now and then: codes that nothing used are moved, pictures that are broken are named.
+        # Every so many steps: move codes that nothing used, report pictures that are broken.
         steps = step + 1
         if settings.revive_every and steps % settings.revive_every == 0 and steps < self.num_steps:
             LOGGER.info("step %d: %d unused codes moved", steps, self.revive(steps, images))
@@ -204,8 +205,8 @@ class TokenizerTrainer:
         settings = self.settings
         with (sync_gradients(self.wrapped_discriminator, is_last),
               autocast(self.session.device, settings.mixed_precision)):
-            both = torch.cat([images, reconstruction])                              # (2b, 3, P, P)
-            real, fake = self.wrapped_discriminator(both).float().chunk(2)          # (b, 1, h, w)
+            logits = self.wrapped_discriminator(torch.cat([images, reconstruction])).float()
+            real, fake = logits.chunk(2)                                            # (b, 1, h, w)
             loss = GAN_LOSSES[settings.disc_loss].discriminator(real, fake)
             loss = loss / settings.gradient_accumulation_steps
             self.discriminator_optimizer.backward(loss)
@@ -213,11 +214,14 @@ class TokenizerTrainer:
 
     @torch.no_grad()
     def revive(self, steps: int, images: Tensor) -> int:
-        """Moves codes that nothing used since the last call to latents; returns how many.
+        """Moves codes that nothing used since the last call onto latents of present images.
 
         Args:
-            steps: that were applied; which latents are taken follows from it and the seed.
+            steps: number of steps applied; it and the seed decide which latents are taken.
             images: (B, 3, P, P) in [-1, 1], this process's part of the batch.
+
+        Returns:
+            how many were moved.
         """
         is_dead = self.session.sum(self.used) == 0
         self.used = torch.zeros_like(self.used)
