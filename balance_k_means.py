@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from autoregressive.data.codes import Mapping, read_mapping
+from autoregressive.models.cluster_loss import check_cluster_size
 from autoregressive.runtime.checkpoint import model_state, read_checkpoint, save_checkpoint
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.entry import (
@@ -39,7 +40,6 @@ from tokenizer.clustering import (
     Clustering,
     balanced_sse,
     certify,
-    check_cluster_size,
     cluster_greedy,
     cluster_optimal,
     cluster_random,

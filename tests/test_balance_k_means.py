@@ -142,7 +142,7 @@ def test_every_layout_of_a_checkpoint_is_read(wrap, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--cluster-size", "8"], "positive divisor of the 42 codes, got 8"),
+    (["--cluster-size", "8"], "expected a divisor of the 42 codes, got 8"),
     (["--cluster-size", "0"], "--cluster-size: expected at least 1, got 0"),
     (["--cluster-size", "-7"], "--cluster-size: expected at least 1, got -7"),
     (["--restarts", "-1"], "--restarts: expected at least 0"),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from autoregressive.models.cluster_loss import check_cluster_size
 from tokenizer import balanced_assignment, clustering
 from tokenizer.annealing import critical_temperature
 
@@ -115,7 +116,7 @@ def test_codes_of_any_dimension_are_clustered(dimensions):
 @pytest.mark.parametrize("size", [0, -2, 7, 25])
 def test_a_cluster_size_that_does_not_divide_the_codebook_is_refused(size):
     with pytest.raises(ValueError, match=f"divisor of the 24 codes, got {size}"):
-        clustering.check_cluster_size(24, size)
+        check_cluster_size(24, size)
 
 
 def test_zero_rows_stay_zero_when_normalized():

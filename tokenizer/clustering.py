@@ -52,13 +52,6 @@ class Clustering:
     num_swaps: int = 0
 
 
-def check_cluster_size(num_codes: int, cluster_size: int) -> None:
-    """Raises ValueError unless clusters of `cluster_size` codes divide a codebook of that many."""
-    if cluster_size <= 0 or num_codes % cluster_size:
-        raise ValueError(f"cluster size: expected a positive divisor of the {num_codes} codes, "
-                         f"got {cluster_size}")
-
-
 def normalize_codes(codebook: torch.Tensor) -> np.ndarray:
     """Returns the codes divided by their lengths, (V, E) float32 array; zero rows stay zero.
 
