@@ -234,8 +234,9 @@ from autoregressive.runtime.entry import Parser, run
 atexit.register(lambda: print("finalised"))
 def main(args, session):
     ranks = session.gather(session.rank)
+    integers = session.gather_integers(session.rank, 7)
     if session.is_main:
-        print("worked", ranks)
+        print("worked", ranks, integers)
 run(main, Parser("test"))
 """
 
@@ -245,7 +246,7 @@ def test_several_processes_leave_without_finalising_the_interpreter(tmp_path):
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                            tmp_path / "script.py", ROOT], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "worked [0, 1]\n"
+    assert done.stdout == "worked [0, 1] [(0, 7), (1, 7)]\n"
 
 
 @pytest.mark.parametrize("words", [["--global-seed", "-1"], ["--no-such-flag"], ["--global-see", "1"]])
