@@ -141,7 +141,7 @@ def save_tokenizer(output: Path, trainer: TokenizerTrainer, training: TrainingRu
     model = trainer.best_model()
     validation = trainer.validation or Validation(training.batches.dataset, record["image_size"], 1, num_workers=0)
     validation.save_pictures(folder / "reconstructions.png", model, training.session.device)
-    numbers = {name.removeprefix("val_"): value for name, value in training.result().items()}
+    numbers = {name.removeprefix("val_"): value for name, value in training.read_result().items()}
     write_json(output.with_suffix(".json"), record | numbers | {"run_folder": os.path.relpath(folder, output.parent)})
     save_checkpoint(output, {"model": model.state_dict(), "settings": record})
 

@@ -79,7 +79,7 @@ class TokenizerMeter(Meter):
 
 
 class TokenizerTrainer:
-    """Trains a VQ model and its discriminator: a runtime.training.Trainable."""
+    """Trains a VQ model and its discriminator: a runtime.trainable.Trainable."""
 
     def __init__(self, model: VQModel, discriminator: nn.Module | None, perceptual: LPIPS | None,
                  settings: TokenizerSettings, optim: OptimSettings, session: Session, *, num_steps: int,
