@@ -141,10 +141,8 @@ def cores_per_process() -> int:
 
     The processes of one machine share its cores evenly.
     """
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:                                           # macOS
-        cores = os.cpu_count() or 1
+    tells_affinity = hasattr(os, "sched_getaffinity")           # not on macOS
+    cores = len(os.sched_getaffinity(0)) if tells_affinity else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 

@@ -29,7 +29,13 @@ from autoregressive.runtime.files import check_output, read_json, write_json
 from autoregressive.runtime.loader import BatchOrder
 from autoregressive.runtime.log import LOGGER, open_logger
 from autoregressive.runtime.optim import OptimSettings, add_optim_args, check_optim
-from autoregressive.runtime.run_settings import RunSettings, add_training_args, check_batch, open_run_folder
+from autoregressive.runtime.run_settings import (
+    RunRequest,
+    RunSettings,
+    add_training_args,
+    check_batch,
+    open_run_folder,
+)
 from autoregressive.runtime.speed import Speedometer
 from autoregressive.runtime.training import TrainingRun
 from tokenizer.tokenizer_image.crops import TrainingCrops, add_failure_args
@@ -160,7 +166,9 @@ def main(args: Flags, session: Session) -> None:
         num_steps = settings.num_steps(crops.per_epoch)
         if args.output:
             check_output(args.output)
-    folder = open_run_folder(args, session, args.vq_model, identity, num_steps)
+    request = RunRequest(args.results_dir, args.vq_model, identity, config=args.plain() | identity,
+                         defaults=args.defaults(), new_run=args.new_run)
+    folder = open_run_folder(session, request, num_steps)
     output = Path(args.output or folder.path / "tokenizer.pt")
     with checks(session):
         if args.output:
