@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])      # the repository root instead of this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])      # the root, not this folder
 
 import platform
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,13 +48,17 @@ def only(folder: Path, pattern: str) -> Path:
     """Returns the one path of `folder` that matches. Raises ValueError if there is none or more."""
     found = sorted(folder.glob(pattern))
     if len(found) != 1:
-        raise ValueError(f"{folder / pattern}: expected one, found {len(found)}; remove {folder} and run "
-                         "scripts/quickstart.sh again")
+        raise ValueError(f"{folder / pattern}: expected one, found {len(found)}; remove {folder} "
+                         "and run scripts/quickstart.sh again")
     return found[0]
 
 
-def read_results(folder: Path) -> dict:
-    """Returns all numbers of the quickstart as plain data. Raises ValueError if a record lacks something."""
+def read_results(folder: Path) -> dict[str, Any]:
+    """Returns all numbers of the quickstart as plain data.
+
+    Raises:
+        ValueError: a record lacks something.
+    """
     runs = {}
     for weight in LAMBDAS:
         run_folder = only(folder, f"gpt-lambda{weight}/000-*")
@@ -61,26 +66,28 @@ def read_results(folder: Path) -> dict:
         runs[f"lambda {weight}"] = {"training": read_json(run_folder / "finished.json", LOSSES),
                                     "config": config,
                                     "evaluation": read_evaluation(folder, weight)}
-    tokenizer = {"config": read_json(only(folder, "vq/000-*") / "config.json")}
-    classifier = read_checkpoint(folder / "classifier.pt")
+    tokenizer = read_json(folder / "vq.json", {"psnr": NUMBER, "codes_used": int})
+    tokenizer["config"] = read_json(only(folder, "vq/000-*") / "config.json")
+    classifier_path = folder / "classifier.pt"
+    classifier = read_checkpoint(classifier_path)
     if not isinstance(classifier, dict) or "settings" not in classifier:
-        raise ValueError(f"{folder / 'classifier.pt'}: expected a classifier with settings, found none; "
+        raise ValueError(f"{classifier_path}: expected a classifier with settings, found none; "
                          "remove it and run scripts/quickstart.sh again")
-    return {"tokenizer": read_json(folder / "vq.json", {"psnr": NUMBER, "codes_used": int}) | tokenizer,
+    return {"tokenizer": tokenizer,
             "classifier": classifier["settings"],
             "codes": read_json(folder / "codes" / "manifest.json", {"codebook_size": int}),
             "reordering": read_json(only(folder, "report-kmeans*.json")), "runs": runs}
 
 
-def read_evaluation(folder: Path, weight: int) -> dict:
+def read_evaluation(folder: Path, weight: int) -> dict[str, Any]:
     """Returns the record of the evaluator. Raises ValueError if it lacks one of METRICS."""
     path = only(folder, f"samples-lambda{weight}/*.json")
     record = read_json(path, {"numbers": dict})
     missing = [title for title in (*METRICS, ACCURACY)
                if not isinstance(record["numbers"].get(title), NUMBER)]
     if missing:
-        raise ValueError(f"{path}: expected numbers under {', '.join(missing)}, found none; remove it "
-                         "and run scripts/quickstart.sh again")
+        raise ValueError(f"{path}: expected numbers under {', '.join(missing)}, found none; remove "
+                         "it and run scripts/quickstart.sh again")
     return record
 
 
@@ -91,44 +98,62 @@ def hash_files(folder: Path) -> dict[str, str]:
 
 
 @torch.inference_mode()
-def save_digits(folder: Path, config: dict) -> None:
-    """Saves a grid with a row for each digit: real ones of the split val, their reconstructions, and generated ones."""
+def save_digits(folder: Path, config: dict[str, Any]) -> None:
+    """Saves a grid with a row for each digit: real ones, their reconstructions, generated ones.
+
+    Args:
+        folder: of the quickstart.
+        config: what a training recorded of the VQ model.
+    """
     dataset = open_dataset("digits", "val")
-    real = np.stack([center_crop(dataset.read(row), SIDE) for row in first_of_each_class(dataset.labels)])
+    shown = first_of_each_class(dataset.labels)
+    real = np.stack([center_crop(dataset.read(row), SIDE) for row in shown])
     vq, _ = load_vq(folder / "vq.pt", VQConfig.recorded_in(config))
     codes = vq.quantize.codes(vq.encode(to_float(real)))
     sources = {"real": real, "rebuilt": to_uint8(vq.decode_codes(codes, SIDE // vq.downsampling))}
     for weight in LAMBDAS:
         with np.load(only(folder, f"samples-lambda{weight}/*.npz"), allow_pickle=False) as samples:
             sources[f"lambda {weight}"] = samples["arr_0"][first_of_each_class(samples["labels"])]
-    by_digit = [pictures.reshape(10, SHOWN_PER_CLASS, SIDE, SIDE, 3) for pictures in sources.values()]
-    grid = np.concatenate(by_digit, axis=1)                     # (10, sources * SHOWN_PER_CLASS, P, P, 3)
-    captions = [f"{name}: {digit}" for digit in range(10) for name in sources for _ in range(SHOWN_PER_CLASS)]
-    save_grid(folder / "digits.png", grid.reshape(-1, SIDE, SIDE, 3), columns=grid.shape[1], captions=captions)
+    by_digit = [pictures.reshape(10, SHOWN_PER_CLASS, SIDE, SIDE, 3)
+                for pictures in sources.values()]
+    grid = np.concatenate(by_digit, axis=1)         # (10, sources * SHOWN_PER_CLASS, P, P, 3)
+    captions = []
+    for digit in range(10):
+        for name in sources:
+            captions += [f"{name}: {digit}"] * SHOWN_PER_CLASS
+    save_grid(folder / "digits.png", grid.reshape(-1, SIDE, SIDE, 3), columns=grid.shape[1],
+              captions=captions)
 
 
 def first_of_each_class(labels: np.ndarray) -> list[int]:
     """Returns the first SHOWN_PER_CLASS rows of every digit, digit by digit."""
-    return [row for digit in range(10) for row in np.flatnonzero(labels == digit)[:SHOWN_PER_CLASS]]
+    rows = []
+    for digit in range(10):
+        rows.extend(np.flatnonzero(labels == digit)[:SHOWN_PER_CLASS])
+    return rows
 
 
-def print_table(results):
+def print_table(results: dict[str, Any]) -> None:
     """Prints the numbers that a person wants to see first."""
-    tokenizer, runs = results["tokenizer"], results["runs"]
-    print(f"\n{'reconstruction (val)':28}{tokenizer['psnr']:10.2f} dB, {tokenizer['codes_used']} of "
-          f"{results['codes']['codebook_size']} codes used")
+    tokenizer = results["tokenizer"]
+    runs = results["runs"]
     numbers = {name: run["evaluation"]["numbers"] for name, run in runs.items()}
     accuracy = numbers["lambda 1"][ACCURACY]
-    print(f"{'classifier (val)':28}{100 * accuracy:10.2f} % right (all scores below are from it, not from "
-          "Inception)\n")
+    print(f"\n{'reconstruction (val)':28}{tokenizer['psnr']:10.2f} dB, {tokenizer['codes_used']} "
+          f"of {results['codes']['codebook_size']} codes used")
+    print(f"{'classifier (val)':28}{100 * accuracy:10.2f} % right (all scores below are from it, "
+          "not from Inception)\n")
     print(f"{'':28}" + "".join(f"{name:>14}" for name in runs))
     for loss in LOSSES:
-        print(f"{loss.replace('_', ' '):28}" + "".join(f"{run['training'][loss]:14.3f}" for run in runs.values()))
+        losses = [f"{run['training'][loss]:14.3f}" for run in runs.values()]
+        print(f"{loss.replace('_', ' '):28}" + "".join(losses))
     for metric in METRICS:
-        print(f"{metric:28}" + "".join(f"{values[metric]:14.4f}" for values in numbers.values()))
+        scores = [f"{values[metric]:14.4f}" for values in numbers.values()]
+        print(f"{metric:28}" + "".join(scores))
 
 
 def main(args: Flags, session: Session) -> None:
+    """Reads what every step of the quickstart left, and writes the report."""
     with checks(session):
         results = read_results(args.folder)
         metrics = {f"lambda {weight}": only(args.folder, f"gpt-lambda{weight}/000-*/metrics.jsonl")
@@ -137,9 +162,10 @@ def main(args: Flags, session: Session) -> None:
             check_output(args.folder / name)
     save_digits(args.folder, results["runs"]["lambda 1"]["config"])
     draw_metrics(args.folder / "curves.png", metrics)
-    write_json(args.folder / "report.json", results | {
-        "files_sha256": hash_files(args.folder),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}})
+    versions = {"python": platform.python_version(), "torch": torch.__version__,
+                "numpy": np.__version__}
+    report = results | {"files_sha256": hash_files(args.folder), "versions": versions}
+    write_json(args.folder / "report.json", report)
     print_table(results)
     print(f"\npictures, curves and report.json in {args.folder}")
 

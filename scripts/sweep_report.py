@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])      # the repository root instead of this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])      # the root, not this folder
 
 import math
 from collections.abc import Iterator
@@ -16,7 +16,13 @@ from typing import Any
 
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.entry import Flags, Parser, checks, run
-from autoregressive.runtime.files import check_file, check_output, file_sha256, read_json, write_json
+from autoregressive.runtime.files import (
+    check_file,
+    check_output,
+    file_sha256,
+    read_json,
+    write_json,
+)
 from autoregressive.runtime.identity import find_difference
 from autoregressive.runtime.log import LOGGER, draw_curves, open_logger
 
@@ -72,7 +78,7 @@ def read_score(path: Path) -> Score:
     return Score(path, settings["cfg_scale"], settings.get("global_seed"), numbers, conditions)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
@@ -94,12 +100,12 @@ def read_scores(folder: Path, reference_sha256: str | None) -> list[Score]:
             LOGGER.warning("left out %d scores against another reference, such as %s", len(others),
                            others[0].path)
     if not scores:
-        raise ValueError(f"{folder}: expected cfg-*/*.json, records of the evaluator, found none; run "
-                         "scripts/autoregressive/sweep_cfg.sh")
+        raise ValueError(f"{folder}: expected cfg-*/*.json, records of the evaluator, found none; "
+                         "run scripts/autoregressive/sweep_cfg.sh")
     for score in scores[1:]:
         if difference := find_difference(scores[0].conditions, score.conditions):
-            raise ValueError(f"{score.path}: expected a score with {difference}; {scores[0].path} is "
-                             "of another sweep, keep both apart by OUT")
+            raise ValueError(f"{score.path}: expected a score with {difference}; {scores[0].path} "
+                             "is of another sweep, keep both apart by OUT")
     return sorted(scores, key=lambda score: (score.cfg_scale, str(score.seed)))
 
 
@@ -112,6 +118,7 @@ def lines_of(scores: list[Score], title: str) -> Iterator[tuple[str, list[tuple[
 
 
 def main(args: Flags, session: Session) -> None:
+    """Reads the scores of all runs; prints, plots and writes them."""
     open_logger(session)
     with checks(session):
         reference_sha256 = None
@@ -121,6 +128,8 @@ def main(args: Flags, session: Session) -> None:
         scores = read_scores(args.folder, reference_sha256)
         for name in ("sweep.png", "sweep.json"):
             check_output(args.folder / name)
+
+    # The table.
     names = list(scores[0].numbers)
     has_seeds = len({score.seed for score in scores}) > 1
     print("guidance" + ("   seed" if has_seeds else "") + "".join(f"   {name}" for name in names))
@@ -132,6 +141,8 @@ def main(args: Flags, session: Session) -> None:
         best = min(scores, key=lambda score: score.numbers["FID"])
         print(f"lowest FID: {best.numbers['FID']:.4f} at guidance {best.cfg_scale:g}"
               + (f", seed {best.seed}" if has_seeds else ""))
+
+    # The plot, and all numbers for whoever reads on.
     draw_curves(args.folder / "sweep.png", {name: dict(lines_of(scores, name)) for name in names},
                 ylabel="score", xlabel="guidance")
     rows = []

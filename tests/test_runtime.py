@@ -43,7 +43,7 @@ from autoregressive.runtime.loader import read_ahead
 from autoregressive.runtime.log import MetricsFile, read_metrics
 from autoregressive.runtime.optim import OptimSettings, add_optim_args, build_optimizer, learning_rate
 from autoregressive.runtime.pictures import CAPTION_HEIGHT, GAP, LEGIBLE_SIDE, save_grid
-from autoregressive.runtime.run_settings import add_training_args, open_run_folder
+from autoregressive.runtime.run_settings import RunRequest, add_training_args, open_run_folder
 
 ALONE = Session(rank=0, world_size=1, device=torch.device("cpu"))
 
@@ -142,11 +142,12 @@ def test_two_new_runs_of_one_moment_take_two_folders(tmp_path):
         for lr in ("1", "2", "1"):
             args = parser.parse_args(["--results-dir", str(tmp_path), "--lr", lr])
             session = Session(0, 1, torch.device("cpu"), held=sessions)
+            request = RunRequest(tmp_path, "x", args.identity(), args.plain(), args.defaults())
             if len(paths) < 2:
-                paths.append(open_run_folder(args, session, "x", args.identity(), 5).path.name)
+                paths.append(open_run_folder(session, request, 5).path.name)
                 continue
             with pytest.raises(SystemExit):         # the same run again
-                open_run_folder(args, session, "x", args.identity(), 5)
+                open_run_folder(session, request, 5)
     assert paths == ["000-x", "001-x"]
 
 
@@ -234,8 +235,9 @@ from autoregressive.runtime.entry import Parser, run
 atexit.register(lambda: print("finalised"))
 def main(args, session):
     ranks = session.gather(session.rank)
+    integers = session.gather_integers(session.rank, 7)
     if session.is_main:
-        print("worked", ranks)
+        print("worked", ranks, integers)
 run(main, Parser("test"))
 """
 
@@ -245,7 +247,7 @@ def test_several_processes_leave_without_finalising_the_interpreter(tmp_path):
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                            tmp_path / "script.py", ROOT], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "worked [0, 1]\n"
+    assert done.stdout == "worked [0, 1] [(0, 7), (1, 7)]\n"
 
 
 @pytest.mark.parametrize("words", [["--global-seed", "-1"], ["--no-such-flag"], ["--global-see", "1"]])

@@ -6,7 +6,7 @@ import pickle
 import re
 import zipfile
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +14,23 @@ from torch import Tensor, nn
 from autoregressive.runtime.files import atomic_write, check_file, check_kinds
 from autoregressive.runtime.log import LOGGER
 
-STATE_KEYS = ("model", "module", "state_dict")       # our own and DDP, DeepSpeed, others; a bare dict comes from FSDP
+# Where the weights lie: our own and DDP's, DeepSpeed's, others'; a bare dict comes from FSDP.
+STATE_KEYS = ("model", "module", "state_dict")
 WRAPPER_PREFIXES = ("_orig_mod.", "module.")         # torch.compile, DistributedDataParallel
-DROPPED_KEYS = re.compile(r"freqs_cis|layers\.\d+\.attention\.kv_cache\..*")    # tables and caches in published files
+# Tables and caches in published files.
+DROPPED_KEYS = re.compile(r"freqs_cis|layers\.\d+\.attention\.kv_cache\..*")
 CHECKPOINT_SUFFIX = ".pt"
-CONSOLIDATED = "consolidated.pth"                    # LlamaGen's name for the whole weights of a sharded training
-OWN_KINDS = {"model": dict, "optimizer": dict, "steps": int, "processes": list, "settings": dict}  # of our training
+CONSOLIDATED = "consolidated.pth"                    # LlamaGen's name for gathered shards
+# Of our training.
+OWN_KINDS = {"model": dict, "optimizer": dict, "steps": int, "processes": list, "settings": dict}
+# What torch.load raises on damage, beside pickle's error.
+DAMAGED_CHECKPOINT = (RuntimeError, OSError, EOFError, KeyError, AttributeError, UnicodeDecodeError,
+                      zipfile.BadZipFile)
+NUM_SHOWN = 4                                        # differences of weights in an error
+Saved = Any                                          # what a file holds; whoever reads it checks it
 
 
-def save_checkpoint(path, payload):
+def save_checkpoint(path: str | Path, payload: object) -> None:
     """Saves tensors and plain containers at `path`, atomically; equal payloads give equal bytes."""
     with atomic_write(path) as file:
         target = _WatchedFile(file)
@@ -35,11 +43,13 @@ def save_checkpoint(path, payload):
 class _WatchedFile:
     """A file to write to that remembers why a write failed."""
 
-    def __init__(self, file: BinaryIO):
-        self._file, self.error = file, None
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
         self.flush = file.flush
+        self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
+        """Writes bytes; keeps an error before it raises it."""
         try:
             return self._file.write(data)
         except OSError as error:
@@ -47,11 +57,14 @@ class _WatchedFile:
             raise
 
 
-def read_checkpoint(path, hint=""):
-    """Reads a file of tensors, plain containers and, in older files, an argparse.Namespace; no code in it ever runs.
+def read_checkpoint(path: str | Path, hint: str = "") -> Saved:
+    """Reads a file of tensors and plain containers; no code in it ever runs.
+
+    Older files may hold an argparse.Namespace, too.
 
     Args:
-        path: a file made by torch.save; tensors of a zip-format file are mapped, not copied, and lie on the CPU.
+        path: a file made by torch.save; tensors of a zip-format file are mapped, not copied, and
+            lie on the CPU.
         hint: what to do if there is no such file.
 
     Returns:
@@ -63,16 +76,19 @@ def read_checkpoint(path, hint=""):
     check_file(path, hint)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
+            return torch.load(path, map_location="cpu", weights_only=True,
+                              mmap=zipfile.is_zipfile(path) or None)
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:GLOBAL|global|type|class) ([\w.]+\.[\w.]+)", str(error))
         if found:
-            raise ValueError(f"{path}: expected tensors and plain containers, found {found.group(1)}; refused, since "
-                             "loading it could run code") from None
-        raise ValueError(f"{path}: expected a checkpoint written by torch.save, found other or damaged content; "
-                         "copy or download the file again") from None
-    except (RuntimeError, OSError, EOFError, KeyError, AttributeError, UnicodeDecodeError, zipfile.BadZipFile) as error:
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):      # of the disk, not of the file
+            raise ValueError(f"{path}: expected tensors and plain containers, found "
+                             f"{found.group(1)}; refused, since loading it could run "
+                             "code") from None
+        raise ValueError(f"{path}: expected a checkpoint written by torch.save, found other or "
+                         "damaged content; copy or download the file again") from None
+    except DAMAGED_CHECKPOINT as error:
+        is_of_disk = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
+        if is_of_disk:
             error.filename = str(path)
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -80,7 +96,7 @@ def read_checkpoint(path, hint=""):
                          "copy or download the file again") from None
 
 
-def model_state(payload, path):
+def model_state(payload: object, path: str | Path) -> dict[str, Tensor]:
     """Returns the state dict inside a checkpoint of any published layout, with plain names.
 
     Args:
@@ -101,23 +117,28 @@ def model_state(payload, path):
     are_weights = isinstance(state, dict) and all(
         isinstance(name, str) and torch.is_tensor(value) for name, value in state.items())
     if not are_weights or not state:
-        is_dict = isinstance(payload, dict)
-        found = f"keys {', '.join(map(str, list(payload)[:6]))}" if is_dict else type(payload).__name__
-        raise ValueError(f"{path}: expected a state dict, bare or under {' / '.join(STATE_KEYS)}, found {found}")
+        found = type(payload).__name__
+        if isinstance(payload, dict):
+            found = f"keys {', '.join(map(str, list(payload)[:6]))}"
+        raise ValueError(f"{path}: expected a state dict, bare or under {' / '.join(STATE_KEYS)}, "
+                         f"found {found}")
     for name, tensor in state.items():
         if tensor.layout != torch.strided:
-            raise ValueError(f"{path}: expected dense weights, found a sparse {name}; take another checkpoint")
-    return {name: tensor for name, tensor in _without_prefixes(state).items() if not DROPPED_KEYS.fullmatch(name)}
+            raise ValueError(f"{path}: expected dense weights, found a sparse {name}; take another "
+                             "checkpoint")
+    return {name: tensor for name, tensor in _without_prefixes(state).items()
+            if not DROPPED_KEYS.fullmatch(name)}
 
 
-def _without_prefixes(state):
-    for prefix in WRAPPER_PREFIXES * 2:              # twice: a compiled model in DDP carries both, in either order
+def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    for prefix in WRAPPER_PREFIXES * 2:     # twice: a compiled model in DDP has both, in any order
         if all(name.startswith(prefix) for name in state):
             state = {name[len(prefix):]: tensor for name, tensor in state.items()}
     return state
 
 
-def check_weights(module: nn.Module, state: dict[str, Tensor], path: str | Path, hint: str = "") -> None:
+def check_weights(module: nn.Module, state: dict[str, Tensor], path: str | Path,
+                  hint: str = "") -> None:
     """Checks that a state dict can be loaded into a module.
 
     Args:
@@ -132,42 +153,49 @@ def check_weights(module: nn.Module, state: dict[str, Tensor], path: str | Path,
     expected = module.state_dict()
     differences = [f"missing {name}" for name in expected if name not in state]
     differences += [f"unexpected {name}" for name in state if name not in expected]
-    differences += [f"{name} expected {tuple(expected[name].shape)}, got {tuple(state[name].shape)}"
-                    for name in expected if name in state and expected[name].shape != state[name].shape]
+    for name, tensor in expected.items():
+        if name in state and state[name].shape != tensor.shape:
+            found = tuple(state[name].shape)
+            differences.append(f"{name} expected {tuple(tensor.shape)}, got {found}")
     if differences:
-        shown = "; ".join(differences[:4]) + (f"; and {len(differences) - 4} more" if len(differences) > 4 else "")
-        raise ValueError(f"{path}: weights do not fit the model: {shown}" + (f". {hint}" if hint else ""))
+        shown = "; ".join(differences[:NUM_SHOWN])
+        if len(differences) > NUM_SHOWN:
+            shown += f"; and {len(differences) - NUM_SHOWN} more"
+        advice = f". {hint}" if hint else ""
+        raise ValueError(f"{path}: weights do not fit the model: {shown}{advice}")
     for name, tensor in state.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f"{path}: expected finite weights, found NaN or infinity in {name}; "
                              "take another checkpoint")
 
 
-def load_strictly(module: nn.Module, state: dict[str, Tensor], path: str | Path, hint: str = "") -> None:
+def load_strictly(module: nn.Module, state: dict[str, Tensor], path: str | Path,
+                  hint: str = "") -> None:
     """Loads a state dict into a module, after check_weights, whose arguments and errors these are.
 
-    A module on the meta device takes the tensors of the file themselves (no second copy of the weights); others are
-    filled in place.
+    A module on the meta device takes the tensors of the file themselves (no second copy of the
+    weights); others are filled in place.
     """
     check_weights(module, state, path, hint)
     expected = module.state_dict()
     on_meta = any(tensor.is_meta for tensor in expected.values())
-    if on_meta:                                      # the file's precision must not decide the model's
+    if on_meta:                             # the file's precision must not decide the model's
         state = {name: tensor.to(expected[name].dtype) for name, tensor in state.items()}
     module.load_state_dict(state, strict=True, assign=on_meta)
 
 
-def list_checkpoints(folder):
-    """Returns the complete checkpoints of a folder, oldest step first (their names are numbers of steps)."""
+def list_checkpoints(folder: str | Path) -> list[Path]:
+    """Returns the complete checkpoints of a folder, oldest step first; their names are steps."""
     found = [path for path in Path(folder).glob(f"*{CHECKPOINT_SUFFIX}") if path.stem.isdigit()]
     return sorted(found, key=lambda path: int(path.stem))
 
 
-def newest_whole_checkpoint(folder: str | Path, kinds: dict[str, type] = OWN_KINDS) -> tuple[Path | None, list[str]]:
-    """Finds the newest checkpoint of a folder that holds the keys of `kinds`, every byte as it was written.
+def newest_whole_checkpoint(folder: str | Path,
+                            kinds: dict[str, type] = OWN_KINDS) -> tuple[Path | None, list[str]]:
+    """Finds the newest checkpoint of a folder with the keys of `kinds`, every byte intact.
 
     Returns:
-        its path, None if there is none, and one line on every newer file that is no such checkpoint.
+        its path, None if there is none, and a line on every newer file that is no such checkpoint.
     """
     skipped = []
     for path in reversed(list_checkpoints(folder)):
@@ -180,7 +208,7 @@ def newest_whole_checkpoint(folder: str | Path, kinds: dict[str, type] = OWN_KIN
 
 
 def check_whole(path: Path, kinds: dict[str, type]) -> None:
-    """Raises ValueError unless a file is a checkpoint with the keys of `kinds`, every byte as it was written."""
+    """Raises ValueError unless a checkpoint has the keys of `kinds`, and every byte is intact."""
     payload = read_checkpoint(path)
     check_kinds(payload if isinstance(payload, dict) else {}, kinds, path)
     if not zipfile.is_zipfile(path):                # an older format, without checksums
@@ -192,31 +220,42 @@ def check_whole(path: Path, kinds: dict[str, type]) -> None:
 
 def delete_old_checkpoints(folder: str | Path, keep: int) -> None:
     """Deletes all but the newest `keep` checkpoints of a folder; 0 keeps all."""
-    for path in list_checkpoints(folder)[:-keep] if keep else []:
+    if keep == 0:
+        return
+    for path in list_checkpoints(folder)[:-keep]:
         path.unlink()
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """Returns `path` if it is a file, or the newest whole checkpoint of the folder `path`, a run or its checkpoints.
+    """Returns a file, or the newest whole checkpoint of a folder: of a run, or of its checkpoints.
 
-    In a folder of LlamaGen's sharded training, {step}/consolidated.pth, it is that of the newest step.
+    In a folder of LlamaGen's sharded training it is {step}/consolidated.pth of the newest step.
+
+    Args:
+        path: the file, which is taken as it is, or the folder.
 
     Raises:
         ValueError: neither.
     """
     path = Path(path)
-    if path.is_dir():
-        for folder in (path, path / "checkpoints"):
-            for kinds in (OWN_KINDS, {}):           # the rule of training; then whatever is whole
-                newest, skipped = newest_whole_checkpoint(folder, kinds)
-                if newest is not None:
-                    for line in skipped:
-                        LOGGER.warning("%s", line)
-                    return newest
-        consolidated = [found for found in (path, *path.iterdir()) if (found / CONSOLIDATED).is_file()]
-        if not consolidated:
-            raise ValueError(f"{path}: expected a checkpoint (<steps>{CHECKPOINT_SUFFIX}) in this folder, found none; "
-                             "name a file, or the checkpoints folder of a training run")
-        return max(consolidated, key=lambda found: int(found.name) if found.name.isdigit() else -1) / CONSOLIDATED
-    check_file(path, "name a checkpoint or the checkpoints folder of a training run")
-    return path
+    if not path.is_dir():
+        check_file(path, "name a checkpoint or the checkpoints folder of a training run")
+        return path
+    for folder in (path, path / "checkpoints"):
+        for kinds in (OWN_KINDS, {}):               # the rule of training; then whatever is whole
+            newest, skipped = newest_whole_checkpoint(folder, kinds)
+            if newest is not None:
+                for line in skipped:
+                    LOGGER.warning("%s", line)
+                return newest
+    folders = [folder for folder in (path, *path.iterdir()) if (folder / CONSOLIDATED).is_file()]
+    if not folders:
+        raise ValueError(f"{path}: expected a checkpoint (<steps>{CHECKPOINT_SUFFIX}) in this "
+                         "folder, found none; name a file, or the checkpoints folder of a training "
+                         "run")
+    return max(folders, key=_step_of) / CONSOLIDATED
+
+
+def _step_of(folder: Path) -> int:
+    """Returns the step that a folder is named after, or -1."""
+    return int(folder.name) if folder.name.isdigit() else -1

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,31 +15,41 @@ from autoregressive.runtime.log import LOGGER
 
 PRECISIONS = {"none": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 COMPILE_ERRORS = ("warn", "raise")
-MAX_FORMS = 64                  # in which one function is compiled; any further one would run as it is
+MAX_FORMS = 64                  # in which one function is compiled; a further one is not compiled
 
 
 def add_compute_args(parser: Parser) -> None:
     """Declares the flags of how a GPU computes what is trained."""
     group = parser.add_argument_group("computing")
-    free(group.add_argument("--no-compile", action="store_true", help="do not compile (a GPU compiles by default)"))
+    free(group.add_argument("--no-compile", action="store_true",
+                            help="do not compile (a GPU compiles by default)"))
     add_compile_errors_arg(group)
     group.add_argument("--tf32", action=argparse.BooleanOptionalAction, default=True,
-                       help="multiply float32 matrices on a GPU's tensor cores, with 10 bits of mantissa")
-    free(group.add_argument("--cudnn-attention", action="store_true", help="let torch take cuDNN's attention where it "
-                            "prefers it, as on an H100; else it is the flash attention that has been tested"))
+                       help="multiply float32 matrices on a GPU's tensor cores, with 10 bits of "
+                            "mantissa")
+    free(group.add_argument("--cudnn-attention", action="store_true",
+                            help="let torch take cuDNN's attention where it prefers it, as on an "
+                                 "H100; else it is the flash attention that has been tested"))
 
 
 def add_compile_errors_arg(parser: argparse._ActionsContainer) -> None:
     """Declares the flag of what becomes of errors in compiling, on a parser or a group of flags."""
     free(parser.add_argument("--compile-errors", default="warn", choices=COMPILE_ERRORS,
-                             help="what cannot be compiled runs as it is, slower, with a warning; or ends the run"))
+                             help="what cannot be compiled runs as it is, slower, with a warning; "
+                                  "or ends the run"))
 
 
 def set_up_gpu(tf32: bool, cudnn_attention: bool) -> None:
-    """Sets for this process whether a GPU multiplies float32 matrices in TF32, and whether attention may be cuDNN's."""
+    """Sets how a GPU computes in this process.
+
+    Args:
+        tf32: whether it multiplies float32 matrices in TF32.
+        cudnn_attention: whether torch may take cuDNN's attention.
+    """
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
-    # torch 2.14 ranks it above flash attention on an H100; until someone has trained with it, it has to be asked for.
+    # torch 2.14 ranks it above flash attention on an H100; until someone has trained with it, it
+    # has to be asked for.
     torch.backends.cuda.enable_cudnn_sdp(cudnn_attention)
 
 
@@ -51,10 +62,11 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Returns a context that computes in one of PRECISIONS; "none" leaves everything as it is.
 
-    Products of matrices and attention are computed in it, from weights rounded to it. The weights themselves, the
-    residual stream, norms, the rotary table, losses and the sums of gradients over processes are float32, with DDP as
-    with FSDP. One thing differs: FSDP gathers the weights of a block rounded, its two norm weights with them, which
-    changes gradients as much as bf16 itself does.
+    Products of matrices and attention are computed in it, from weights rounded to it. The weights
+    themselves, the residual stream, norms, the rotary table, losses and the sums of gradients over
+    processes are float32, with DDP as with FSDP. One thing differs: FSDP gathers the weights of a
+    block rounded, its two norm weights with them, which changes gradients as much as bf16 itself
+    does.
     """
     return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "none")
 
@@ -63,18 +75,22 @@ def set_up_compiler(device: torch.device, errors: str) -> bool:
     """Sets up torch.compile for this process; returns whether it can compile.
 
     Args:
-        device: where the compiled code runs; on a GPU it needs Triton, whose absence is said in the log.
+        device: where the compiled code runs; on a GPU it needs Triton, without which a warning is
+            logged.
         errors: one of COMPILE_ERRORS.
     """
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        LOGGER.warning("torch.compile needs the package triton, which is not installed: running without it, slower")
+        LOGGER.warning("torch.compile needs the package triton, which is not installed: running "
+                       "without it, slower")
         return False
     config = torch._dynamo.config
     config.suppress_errors = errors == "warn"
-    config.fail_on_cache_limit_hit = errors == "raise"          # the name that torch 2.6 knows, too
-    # Each bucket of a decode step is a form of its own, of which torch allows 8: 24 x 24 tokens have 9.
+    config.fail_on_cache_limit_hit = errors == "raise"      # the name that torch 2.6 knows, too
+    # Each bucket of a decode step is a form of its own, of which torch allows 8: 24 x 24 tokens
+    # have 9.
     config.cache_size_limit = MAX_FORMS
-    # It would split the graph of a block at DDP's buckets; their gradients are averaged between blocks anyway.
+    # It would split the graph of a block at DDP's buckets; their gradients are averaged between
+    # blocks anyway.
     config.optimize_ddp = False
     return True
 
@@ -87,7 +103,8 @@ class BlockCompiler:
         calls: how often one of them ran forward.
     """
 
-    def __init__(self, blocks: Iterable[nn.Module], backend: str | Callable[..., Any] = "inductor"):
+    def __init__(self, blocks: Iterable[nn.Module],
+                 backend: str | Callable[..., Any] = "inductor") -> None:
         """Has `blocks` compiled when they first run, in place, by a backend of torch.compile."""
         self._blocks = list(blocks)
         self._backend = torch._dynamo.lookup_backend(backend)
@@ -97,21 +114,23 @@ class BlockCompiler:
             block.compile(backend=self._compile)
 
     def _compile(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        """Is a backend of torch.compile: compiles a graph to a function that counts its calls."""
         run = self._backend(graph, inputs)
         self.graphs += 1
 
-        def counted(*arguments):
+        def counted(*arguments: object) -> object:
             self.calls += 1
             return run(*arguments)
 
         return counted
 
     def report(self, forwards: int) -> None:
-        """Says in the log how many blocks ran compiled in the first `forwards` forward passes of the model."""
+        """Logs how many blocks ran compiled in the first `forwards` forward passes of the model."""
         # Imported here: it takes seconds, which a run that compiles nothing is spared.
         from torch._inductor import metrics
 
         compiled = self.calls // forwards
-        say = LOGGER.info if compiled == len(self._blocks) else LOGGER.warning
-        say("%d of %d blocks run compiled; graphs of blocks: %d, kernels generated with the loss: %d", compiled,
-            len(self._blocks), self.graphs, metrics.generated_kernel_count)
+        level = logging.INFO if compiled == len(self._blocks) else logging.WARNING
+        LOGGER.log(level, "%d of %d blocks run compiled; graphs of blocks: %d, kernels generated "
+                   "with the loss: %d", compiled, len(self._blocks), self.graphs,
+                   metrics.generated_kernel_count)

@@ -1,4 +1,4 @@
-"""How every entry script starts: its flags, its session, and errors of the user as one line and exit code 2.
+"""How every entry script starts: its flags, its session, and the user's errors as one line.
 
     parser = Parser("what the script does")
     parser.add_argument(...)
@@ -21,7 +21,8 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
@@ -30,12 +31,19 @@ from autoregressive.runtime.distributed import Session, launched_rank, open_sess
 OLDEST_PYTHON = (3, 10)
 OLDEST_TORCH = "2.6"
 
+Number = TypeVar("Number", int, float)
+Result = TypeVar("Result")
+
 
 class Flags(argparse.Namespace):
-    """The flags of a command line as attributes; beside their values it knows where these come from.
+    """The flags of a command line as attributes; it also knows where their values come from.
 
-    Attributes that begin with an underscore are no flags: `_given`, `_free` and `_defaults` are set by Parser.
+    Attributes that begin with an underscore are no flags; Parser sets them.
     """
+
+    _given: set[str]                # those on the command line
+    _free: set[str]                 # those declared by `free`
+    _defaults: dict[str, Any]       # of all flags
 
     def plain(self) -> dict[str, Any]:
         """Returns all flags as a plain dict."""
@@ -46,7 +54,7 @@ class Flags(argparse.Namespace):
         return {name: value for name, value in self.plain().items() if name not in self._free}
 
     def pick(self, fields_of: type) -> dict[str, Any]:
-        """Returns the flags that are called like the fields of a dataclass, to build it from."""
+        """Returns the flags that are named as the fields of a dataclass, to build it from."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(fields_of)}
 
     def defaults(self) -> dict[str, Any]:
@@ -54,7 +62,9 @@ class Flags(argparse.Namespace):
         return self._defaults
 
     def resolve(self, recorded: dict[str, Any], source: str | Path, preset: dict[str, Any]) -> None:
-        """Settles every flag: what was given, else what the files record, else the preset, else the default.
+        """Sets the flags that were not given to what a file records, or else to the preset.
+
+        Flags that neither of them names keep their defaults.
 
         Args:
             recorded: values of flags that a file records.
@@ -68,16 +78,20 @@ class Flags(argparse.Namespace):
             if name in self._given:
                 continue
             if preset.get(name, value) != value:
-                raise ValueError(f"--preset: expected {flag_of(name)} {value} as in {source}, got {preset[name]}; "
-                                 "choose the preset of this model")
+                raise ValueError(f"--preset: expected {flag_of(name)} {value} as in {source}, got "
+                                 f"{preset[name]}; choose the preset of this model")
             setattr(self, name, value)
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser with the shared runtime flags, whose errors are one line, printed by rank 0 alone."""
+    """An argument parser with the flags of every script; its errors are one line, from rank 0."""
 
-    def __init__(self, description: str, draws: bool = True):
-        """`draws` says whether the script draws anything at random, and so has a --global-seed."""
+    def __init__(self, description: str, draws: bool = True) -> None:
+        """
+        Args:
+            description: what the script does.
+            draws: whether it draws anything at random, and so has a --global-seed.
+        """
         super().__init__(description=description, allow_abbrev=False,
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         group = self.add_argument_group("runtime")
@@ -86,24 +100,30 @@ class Parser(argparse.ArgumentParser):
         if draws:
             group.add_argument("--global-seed", type=seed_number, default=0,
                                help="the seed that every random choice derives from")
-        free(group.add_argument("--debug", action="store_true", help="one process only, errors keep their traceback"))
+        free(group.add_argument("--debug", action="store_true",
+                                help="one process only, errors keep their traceback"))
 
     def parse_args(self, words: list[str] | None = None) -> Flags:
-        """Parses a command line, by default that of the process."""
+        """Parses a command line, by default that of the process, which ends at a mistake."""
         flags = super().parse_args(words, Flags())
+        # Once more, to see what was given: whatever is not on the command line stays None.
         unset = argparse.Namespace(**dict.fromkeys(flags.plain()))
-        given = super().parse_args(words, unset)                # whatever is not on the command line stays None
+        given = super().parse_args(words, unset)
         flags._given = {name for name, value in vars(given).items() if value is not None}
         flags._free = {action.dest for action in self._actions if getattr(action, "is_free", False)}
         flags._defaults = {name: self.get_default(name) for name in flags.plain()}
         return flags
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
+        """Ends the process with exit code 2, without argparse's usage."""
         exit_with(message.removeprefix("argument "))
 
 
 def free(action: argparse.Action) -> None:
-    """Declares a flag as one that may change between two starts of the same run."""
+    """Declares a flag as one that may differ between two starts of the same run.
+
+    It is no part of Flags.identity.
+    """
     action.is_free = True
 
 
@@ -112,7 +132,7 @@ def flag_of(name: str) -> str:
     return f"--{name}" if name == "validation_step" else f"--{name.replace('_', '-')}"
 
 
-def at_least(bound: int | float) -> Callable[[str], int | float]:
+def at_least(bound: Number) -> Callable[[str], Number]:
     """Returns an argparse type: finite numbers of `bound` or more, of the type of `bound`."""
     return _number(type(bound), lambda number: number >= bound, f"at least {bound:g}")
 
@@ -122,19 +142,21 @@ def above(bound: float) -> Callable[[str], float]:
     return _number(float, lambda number: number > bound, f"more than {bound:g}")
 
 
-def between(least: int | float, most: int | float) -> Callable[[str], int | float]:
+def between(least: Number, most: Number) -> Callable[[str], Number]:
     """Returns an argparse type: numbers from `least` to `most`, of their type."""
     return _number(type(least), lambda number: least <= number <= most, f"{least} to {most}")
 
 
-def _number(kind: type, accepts: Callable[[Any], bool], expected: str) -> Callable[[str], Any]:
-    def read(text):
+def _number(kind: type[Number], accepts: Callable[[Number], bool],
+            expected: str) -> Callable[[str], Number]:
+    """Returns an argparse type: finite numbers of `kind` that `accepts` is true of."""
+    def read(text: str) -> Number:
         number = kind(text)
         if not (accepts(number) and abs(number) < math.inf):
             raise argparse.ArgumentTypeError(f"expected {expected}, got {text}")
         return number
 
-    read.__name__ = kind.__name__                               # argparse names it when `text` is no number
+    read.__name__ = kind.__name__                   # argparse names it when `text` is no number
     return read
 
 
@@ -146,7 +168,7 @@ share_up_to_1 = _number(float, lambda number: 0 <= number <= 1, "a share, 0 to 1
 seed_number = _number(int, lambda number: 0 <= number < 2**64, "a seed, 0 to 2^64 - 1")
 
 
-def exit_with(message: object) -> None:
+def exit_with(message: object) -> NoReturn:
     """Ends the process with exit code 2 after rank 0 has printed `message` as one line."""
     if launched_rank() == 0:
         line = " ".join(str(message).split())
@@ -156,9 +178,10 @@ def exit_with(message: object) -> None:
 
 @contextlib.contextmanager
 def checks(session: Session) -> Iterator[None]:
-    """Turns what a user got wrong inside the block into one line and exit code 2, on all processes together.
+    """Ends all processes with one line and exit code 2 if the block raises what a user got wrong.
 
-    A block may raise on one rank alone, so it must not contain collectives; at its end the ranks compare notes.
+    That is ValueError and OSError. A block may raise on one rank alone, so it must not contain
+    collectives; at its end every rank learns of the others' errors.
     """
     mistake = None
     try:
@@ -172,8 +195,11 @@ def checks(session: Session) -> Iterator[None]:
         exit_with(mistakes[0])
 
 
-def on_main(session: Session, work: Callable[..., Any], *arguments: Any) -> Any:
-    """Returns on all processes what `work` returns on rank 0, which alone does it; a user's mistake ends them all."""
+def on_main(session: Session, work: Callable[..., Result], *arguments: object) -> Result:
+    """Returns on all processes what `work` returns on rank 0, the only one to call it.
+
+    It runs inside `checks`, so it must not contain collectives.
+    """
     result = None
     with checks(session):
         if session.is_main:
@@ -184,22 +210,24 @@ def on_main(session: Session, work: Callable[..., Any], *arguments: Any) -> Any:
 def check_one_process(session: Session) -> None:
     """Raises ValueError under several processes, for work that is not divided among them."""
     if session.world_size > 1:
-        raise ValueError(f"expected one process, got {session.world_size}; start with python instead of torchrun")
+        raise ValueError(f"expected one process, got {session.world_size}; start with python "
+                         "instead of torchrun")
 
 
 def describe(error: Exception) -> str:
-    """Returns the text of an exception for a user: `path: reason` for those of the operating system."""
+    """Returns an exception's text for a user: `path: reason` for the operating system's."""
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return str(error) or type(error).__name__
 
 
 def run(main: Callable[[Flags, Session], None], parser: Parser) -> None:
-    """Parses the command line, opens the session and calls main(args, session)."""
+    """Runs an entry script: parses the command line, opens the session, calls `main` with both."""
     check_versions()
     args = parser.parse_args()
     code = 0
-    signal.signal(signal.SIGTERM, _leave_at_once)   # so that locks are released and no half file is left
+    # So that locks are released and no half file is left.
+    signal.signal(signal.SIGTERM, _leave_at_once)
     with contextlib.ExitStack() as stack:
         try:
             session = stack.enter_context(open_session(args.device, args.debug))
@@ -217,16 +245,16 @@ def run(main: Callable[[Flags, Session], None], parser: Parser) -> None:
         raise SystemExit(code)
 
 
-def _leave_at_once(number: int, _frame: Any) -> None:
+def _leave_at_once(number: int, _frame: FrameType | None) -> NoReturn:
     raise SystemExit(128 + number)
 
 
-def leave(code: int) -> None:
+def leave(code: int) -> NoReturn:
     """Ends the process without finalising the interpreter.
 
-    gloo's worker thread lets go of the last collective's tensors some time after it is done. If the interpreter is
-    being finalised by then, Python ends that thread inside a C++ destructor, and the process dies by SIGABRT (seen in
-    one of eight runs).
+    gloo's worker thread lets go of the last collective's tensors some time after it is done. If the
+    interpreter is being finalised by then, Python ends that thread inside a C++ destructor, and the
+    process dies by SIGABRT (seen in one of eight runs).
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -236,7 +264,8 @@ def leave(code: int) -> None:
 def check_versions() -> None:
     """Exits when Python or torch is older than what the code is written for."""
     if sys.version_info < OLDEST_PYTHON:
-        exit_with(f"expected Python {'.'.join(map(str, OLDEST_PYTHON))} or newer, found {sys.version.split()[0]}")
+        oldest = ".".join(map(str, OLDEST_PYTHON))
+        exit_with(f"expected Python {oldest} or newer, found {sys.version.split()[0]}")
     if torch.__version__ < OLDEST_TORCH:                        # compares as versions, not as text
         exit_with(f"expected torch {OLDEST_TORCH} or newer, found {torch.__version__}; "
                   "run pip install -r requirements.txt")

@@ -18,17 +18,19 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from torch import Tensor
 
 # What zipfile raises on damage; RuntimeError is encryption, or an unknown method of compression.
-DAMAGED_ARCHIVE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, struct.error, RuntimeError, OSError,
-                   OverflowError)
+DAMAGED_ARCHIVE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, struct.error,
+                   RuntimeError, OSError, OverflowError)
 # What numpy raises on content that is no plain array.
 NO_ARRAY = (ValueError, TypeError, OverflowError, MemoryError, SyntaxError, tokenize.TokenError)
+Kinds = dict[str, type | tuple[type, ...]]          # key -> the types that its value may have
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
-    """Opens a temporary binary file beside `path` that takes its name once it is completely on disk.
+    """Opens a temporary binary file beside `path`, which takes its name once it is on the disk.
 
     An exception inside the block removes the temporary file and leaves an older `path` as it was.
     """
@@ -51,17 +53,26 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
 class NpzWriter:
     """Adds arrays to an npz that is being written; made by open_npz."""
 
-    def __init__(self, archive: zipfile.ZipFile):
+    def __init__(self, archive: zipfile.ZipFile) -> None:
         self._archive = archive
 
     def add(self, name: str, array: np.ndarray) -> None:
         """Adds a small array."""
         self.add_rows(name, array.dtype, array.shape, [array])
 
-    def add_rows(self, name: str, dtype: np.dtype, shape: tuple[int, ...], chunks: Iterable[np.ndarray]) -> None:
-        """Adds an array of `shape` whose rows come from consecutive arrays, of which no more than one is in memory."""
-        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
-        member = zipfile.ZipInfo(f"{name}.npy")                     # of a fixed date: equal contents, equal bytes
+    def add_rows(self, name: str, dtype: np.dtype, shape: tuple[int, ...],
+                 chunks: Iterable[np.ndarray]) -> None:
+        """Adds an array whose rows come in chunks, of which no more than one is in memory.
+
+        Args:
+            name: of the array in the npz.
+            dtype: of the array; chunks are converted to it.
+            shape: of the whole array.
+            chunks: consecutive rows (n, *shape[1:]).
+        """
+        description = np.lib.format.dtype_to_descr(np.dtype(dtype))
+        header = {"descr": description, "fortran_order": False, "shape": shape}
+        member = zipfile.ZipInfo(f"{name}.npy")     # of a fixed date: equal contents, equal bytes
         with self._archive.open(member, "w", force_zip64=True) as stream:
             np.lib.format.write_array_header_1_0(stream, header)
             for chunk in chunks:
@@ -70,7 +81,10 @@ class NpzWriter:
 
 @contextlib.contextmanager
 def open_npz(path: str | Path, settings: dict[str, Any]) -> Iterator[NpzWriter]:
-    """Opens an npz that is filled array by array, and appears when it is whole; `settings` travel in it as JSON."""
+    """Opens an npz that is filled array by array and appears when it is whole.
+
+    The plain dict `settings` is stored in it as JSON, see read_npz_settings.
+    """
     with atomic_write(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         writer = NpzWriter(archive)
         yield writer
@@ -113,8 +127,8 @@ def read_npz_array(path: str | Path, name: str) -> np.ndarray | None:
             try:
                 return np.lib.format.read_array(stream, allow_pickle=False)
             except NO_ARRAY as error:
-                raise ValueError(f"{path}: expected a plain array under {name}, found other content ({error}); "
-                                 "make the file again") from error
+                raise ValueError(f"{path}: expected a plain array under {name}, found other "
+                                 f"content ({error}); make the file again") from error
 
 
 def read_npz_settings(path: str | Path) -> dict[str, Any]:
@@ -129,18 +143,19 @@ def read_npz_settings(path: str | Path) -> dict[str, Any]:
     with contextlib.suppress(ValueError, TypeError, RecursionError):    # not one text, not JSON
         if isinstance(settings := json.loads(stored.item()), dict):
             return settings
-    raise ValueError(f"{path}: expected settings as one JSON object, found {stored.dtype} {stored.shape} with other "
-                     "content; make the file again")
+    raise ValueError(f"{path}: expected settings as one JSON object, found {stored.dtype} "
+                     f"{stored.shape} with other content; make the file again")
 
 
 class Spool:
-    """Arrays of bytes, all of one shape, on the disk until their number is known, with which an npz begins.
+    """Arrays of bytes, all of one shape, kept on the disk; made by open_spool.
 
-    It is made by open_spool.
+    An npz begins with the number of its rows; so rows whose number is not known yet wait here.
     """
 
-    def __init__(self, file: BinaryIO, shape: tuple[int, ...]):
-        self._file, self._shape = file, shape
+    def __init__(self, file: BinaryIO, shape: tuple[int, ...]) -> None:
+        self._file = file
+        self._shape = shape
 
     def add(self, arrays: np.ndarray) -> None:
         """Adds arrays (n, *shape) uint8; n may be 0."""
@@ -155,18 +170,18 @@ class Spool:
 
 @contextlib.contextmanager
 def open_spool(folder: str | Path, shape: tuple[int, ...]) -> Iterator[Spool]:
-    """Opens a Spool of arrays of `shape`: a file without a name in `folder`, which is gone after the block."""
+    """Opens a Spool of arrays of `shape`: a nameless file in `folder`, gone after the block."""
     with tempfile.TemporaryFile(dir=folder) as file:
         yield Spool(file, shape)
 
 
-def write_json(path, content):
+def write_json(path: str | Path, content: object) -> None:
     """Writes plain data as indented JSON, atomically."""
     with atomic_write(path) as file:
         file.write(json.dumps(content, indent=2).encode() + b"\n")
 
 
-def read_json(path: str | Path, kinds: dict[str, type | tuple[type, ...]] | None = None) -> dict[str, Any]:
+def read_json(path: str | Path, kinds: Kinds | None = None) -> dict[str, Any]:
     """Reads a JSON file that holds one object.
 
     Args:
@@ -174,51 +189,62 @@ def read_json(path: str | Path, kinds: dict[str, type | tuple[type, ...]] | None
         kinds: keys that must be there, with the types that their values may have.
 
     Raises:
-        ValueError: the file is not JSON, no object, or lacks a key or holds another type under it, which is named.
+        ValueError: the file is not JSON, no object, or lacks a key or holds another type under it;
+            the message names the key.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:                     # of JSON and of UTF-8
-        raise ValueError(f"{path}: expected JSON, {error}; the file is damaged, make it again") from error
+        raise ValueError(f"{path}: expected JSON, {error}; the file is damaged, make it "
+                         "again") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, found a {type(content).__name__}; make the file again")
+        raise ValueError(f"{path}: expected a JSON object, found a {type(content).__name__}; make "
+                         "the file again")
     check_kinds(content, kinds or {}, path)
     return content
 
 
-def check_kinds(content: dict[str, Any], kinds: dict[str, type | tuple[type, ...]], path: str | Path) -> None:
-    """Raises ValueError unless `content`, read from `path`, has every key of `kinds` with a value of its types."""
+def check_kinds(content: dict[str, Any], kinds: Kinds, path: str | Path) -> None:
+    """Raises ValueError unless `content`, read from `path`, has each key with a value of its types.
+
+    True and False count as whole numbers for Python; here they do not.
+    """
     for key, kind in kinds.items():
         value = content.get(key)
-        kinds_of_key = kind if isinstance(kind, tuple) else (kind,)
-        if not isinstance(value, kind) or (isinstance(value, bool) and bool not in kinds_of_key):
-            expected = " or ".join(kind.__name__ for kind in kinds_of_key)
+        allowed = kind if isinstance(kind, tuple) else (kind,)
+        is_unwanted_bool = isinstance(value, bool) and bool not in allowed
+        if not isinstance(value, allowed) or is_unwanted_bool:
+            expected = " or ".join(each.__name__ for each in allowed)
             found = type(value).__name__ if key in content else "none"
-            raise ValueError(f"{path}: expected {key} as {expected}, found {found}; the file is damaged, make it again")
+            raise ValueError(f"{path}: expected {key} as {expected}, found {found}; the file is "
+                             "damaged, make it again")
 
 
-def check_file(path, hint=""):
+def check_file(path: str | Path, hint: str = "") -> None:
     """Raises ValueError unless `path` is an existing file; `hint` says what to do."""
     if not Path(path).is_file():
-        raise ValueError(f"{path}: expected a file, found {'a folder' if Path(path).is_dir() else 'none'}"
-                         + (f"; {hint}" if hint else ""))
+        found = "a folder" if Path(path).is_dir() else "none"
+        advice = f"; {hint}" if hint else ""
+        raise ValueError(f"{path}: expected a file, found {found}{advice}")
 
 
 def check_output(path: str | Path) -> None:
-    """Raises ValueError unless a file can be written at `path`; its folder is created if it is missing."""
+    """Raises ValueError unless a file can be written at `path`; creates its folder if missing."""
     if Path(path).is_dir():
-        raise ValueError(f"{path}: expected the name of a file to write, found a folder; add a name")
+        raise ValueError(f"{path}: expected the name of a file to write, found a folder; add a "
+                         "name")
     check_writable_folder(Path(path).parent)
 
 
-def check_writable_folder(path):
-    """Raises ValueError unless files can be made in folder `path`, which is created if it is missing."""
+def check_writable_folder(path: str | Path) -> None:
+    """Raises ValueError unless files can be made in folder `path`; creates it if missing."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise ValueError(f"{path}: expected a writable folder, {error.strerror}; name another place") from error
+        raise ValueError(f"{path}: expected a writable folder, {error.strerror}; name another "
+                         "place") from error
 
 
 def file_sha256(path: str | Path) -> str:
@@ -230,24 +256,24 @@ def file_sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def tensor_bytes(tensor):
-    """Returns the little-endian bytes of a tensor of any dtype, row-major."""
+def tensor_bytes(tensor: Tensor) -> np.ndarray:
+    """Returns the little-endian bytes of a tensor of any dtype, row-major, as (n,) uint8."""
     tensor = tensor.detach().cpu().contiguous()
     return tensor.reshape(-1).view(torch.uint8).numpy()         # little-endian wherever torch runs
 
 
-def codebook_sha256(codebook):
+def codebook_sha256(codebook: Tensor) -> str:
     """Returns the SHA-256 of the float32 little-endian bytes of a codebook (V, E)."""
     return hashlib.sha256(tensor_bytes(codebook.float())).hexdigest()
 
 
-def mapping_sha256(mapping):
+def mapping_sha256(mapping: Tensor) -> str:
     """Returns the SHA-256 of the int64 little-endian bytes of a mapping (V,)."""
     return hashlib.sha256(tensor_bytes(mapping.long())).hexdigest()
 
 
-def weights_sha256(state):
-    """Returns the SHA-256 over (name, dtype, shape, bytes) of all tensors of a state dict, in name order."""
+def weights_sha256(state: dict[str, Tensor]) -> str:
+    """Returns the SHA-256 over name, dtype, shape and bytes of a state dict's tensors, by name."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name]

@@ -1,7 +1,8 @@
-"""What a result depends on, as one plain dict: written before the work, compared by whatever continues or reads it.
+"""What a result depends on, as one plain dict, compared by whatever continues or reads the result.
 
-An identity holds the flags that matter (Flags.identity) and the hashes of weights, codebook, mapping and data. Training
-keeps it in config.json, a code store in manifest.json, samples beside their rows and inside the npz.
+An identity holds the flags that matter (Flags.identity) and the hashes of weights, codebook,
+mapping and data. It is written before the work. Training keeps it in config.json, a code store in
+manifest.json, samples beside their rows and inside the npz.
 """
 
 import json
@@ -9,39 +10,45 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from autoregressive.runtime.files import check_output, read_json, write_json
 from autoregressive.runtime.log import LOGGER
 
 
-def find_difference(expected: dict[str, Any], found: dict[str, Any], keys: Iterable[str] | None = None) -> str | None:
-    """Returns the first difference of two identities as text, `key value, found one with value`; None if equal.
+def find_difference(expected: dict[str, Any], found: dict[str, Any],
+                    keys: Iterable[str] | None = None) -> str | None:
+    """Returns the first difference of two identities as text; None if they are equal.
 
     Args:
         expected, found: plain dicts; a key that one of them lacks counts as None.
         keys: the keys to compare; None compares all of both.
+
+    Returns:
+        `key value, found one with value`, which completes an error message.
     """
-    for key in dict.fromkeys([*expected, *found]) if keys is None else keys:
+    if keys is None:
+        keys = dict.fromkeys([*expected, *found])
+    for key in keys:
         if found.get(key) != expected.get(key):
             return f"{key} {_shorten(expected.get(key))}, found one with {_shorten(found.get(key))}"
     return None
 
 
-def _shorten(value: Any) -> str:
+def _shorten(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def check_recorded(flag: str, given: Any, recorded: Any, source: str | Path) -> None:
-    """Raises ValueError if a flag is given as another value than file `source` has recorded; None is unknown."""
+def check_recorded(flag: str, given: object, recorded: object, source: str | Path) -> None:
+    """Raises ValueError if a flag differs from what file `source` has recorded; None is unknown."""
     if recorded not in (None, given):
         raise ValueError(f"{flag}: expected {recorded} as in {source}, got {given}")
 
 
 def check_codebook(expected: str | None, found: str | None, expected_source: str | Path,
                    found_source: str | Path) -> None:
-    """Compares the hashes of the codebook in two files: differing ones are an error, unknown ones a warning.
+    """Compares the hashes of the codebook in two files; warns if one of them is unknown.
 
     Raises:
         ValueError: both are known and differ.
@@ -50,9 +57,10 @@ def check_codebook(expected: str | None, found: str | None, expected_source: str
         unknown = expected_source if expected is None else found_source
         LOGGER.warning("%s: carries no hash of its codebook, so it cannot be checked", unknown)
     elif expected != found:
-        raise ValueError(f"{found_source}: expected the codebook {expected[:12]} of {expected_source}, got "
-                         f"{found[:12]}; these files come from different runs, take those of one run of "
-                         "balance_k_means.py on the checkpoint of the extraction")
+        raise ValueError(f"{found_source}: expected the codebook {expected[:12]} of "
+                         f"{expected_source}, got {found[:12]}; these files come from different "
+                         "runs, take those of one run of balance_k_means.py on the checkpoint of "
+                         "the extraction")
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,18 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
         return self.path / "checkpoints"
+
+    @property
+    def log(self) -> Path:
+        """The file of the lines of the log."""
+        return self.path / "log.txt"
+
+    @property
+    def metrics(self) -> Path:
+        """The file of the numbers of the run, a JSON object a line."""
+        return self.path / "metrics.jsonl"
 
     @property
     def verified(self) -> Path:
@@ -81,14 +100,15 @@ class RunFolder:
         return read_json(path, {"steps": int}) if path.is_file() else None
 
     def start(self, config: dict[str, Any]) -> None:
-        """Creates the folder if it is new and records `config` in it (rank 0 alone calls this, which holds it).
+        """Creates the folder if it is new and records `config` in it (rank 0 calls this).
 
         Raises:
             ValueError: something that cannot be written is in the way.
         """
-        for name in ("config.json", "log.txt", "metrics.jsonl", "finished.json"):
-            check_output(self.path / name)
-        write_json(self.path / "config.json", config)           # first: it says whose folder this is
+        config_file = self.path / "config.json"
+        for output in (config_file, self.log, self.metrics, self.path / "finished.json"):
+            check_output(output)
+        write_json(config_file, config)             # first: it says whose folder this is
         self.checkpoints.mkdir(exist_ok=True)
         for unfinished in self.path.rglob(".*.tmp"):            # of a start that was killed
             unfinished.unlink()
@@ -102,43 +122,57 @@ class RunFolder:
         write_json(self.path / "finished.json", result)
 
 
-def find_run_folder(results_dir: str | Path, name: str, identity: dict[str, Any], defaults: dict[str, Any],
-                    new_run: bool = False) -> RunFolder:
-    """Finds the run folder that the same command should continue, or names a new one. Writes nothing.
+def find_run_folder(results_dir: str | Path, name: str, identity: dict[str, Any],
+                    defaults: dict[str, Any], new_run: bool = False) -> RunFolder:
+    """Finds the run folder that the same command continues, or names a new one; writes nothing.
 
     Args:
         results_dir: where run folders lie.
         name: what follows the index in the folder's name.
         identity: of the run. What else a config.json records may differ.
-        defaults: default of every flag: it stands for a flag that an older config.json does not know.
+        defaults: of every flag; they stand for flags that an older config.json does not know.
         new_run: whether to name a new folder even if one could be continued.
 
     Returns:
         RunFolder: the newest of the same identity; if there is none, one that does not exist yet.
     """
-    numbered = [(int(match.group(1)), path) for path in Path(results_dir).iterdir()
-                if (match := re.match(r"(\d{3,})-", path.name))]
-    expected = json.loads(json.dumps(identity))                 # as a file gives it back
-    nearest = begun = None
+    numbered = []
+    for path in Path(results_dir).iterdir():
+        if match := re.match(r"(\d{3,})-", path.name):
+            numbered.append((int(match.group(1)), path))
+    expected = json.loads(json.dumps(identity))    # as a file gives it back
+    nearest: _Other | None = None
+    begun = None
     for _, path in sorted(numbered, reverse=True):
         if path.name.split("-", 1)[1] != name:
             continue
-        if not (path / "config.json").is_file():
-            if not (path / "checkpoints").exists():             # a start was killed before it said what it is
-                begun = RunFolder(path)
+        folder = RunFolder(path)
+        config = path / "config.json"
+        if not config.is_file():
+            was_killed_early = not folder.checkpoints.exists()  # before it said what it is
+            if was_killed_early:
+                begun = folder
             continue
         if new_run:
             continue
-        found = json.loads(json.dumps(defaults)) | read_json(path / "config.json")
+        found = json.loads(json.dumps(defaults)) | read_json(config)
         differing = [key for key, value in expected.items() if found.get(key) != value]
         if not differing:
-            return RunFolder(path)
-        if nearest is None or len(differing) < len(nearest[1]):
-            nearest = (path, differing)
+            return folder
+        if nearest is None or len(differing) < len(nearest.differing):
+            nearest = _Other(path, differing)
     if begun:
         return begun
     index = max((index for index, _ in numbered), default=-1) + 1
     folder = RunFolder(Path(results_dir) / f"{index:03d}-{name}")
     if nearest:
-        LOGGER.info("%s: a new run; %s is another one, by %s", folder.path, nearest[0], ", ".join(nearest[1]))
+        LOGGER.info("%s: a new run; %s is another one, by %s", folder.path, nearest.path,
+                    ", ".join(nearest.differing))
     return folder
+
+
+class _Other(NamedTuple):
+    """A run folder that cannot be continued, and the keys of its identity that are others."""
+
+    path: Path
+    differing: list[str]

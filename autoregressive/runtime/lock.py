@@ -1,8 +1,9 @@
 """One writer at a time: what results are written to is held by one start of one script.
 
-The lock is a hidden file beside what it protects. It names its holder: machine, process and when that process began.
-On one machine a dead holder is replaced at once. Of another machine nothing is known but that its holder renews the
-file every few seconds; a lock that is not renewed for a minute is stale.
+The lock is a hidden file beside what it protects. It names its holder: machine, process and when
+that process began. On one machine a dead holder is replaced at once. Of another machine nothing is
+known but that its holder renews the file every few seconds; a lock that is not renewed for a minute
+is stale.
 """
 
 import contextlib
@@ -20,17 +21,18 @@ from typing import Any
 from autoregressive.runtime.log import LOGGER
 
 BEAT_SECONDS = 15               # between two renewals of a lock
-PATIENCE_SECONDS = 60           # without a renewal, after which the lock of another machine is stale
+PATIENCE_SECONDS = 60           # without a renewal, until the lock of another machine is stale
 POLL_SECONDS = 1
 WRITING_SECONDS = 5             # that a new lock may be there without its content
+HOLDER_KEYS = {"host", "machine", "pid", "started", "since"}
 
 
 @contextlib.contextmanager
 def hold(target: str | Path, *others: str | Path, patience: float = 0) -> Iterator[None]:
-    """Holds `target`, a file or folder that need not exist yet, during the block (one process of a session does).
+    """Holds `target` during the block, a file or folder that need not exist yet.
 
-    What a killed start has left of it and of `others`, files that are written under the same lock, is removed:
-    `.{name}.*.tmp` beside them.
+    One process of a session calls this. What a killed start has left of it and of `others`, files
+    that are written under the same lock, is removed: `.{name}.*.tmp` beside them.
 
     Args:
         target: what the lock protects.
@@ -42,7 +44,8 @@ def hold(target: str | Path, *others: str | Path, patience: float = 0) -> Iterat
     """
     path = lock_of(target)
     path.parent.mkdir(parents=True, exist_ok=True)
-    own = describe_process() | {"since": datetime.datetime.now().isoformat(" ", "seconds")}
+    now = datetime.datetime.now().isoformat(" ", "seconds")
+    own = describe_process() | {"since": now}
     deadline = time.monotonic() + patience
     while not _create(path, own):
         holder = _read(path)
@@ -53,8 +56,9 @@ def hold(target: str | Path, *others: str | Path, patience: float = 0) -> Iterat
         elif time.monotonic() < deadline:
             time.sleep(0.05)
         else:
-            raise ValueError(f"{target}: expected to be the only one who writes here, found process {holder['pid']} "
-                             f"on {holder['host']}, since {holder['since']}; wait for it, or stop it")
+            raise ValueError(f"{target}: expected to be the only one who writes here, found "
+                             f"process {holder['pid']} on {holder['host']}, since "
+                             f"{holder['since']}; wait for it, or stop it")
     for file in (target, *others):
         file = Path(file)
         for unfinished in file.parent.glob(f".{glob.escape(file.name)}.*.tmp"):
@@ -78,21 +82,33 @@ def lock_of(target: str | Path) -> Path:
 
 
 def describe_process(pid: int | None = None) -> dict[str, Any]:
-    """Returns what tells a process, by default this one, from every other one, also from a later one of its number."""
+    """Returns what tells a process from every other one, also from a later one with its number.
+
+    Args:
+        pid: its number; None is this process.
+
+    Returns:
+        its host, machine, pid and when it started; None where the system does not tell.
+    """
     pid = pid or os.getpid()
-    return {"host": socket.gethostname(), "machine": _machine(), "pid": pid, "started": _start_of(pid)}
+    return {"host": socket.gethostname(), "machine": _machine(), "pid": pid,
+            "started": _start_of(pid)}
 
 
 def _machine() -> str | None:
-    """Returns what the processes that can see each other have in common; None if the system does not tell."""
+    """Returns what processes that can see each other have in common; None if that is not known.
+
+    It is the start of the machine, and the container.
+    """
     try:
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return None
 
 
 def _start_of(pid: int) -> str | None:
-    """Returns when a process began, in ticks since the machine started; None if there is no such process."""
+    """Returns when a process began, in ticks since the machine started; None if there is none."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -122,7 +138,7 @@ def _read(path: Path) -> dict[str, Any] | None:
             return None
         except (OSError, ValueError):
             holder = None
-        if isinstance(holder, dict) and {"host", "machine", "pid", "started", "since"} <= set(holder):
+        if isinstance(holder, dict) and set(holder) >= HOLDER_KEYS:
             return holder
         if time.monotonic() > deadline:
             return {}
@@ -140,8 +156,8 @@ def _is_alive(holder: dict[str, Any], path: Path) -> bool:
 
 def _is_renewed(path: Path, holder: dict[str, Any]) -> bool:
     """Says whether the holder of a lock, on another machine, renews it within PATIENCE_SECONDS."""
-    LOGGER.warning("%s: held by process %d on %s; waiting up to %d s for its heartbeat", path, holder["pid"],
-                   holder["host"], PATIENCE_SECONDS)
+    LOGGER.warning("%s: held by process %d on %s; waiting up to %d s for its heartbeat", path,
+                   holder["pid"], holder["host"], PATIENCE_SECONDS)
     before = _renewed_at(path)
     deadline = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < deadline:
@@ -155,6 +171,7 @@ def _is_renewed(path: Path, holder: dict[str, Any]) -> bool:
 
 
 def _renewed_at(path: Path) -> int | None:
+    """Returns when a lock was last renewed, in nanoseconds; None if it is not there."""
     try:
         return path.stat().st_mtime_ns
     except OSError:
@@ -168,7 +185,8 @@ def _remove_stale(path: Path, holder: dict[str, Any]) -> None:
         open(guard, "x").close()
     except FileExistsError:
         renewed = _renewed_at(guard)
-        if renewed is not None and time.time() - renewed / 1e9 > PATIENCE_SECONDS:      # a start was killed in here
+        is_left_behind = renewed is not None and time.time() - renewed / 1e9 > PATIENCE_SECONDS
+        if is_left_behind:                          # a start was killed in here
             guard.unlink(missing_ok=True)
         time.sleep(0.05)
         return
@@ -178,12 +196,15 @@ def _remove_stale(path: Path, holder: dict[str, Any]) -> None:
 
 
 def _beat(path: Path, own: dict[str, Any], stop: threading.Event) -> None:
-    """Renews a lock until `stop` is set; ends the process if others took it over while the machine stood still."""
+    """Renews a lock until `stop` is set; ends the process if another one has taken it over.
+
+    That happens to a machine that stood still for a while.
+    """
     while not stop.wait(BEAT_SECONDS):
         holder = _read(path)
         if holder and holder != own:
-            LOGGER.error("%s: taken over by process %d on %s, since this one did not renew it for %d s; leaving", path,
-                         holder["pid"], holder["host"], PATIENCE_SECONDS)
-            os._exit(1)                             # whatever is still to be written would go into the other's files
-        with contextlib.suppress(OSError):          # a disk that hangs for a moment does not end the work
+            LOGGER.error("%s: taken over by process %d on %s, since this one did not renew it for "
+                         "%d s; leaving", path, holder["pid"], holder["host"], PATIENCE_SECONDS)
+            os._exit(1)                             # without writing into the other's files
+        with contextlib.suppress(OSError):          # a disk that hangs for a moment ends no work
             os.utime(path)

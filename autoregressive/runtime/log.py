@@ -5,41 +5,56 @@ import logging
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from autoregressive.runtime.files import atomic_write
 
+if TYPE_CHECKING:                                   # distributed.py imports this file
+    from autoregressive.runtime.distributed import Session
+
 LOGGER = logging.getLogger("iar")
+Points = list[tuple[float, float]]                  # (step, value), in the order of a curve
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a line, each with a `step`; cut back to a step on resume."""
+    """metrics.jsonl: one JSON object a line, each with a `step`; cut back to a step on resume.
 
-    def __init__(self, path, resume_step=0):
+    Attributes:
+        path: the file.
+    """
+
+    def __init__(self, path: str | Path, resume_step: int = 0) -> None:
+        """Keeps the rows up to `resume_step`, removes later ones."""
         self.path = Path(path)
         kept = [row for row in read_metrics(self.path) if row["step"] <= resume_step]
         with atomic_write(self.path) as file:
-            file.writelines(json.dumps(row).encode() + b"\n" for row in kept)
+            for row in kept:
+                file.write(json.dumps(row).encode() + b"\n")
 
-    def write(self, step, **values):
+    def write(self, step: int, **values: float) -> None:
+        """Appends a row of named values."""
         with open(self.path, "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
 
-def cut_log(path, resume_step):
-    """Cuts a log.txt back to the lines before the first `step N` with N above a step."""
-    if Path(path).is_file():
-        lines = Path(path).read_text("utf-8", "backslashreplace").splitlines(keepends=True)
-        beyond = (place for place, line in enumerate(lines)
-                  if (found := re.search(r"\] step (\d+)", line)) and int(found.group(1)) > resume_step)
-        with atomic_write(path) as file:
-            file.write("".join(lines[:next(beyond, len(lines))]).encode())
+def cut_log(path: str | Path, resume_step: int) -> None:
+    """Cuts a log.txt back to the lines before the first `step N` with N above `resume_step`."""
+    if not Path(path).is_file():
+        return
+    kept = []
+    for line in Path(path).read_text("utf-8", "backslashreplace").splitlines(keepends=True):
+        found = re.search(r"\] step (\d+)", line)
+        if found and int(found.group(1)) > resume_step:
+            break
+        kept.append(line)
+    with atomic_write(path) as file:
+        file.write("".join(kept).encode())
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Returns the rows of a metrics.jsonl, up to the first that a kill or damage has left in pieces."""
+    """Returns the rows of a metrics.jsonl, up to the first that is broken by a kill or damage."""
     rows = []
     if Path(path).is_file():
         for line in Path(path).read_bytes().splitlines():
@@ -53,43 +68,58 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def open_logger(session, path=None):
-    """Lets LOGGER print on rank 0 (above the progress bar) and append to `path`; other ranks print errors only."""
+def open_logger(session: "Session", path: str | Path | None = None) -> logging.Logger:
+    """Has LOGGER print on rank 0, above the progress bars, and append to `path`; returns it.
+
+    Other ranks print errors only.
+    """
     LOGGER.handlers.clear()
     LOGGER.propagate = False
     LOGGER.setLevel(logging.INFO if session.is_main else logging.ERROR)
-    handlers = [_BarHandler()] + ([_file_handler(path)] if path and session.is_main else [])
+    handlers: list[logging.Handler] = [_BarHandler()]
+    if path and session.is_main:
+        handlers.append(logging.FileHandler(path, encoding="utf-8", errors="backslashreplace"))
     for handler in handlers:
         handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S"))
         LOGGER.addHandler(handler)
     return LOGGER
 
 
-def _file_handler(path):
-    return logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
-
-
 class _BarHandler(logging.Handler):
-    """Prints above the progress bars; what the terminal cannot show, as names of files may hold it, is escaped."""
+    """Prints above the progress bars; escapes what the terminal cannot show, as in file names."""
 
-    def emit(self, record):
+    def emit(self, record: logging.LogRecord) -> None:
+        """Prints one record."""
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         tqdm.write(self.format(record).encode(encoding, "backslashreplace").decode(encoding))
 
 
-def progress(session, total, description, unit, initial=0):
-    """Returns a tqdm bar on rank 0 (silent on others); where nobody watches it prints twice a minute at most."""
-    watched = sys.stderr.isatty()
-    return tqdm(total=total, initial=initial, desc=description, unit=unit, disable=not session.is_main,
-                mininterval=0.2 if watched else 30, dynamic_ncols=watched)
+def progress(session: "Session", total: int | None, description: str, unit: str,
+             initial: int = 0) -> tqdm:
+    """Returns a progress bar on rank 0, a silent one on others.
+
+    Where it is not on a terminal, it is printed twice a minute at most.
+
+    Args:
+        session: Session.
+        total: units of the whole work; None if that is not known.
+        description: of the work.
+        unit: what is counted.
+        initial: units that are done already.
+    """
+    is_watched = sys.stderr.isatty()
+    return tqdm(total=total, initial=initial, desc=description, unit=unit,
+                disable=not session.is_main, mininterval=0.2 if is_watched else 30,
+                dynamic_ncols=is_watched)
 
 
-def draw_curves(path, curves, ylabel="loss", xlabel="steps"):
+def draw_curves(path: str | Path, panels: dict[str, dict[str, Points]], ylabel: str = "loss",
+                xlabel: str = "steps") -> None:
     """Draws named curves into one PNG.
 
     Args:
         path: the PNG.
-        curves: dict of panel title -> dict of legend -> list of (step, value).
+        panels: title of a panel -> legend -> points.
         ylabel, xlabel: labels of the axes.
     """
     import matplotlib  # here: it takes half a second, and only rank 0 draws
@@ -97,10 +127,13 @@ def draw_curves(path, curves, ylabel="loss", xlabel="steps"):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(curves), figsize=(5.5 * len(curves), 4), squeeze=False, layout="constrained")
-    for axis, (title, lines) in zip(axes[0], curves.items(), strict=True):
-        for legend, points in lines.items():
-            axis.plot(*zip(*points, strict=True), label=legend) if points else None
+    size = (5.5 * len(panels), 4)                   # inches
+    figure, axes = pyplot.subplots(1, len(panels), figsize=size, squeeze=False,
+                                   layout="constrained")
+    for axis, (title, curves) in zip(axes[0], panels.items(), strict=True):
+        for legend, points in curves.items():
+            if points:
+                axis.plot(*zip(*points, strict=True), label=legend)
         axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
         axis.grid(alpha=0.3)
         axis.legend()
@@ -109,14 +142,20 @@ def draw_curves(path, curves, ylabel="loss", xlabel="steps"):
     pyplot.close(figure)
 
 
-def draw_metrics(path, runs, names=("token_loss", "cluster_loss")):
+def draw_metrics(path: str | Path, runs: dict[str, Path],
+                 names: tuple[str, ...] = ("token_loss", "cluster_loss")) -> None:
     """Draws what was logged in runs, a panel for each name, into one PNG.
 
     Args:
         path: the PNG.
-        runs: dict of legend -> metrics.jsonl.
+        runs: legend -> metrics.jsonl.
         names: fields of its rows.
     """
     logged = {legend: read_metrics(metrics) for legend, metrics in runs.items()}
-    draw_curves(path, {name.replace("_", " "): {legend: [(row["step"], row[name]) for row in rows if name in row]
-                                                for legend, rows in logged.items()} for name in names}, ylabel="")
+    panels: dict[str, dict[str, Points]] = {}
+    for name in names:
+        curves = {}
+        for legend, rows in logged.items():
+            curves[legend] = [(row["step"], row[name]) for row in rows if name in row]
+        panels[name.replace("_", " ")] = curves
+    draw_curves(path, panels, ylabel="")

@@ -7,10 +7,17 @@ from autoregressive.runtime.distributed import Session
 
 
 class Meter:
-    """Means over the steps since the last reading, and the first step that was not finite; all kept on the device."""
+    """Means over the steps since the last reading, and the first step that was not finite.
 
-    def __init__(self, names: tuple[str, ...], device: torch.device):
-        """`names` are those of the values that every step adds."""
+    Attributes:
+        names: of the values.
+        device: where they are kept.
+        sums: (len(names),) float32, of this process since the last reading.
+        count: steps since then.
+    """
+
+    def __init__(self, names: tuple[str, ...], device: torch.device) -> None:
+        """`names` are those of the values that every step adds; `device` is where they are."""
         self.names = names
         self.device = device
         self.sums = torch.zeros(len(names), device=device)
@@ -18,19 +25,31 @@ class Meter:
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
 
     def add(self, step: int, values: Tensor, is_bad: Tensor) -> None:
-        """Adds the values (len(names),) of a step, and whether something in it was not finite, a bool scalar."""
+        """Adds what one step measured; does not wait for the device.
+
+        Args:
+            step: its number, from 0.
+            values: (len(names),).
+            is_bad: bool scalar, whether something in the step was not finite.
+        """
         self.sums += values
         self.count += 1
         self._first_bad = torch.where(is_bad & (self._first_bad < 0), step, self._first_bad)
 
     def read(self, session: Session) -> dict[str, float]:
-        """Returns the means since the last reading over all processes, and starts anew."""
+        """Returns the means since the last reading and starts anew.
+
+        They are over all processes, which all call this, and wait for their devices.
+        """
         means = session.sum(self.sums / self.count) / session.world_size
         self.sums = torch.zeros_like(self.sums)
         self.count = 0
         return dict(zip(self.names, means.tolist(), strict=True))
 
     def first_bad_step(self, session: Session) -> int:
-        """Returns the first step that was not finite on any process, from 0; -1 if all were. Waits for the device."""
-        found = [step for step in session.gather(int(self._first_bad)) if step >= 0]
+        """Returns the first step that was not finite on any process, from 0; -1 if all were.
+
+        All processes call this, and wait for their devices.
+        """
+        found = [step for step, in session.gather_integers(int(self._first_bad)) if step >= 0]
         return min(found, default=-1)

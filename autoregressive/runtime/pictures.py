@@ -1,5 +1,8 @@
 """Grids of images with captions, as PNG files."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -7,38 +10,47 @@ from autoregressive.runtime.files import atomic_write
 
 GAP = 4                 # pixels between pictures
 CAPTION_HEIGHT = 15     # pixels
+FONT_SIZE = 11          # pixels
 LEGIBLE_SIDE = 64       # pixels; smaller pictures are enlarged towards it by whole factors
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
-def save_grid(path, images, columns, captions=None):
-    """Saves images as one PNG, row by row.
+def save_grid(path: str | Path, images: np.ndarray, columns: int,
+              captions: Sequence[str] | None = None) -> None:
+    """Saves pictures as one PNG, row by row; small ones are enlarged.
 
     Args:
         path: the PNG.
         images: (N, P, P, 3) uint8.
         columns: pictures in a row.
-        captions: N texts to print above the pictures, or None.
+        captions: N texts to print above the pictures, cut to their width; or None.
     """
     images = np.asarray(images)
     scale = max(1, LEGIBLE_SIDE // images.shape[1])
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)
     height, width = images.shape[1:3]
-    top = CAPTION_HEIGHT if captions is not None else 0
+    caption_height = CAPTION_HEIGHT if captions is not None else 0
+    step_across = width + GAP                       # pixels from one picture to the next
+    step_down = height + caption_height + GAP
     rows = -(-len(images) // columns)
-    canvas = Image.new("RGB", (columns * (width + GAP) + GAP, rows * (height + top + GAP) + GAP), "white")
+    size = (columns * step_across + GAP, rows * step_down + GAP)
+    canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(size=11)
+    font = ImageFont.load_default(size=FONT_SIZE)
     for position, image in enumerate(images):
-        left = GAP + position % columns * (width + GAP)
-        upper = GAP + position // columns * (height + top + GAP)
+        row, column = divmod(position, columns)
+        left = GAP + column * step_across
+        upper = GAP + row * step_down
         if captions is not None:
-            draw.text((left, upper), _shorten(str(captions[position]), width, draw, font), fill="black", font=font)
-        canvas.paste(Image.fromarray(image), (left, upper + top))
+            text = _shorten(str(captions[position]), width, draw, font)
+            draw.text((left, upper), text, fill="black", font=font)
+        canvas.paste(Image.fromarray(image), (left, upper + caption_height))
     with atomic_write(path) as file:
         canvas.save(file, format="PNG")
 
 
-def _shorten(text, width, draw, font):
+def _shorten(text: str, width: int, draw: ImageDraw.ImageDraw, font: Font) -> str:
+    """Returns as many characters of a text as fit into a width in pixels."""
     while text and draw.textlength(text, font=font) > width:
         text = text[:-1]
     return text

@@ -1,13 +1,15 @@
 """Arrays of many rows that any number of processes fill at once: codes of images, sampled pictures.
 
-A folder holds one .npy file for each array, whose space is reserved at the start, and status.npy, a byte for each row.
-Rows are written at their own place with os.pwrite, first the arrays, then the status that makes them count. So a kill
-loses at most the batches at hand, codes need the disk once, since they stay where they are written, and there are no
-millions of small files. A record beside the arrays holds the identity of the run; it is written first and removed last,
-and rows without it count for nobody.
+A folder holds one .npy file for each array, whose space is reserved at the start, and status.npy, a
+byte for each row. Rows are written at their own place with os.pwrite, first the arrays, then the
+status that makes them count. So a kill loses at most the batches being written, codes need the disk
+once, since they stay where they are written, and there are no millions of small files. A record
+beside the arrays holds the identity of the run; it is written first and removed last, and rows
+without it belong to no run.
 
-A map would be killed by SIGBUS on a full disk; a write raises OSError. O_DSYNC puts rows on the disk before their
-status, and keeps a network file system from widening a write to whole pages, over what another machine wrote beside it.
+A process that writes to a memory map of a file on a full disk is killed by SIGBUS; os.pwrite raises
+OSError. O_DSYNC puts rows on the disk before their status, and keeps a network file system from
+widening a write to whole pages, over what another machine wrote beside it.
 """
 
 import contextlib
@@ -30,8 +32,14 @@ from autoregressive.runtime.files import read_json, write_json
 from autoregressive.runtime.identity import find_difference
 from autoregressive.runtime.log import LOGGER
 
-TO_DO, WRITTEN, FAILED = 0, 1, 2
-POLL_SECONDS = 1                                    # between two looks at what the other processes have written
+# Values of the status of a row.
+TO_DO = 0
+WRITTEN = 1
+FAILED = 2
+POLL_SECONDS = 1                                    # between two looks at the others' progress
+# What a file that is too large raises; EINVAL: too large for any disk.
+TOO_LARGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EINVAL)
+RowKind = tuple[np.dtype, tuple[int, ...]]          # dtype and shape of a row
 
 
 class RowWriter:
@@ -45,7 +53,7 @@ class RowWriter:
     """
 
     def __init__(self, path: str | Path, identity: dict[str, Any], num_rows: int,
-                 arrays: dict[str, tuple[np.dtype, tuple[int, ...]]], record: str = "identity.json"):
+                 arrays: dict[str, RowKind], record: str = "identity.json") -> None:
         """
         Args:
             path: the folder.
@@ -54,13 +62,17 @@ class RowWriter:
             arrays: name -> dtype and shape of a row; the files are called {name}.npy.
             record: name of the file that holds the identity.
         """
-        self.path, self.identity, self.num_rows = Path(path), identity, num_rows
+        self.path = Path(path)
+        self.identity = identity
+        self.num_rows = num_rows
         self.arrays = arrays
-        self._files = arrays | {"status": (np.dtype(np.uint8), ())}
+        self._files: dict[str, RowKind] = arrays | {"status": (np.dtype(np.uint8), ())}
         self._record = self.path / record
 
     def create(self) -> None:
-        """Lays out the arrays, or finds what an earlier start of the same run left (one process calls this).
+        """Lays out the arrays, or finds what an earlier start of the same run has left.
+
+        One process calls this.
 
         Raises:
             ValueError: rows of another run lie there, or the disk is too small.
@@ -68,9 +80,10 @@ class RowWriter:
         if self._record.is_file():
             difference = find_difference(self.identity, read_json(self._record), self.identity)
             if difference:
-                raise ValueError(f"{self.path}: expected rows with {difference}; name another folder, or remove it")
+                raise ValueError(f"{self.path}: expected rows with {difference}; name another "
+                                 "folder, or remove it")
         else:
-            self.remove()                           # rows of nobody
+            self.remove()                           # rows of no run
             write_json(self._record, self.identity | {"complete": False})
         try:
             for name, (dtype, shape) in self._files.items():
@@ -81,7 +94,7 @@ class RowWriter:
             raise
 
     def clear(self) -> None:
-        """Removes the arrays, the status first: whenever this is interrupted, no row is left that counts."""
+        """Removes the arrays, the status first: if interrupted, it leaves no row that counts."""
         for name in reversed(self._files):
             self._file(name).unlink(missing_ok=True)
         for unfinished in self.path.glob(".*.tmp"):
@@ -102,7 +115,10 @@ class RowWriter:
         return np.load(self._file(name), mmap_mode="r", allow_pickle=False)
 
     def read(self, name: str, rows_at_once: int) -> Iterator[np.ndarray]:
-        """Yields the rows of an array in order, `rows_at_once` or fewer together; unlike a map, it holds no more."""
+        """Yields the rows of an array in order, in chunks (rows_at_once or fewer, ...).
+
+        Unlike a memory map it holds no more than one chunk in memory.
+        """
         dtype, shape = self.arrays[name]
         row_size = math.prod(shape)
         with open(self._file(name), "rb") as file:
@@ -117,34 +133,45 @@ class RowWriter:
         return int(np.count_nonzero(self.array("status")))
 
     def missing(self, rows_per_batch: int) -> list[range]:
-        """Returns the batches that are not written yet, as ranges of rows cut at multiples of rows_per_batch."""
+        """Returns the batches that are not written yet.
+
+        Batches are ranges of rows, cut at multiples of `rows_per_batch`.
+        """
         is_missing = self.array("status") == TO_DO
-        batches = [range(first, min(first + rows_per_batch, self.num_rows))
-                   for first in range(0, self.num_rows, rows_per_batch)]
-        return [rows for rows in batches if is_missing[rows.start:rows.stop].any()]
+        batches = []
+        for first in range(0, self.num_rows, rows_per_batch):
+            rows = range(first, min(first + rows_per_batch, self.num_rows))
+            if is_missing[rows.start:rows.stop].any():
+                batches.append(rows)
+        return batches
 
     def write(self, rows: range, **arrays: np.ndarray) -> None:
-        """Writes consecutive rows: every array, then, as "status" or as WRITTEN, the status that makes them count.
+        """Writes consecutive rows: every array, then the status that makes them count.
 
         Args:
             rows: range of rows.
-            arrays: by name, (len(rows), ...).
+            arrays: by name, (len(rows), ...); "status", if it is not given, is WRITTEN.
         """
         status = arrays.pop("status", np.full(len(rows), WRITTEN))
         for name, array in (arrays | {"status": status}).items():
-            _write_rows(self._file(name), rows.start, array.astype(self._files[name][0]))
+            dtype, _ = self._files[name]
+            _write_rows(self._file(name), rows.start, array.astype(dtype))
 
     def wait_for_others(self) -> None:
-        """Waits until every row is written by someone: by a look at the file, so that no collective can time out."""
+        """Waits until every row is written, by any process.
+
+        It looks at the file again and again, where a collective could time out.
+        """
         while self.num_done < self.num_rows:
             time.sleep(POLL_SECONDS)
 
 
 class HostCopy:
-    """Tensors on their way to the host, in page-locked memory: the device goes on meanwhile."""
+    """Tensors that are being copied into page-locked memory of the host; the device goes on."""
 
-    def __init__(self, tensors: dict[str, Tensor]):
-        self._copies = {name: tensor.to("cpu", non_blocking=True) for name, tensor in tensors.items()}
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self._copies = {name: tensor.to("cpu", non_blocking=True)
+                        for name, tensor in tensors.items()}
         self._arrived = None
         if any(tensor.is_cuda for tensor in tensors.values()):
             self._arrived = torch.cuda.Event()
@@ -158,13 +185,14 @@ class HostCopy:
 
 
 class BackgroundWriter:
-    """Writes rows in a thread, so that a GPU draws the next batch meanwhile; one batch at most waits for it.
+    """Writes rows in a thread, so that a GPU draws the next batch meanwhile.
 
-    At the end of its context everything is written. What goes wrong in the thread is raised by the next `write`, or at
-    the end; it is logged if the context ends with another error.
+    One batch at most is being written while the next one is drawn. At the end of the context
+    everything is written. What goes wrong in the thread is raised by the next `write`, or at the
+    end; it is logged if the context ends with another error.
     """
 
-    def __init__(self, rows: RowWriter):
+    def __init__(self, rows: RowWriter) -> None:
         self._rows = rows
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._pending: Future[None] | None = None
@@ -181,7 +209,7 @@ class BackgroundWriter:
             LOGGER.error("writing rows: %s", failure)
 
     def write(self, rows: range, **tensors: Tensor) -> None:
-        """Begins to write consecutive rows, as RowWriter.write does, from tensors that nobody changes any more."""
+        """Begins to write consecutive rows, as RowWriter.write; the tensors must not change."""
         copy = HostCopy(tensors)
         self._wait()
         self._pending = self._thread.submit(lambda: self._rows.write(rows, **copy.arrays()))
@@ -198,28 +226,33 @@ def _preallocate(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape)
-        if hasattr(os, "posix_fallocate"):                          # not on every system
+        if hasattr(os, "posix_fallocate"):          # not on every system
             with open(temporary, "r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
-    except (OSError, ValueError) as error:          # ValueError and EINVAL: more bytes than any disk has
+    except (OSError, ValueError) as error:          # ValueError: more bytes than any disk has
         temporary.unlink(missing_ok=True)
-        is_os = isinstance(error, OSError)
-        if is_os and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EINVAL):
-            raise
-        needed, free = math.prod(shape) * dtype.itemsize / 2**20, shutil.disk_usage(path.parent).free / 2**20
-        reason = error.strerror if is_os else "which no disk has"
-        raise ValueError(f"{path}: expected room for {needed:.1f} MiB, {reason} ({free:.1f} MiB are free); "
-                         "choose a folder on another disk") from error
+        reason = "which no disk has"
+        if isinstance(error, OSError):
+            if error.errno not in TOO_LARGE:
+                raise
+            reason = error.strerror
+        needed_mib = math.prod(shape) * dtype.itemsize / 2**20
+        free_mib = shutil.disk_usage(path.parent).free / 2**20
+        raise ValueError(f"{path}: expected room for {needed_mib:.1f} MiB, {reason} "
+                         f"({free_mib:.1f} MiB are free); choose a folder on another "
+                         "disk") from error
     os.replace(temporary, path)
 
 
 def _write_rows(path: Path, first_row: int, rows: np.ndarray) -> None:
+    """Writes consecutive rows into a .npy file, at their place in it."""
     offset = np.load(path, mmap_mode="r").offset + first_row * rows[0].nbytes
     data = memoryview(np.ascontiguousarray(rows)).cast("B")
     handle = os.open(path, os.O_WRONLY | getattr(os, "O_DSYNC", 0))
     try:
         while len(data):
             written = os.pwrite(handle, data, offset)
-            data, offset = data[written:], offset + written
+            data = data[written:]
+            offset += written
     finally:
         os.close(handle)

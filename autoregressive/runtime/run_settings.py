@@ -1,4 +1,4 @@
-"""How a training run is asked for: its flags, what they must agree with, and the folder that it goes on in."""
+"""How a training run is asked for: its flags, what they must agree with, the folder it is in."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Any
 from autoregressive.runtime.checkpoint import list_checkpoints
 from autoregressive.runtime.compute import PRECISIONS
 from autoregressive.runtime.distributed import Session
-from autoregressive.runtime.entry import Flags, Parser, at_least, free, on_main
+from autoregressive.runtime.entry import Parser, at_least, free, on_main
 from autoregressive.runtime.files import check_writable_folder
 from autoregressive.runtime.identity import RunFolder, find_run_folder
 from autoregressive.runtime.lock import hold
@@ -28,27 +28,36 @@ def add_training_args(parser: Parser, results_dir: str | None = None,
     group = parser.add_argument_group("run")
     free(group.add_argument("--results-dir", default=results_dir, required=results_dir is None,
                             help="where run folders lie"))
-    free(group.add_argument("--new-run", action="store_true", help="start anew even if a run could be continued"))
-    free(group.add_argument("--no-local-save", action="store_true", help="write metrics, but no checkpoints"))
+    free(group.add_argument("--new-run", action="store_true",
+                            help="start anew even if a run could be continued"))
+    free(group.add_argument("--no-local-save", action="store_true",
+                            help="write metrics, but no checkpoints"))
     free(group.add_argument("--epochs", type=at_least(1), default=300, help="length of the run"))
-    free(group.add_argument("--max-steps", type=at_least(0), default=0, help="length of the run in steps; 0: by "
-                            "--epochs"))
-    free(group.add_argument("--log-every", type=at_least(1), default=100, help="steps between two lines of the log"))
-    free(group.add_argument("--ckpt-every", type=at_least(0), default=5, help="epochs between two checkpoints; 0: off"))
-    free(group.add_argument("--ckpt-steps", type=at_least(0), default=0, help="steps between two checkpoints; 0: off"))
-    free(group.add_argument("--ckpt-minutes", type=at_least(0.0), default=0.0, help="minutes between two checkpoints; "
-                            "0: off"))
-    free(group.add_argument("--keep-checkpoints", type=at_least(0), default=0, help="newest checkpoints to keep; 0 "
-                            "keeps all"))
-    free(group.add_argument("--val-every", type=at_least(0), default=0, help="steps between two validations; 0: off, "
-                            "but a tokenizer with --val-path is validated at its end"))
+    free(group.add_argument("--max-steps", type=at_least(0), default=0,
+                            help="length of the run in steps; 0: by --epochs"))
+    free(group.add_argument("--log-every", type=at_least(1), default=100,
+                            help="steps between two lines of the log"))
+    free(group.add_argument("--ckpt-every", type=at_least(0), default=5,
+                            help="epochs between two checkpoints; 0: off"))
+    free(group.add_argument("--ckpt-steps", type=at_least(0), default=0,
+                            help="steps between two checkpoints; 0: off"))
+    free(group.add_argument("--ckpt-minutes", type=at_least(0.0), default=0.0,
+                            help="minutes between two checkpoints; 0: off"))
+    free(group.add_argument("--keep-checkpoints", type=at_least(0), default=0,
+                            help="newest checkpoints to keep; 0 keeps all"))
+    free(group.add_argument("--val-every", type=at_least(0), default=0,
+                            help="steps between two validations; 0: off, but a tokenizer with "
+                                 "--val-path is validated at its end"))
     group.add_argument("--global-batch-size", type=at_least(1), default=256,
                        help="images of a step, over all processes")
     free(group.add_argument("--gradient-accumulation-steps", type=at_least(1), default=1,
-                            help="micro-batches of a step: global batch = processes x micro-batch x this"))
-    free(group.add_argument("--num-workers", type=at_least(0), default=24, help="processes that read batches ahead, at "
-                            "most as many as there are cores; 0: none, for small sets"))
-    group.add_argument("--mixed-precision", default="bf16", choices=tuple(precisions), help="of the forward pass")
+                            help="micro-batches of a step: global batch = processes x micro-batch "
+                                 "x this"))
+    free(group.add_argument("--num-workers", type=at_least(0), default=24,
+                            help="processes that read batches ahead, at most as many as there are "
+                                 "cores; 0: none, for small sets"))
+    group.add_argument("--mixed-precision", default="bf16", choices=tuple(precisions),
+                       help="of the forward pass")
 
 
 def check_batch(global_batch_size: int, accumulation: int, session: Session) -> None:
@@ -57,13 +66,17 @@ def check_batch(global_batch_size: int, accumulation: int, session: Session) -> 
     if global_batch_size % parts:
         below = global_batch_size // parts * parts
         fitting = f"{below} or {below + parts}" if below else parts
-        raise ValueError(f"--global-batch-size: expected a multiple of {parts} ({session.world_size} processes x "
-                         f"{accumulation} micro-batches), for example {fitting}, got {global_batch_size}")
+        raise ValueError(f"--global-batch-size: expected a multiple of {parts} "
+                         f"({session.world_size} processes x {accumulation} micro-batches), for "
+                         f"example {fitting}, got {global_batch_size}")
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """The flags of add_training_args and add_optim_args that say how long a run is and when something happens."""
+    """How long a run is, and when something happens in it.
+
+    Its fields are flags of add_training_args and add_optim_args, whose help says what they mean.
+    """
 
     global_batch_size: int
     lr: float
@@ -85,30 +98,55 @@ class RunSettings:
         return self.max_steps or self.epochs * steps_per_epoch
 
 
-def open_run_folder(args: Flags, session: Session, name: str, identity: dict[str, Any], num_steps: int,
-                    check_start: Callable[[], None] = lambda: None) -> RunFolder:
-    """Finds the run folder that a command continues, or makes a new one, and holds it until the session ends.
+@dataclass(frozen=True)
+class RunRequest:
+    """The run that a command asks for.
 
-    Of starts at one moment one looks after the other, so that no two runs choose the same new folder. A run that is
-    finished is left as it is.
+    Attributes:
+        results_dir: where run folders lie.
+        name: what follows the index in the folder's name.
+        identity: all that the run depends on.
+        config: what config.json records: the identity and whatever else the command says.
+        defaults: of every flag; they stand for flags that an older config.json does not know.
+        new_run: whether to begin a new run even if one could be continued.
+    """
+
+    results_dir: str | Path
+    name: str
+    identity: dict[str, Any]
+    config: dict[str, Any]
+    defaults: dict[str, Any]
+    new_run: bool = False
+
+    def find(self) -> RunFolder:
+        """Returns the run folder to continue, or one that does not exist yet."""
+        return find_run_folder(self.results_dir, self.name, self.identity, self.defaults,
+                               new_run=self.new_run)
+
+
+def open_run_folder(session: Session, request: RunRequest, num_steps: int,
+                    check_start: Callable[[], None] | None = None) -> RunFolder:
+    """Finds the run folder that a command continues, or makes a new one, and holds it.
+
+    It is held until the session ends. Of starts at one moment one looks after the other, so that no
+    two runs choose the same new folder. A run that is finished is left as it is.
 
     Args:
-        args: parsed flags: --results-dir, --new-run, and what config.json records.
         session: Session.
-        name: what follows the index in the folder's name.
-        identity: what the run depends on.
-        num_steps: length of the run.
+        request: the run.
+        num_steps: its length.
         check_start: raises ValueError if a run that has no checkpoint yet cannot begin.
     """
     def find() -> RunFolder:
-        check_writable_folder(args.results_dir)
-        with hold(Path(args.results_dir) / name, patience=FIND_SECONDS):
-            folder = find_run_folder(args.results_dir, name, identity, args.defaults(), args.new_run)
+        check_writable_folder(request.results_dir)
+        with hold(Path(request.results_dir) / request.name, patience=FIND_SECONDS):
+            folder = request.find()
             session.hold(folder.path)
-            if not list_checkpoints(folder.checkpoints):
+            is_new = not list_checkpoints(folder.checkpoints)
+            if is_new and check_start:
                 check_start()
             if not folder.is_finished(num_steps):
-                folder.start(args.plain() | identity)
+                folder.start(request.config)
         return folder
 
     return on_main(session, find)

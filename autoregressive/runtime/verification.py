@@ -1,4 +1,4 @@
-"""A look at the data of a run that takes longer than its first steps may wait for it."""
+"""A verification of the data of a run that takes longer than its first steps may wait for it."""
 
 import threading
 from collections.abc import Callable
@@ -6,9 +6,9 @@ from pathlib import Path
 
 
 class Verification(threading.Thread):
-    """A look at the data beside the work; it leaves an empty file `verified` if it finds nothing wrong."""
+    """A verification in a thread; it leaves an empty file `verified` if it finds nothing wrong."""
 
-    def __init__(self, verify: Callable[[], None], verified: Path):
+    def __init__(self, verify: Callable[[], None], verified: Path) -> None:
         """
         Args:
             verify: raises an exception if the data are not what they were.
@@ -20,13 +20,18 @@ class Verification(threading.Thread):
         self._error: Exception | None = None
 
     def run(self) -> None:
+        """Verifies, in the thread."""
         try:
             self._verify()
             self._verified.touch()
-        except Exception as error:                  # whatever it is: unverified data do not count as good
+        except Exception as error:                  # whatever it is: these data are not verified
             self._error = error
 
     def result(self, seconds: float | None) -> Exception | None:
-        """Waits some seconds, or to the end (None); returns what is wrong, None if nothing was found until then."""
+        """Waits for the verification; returns the error that it has found, None if none yet.
+
+        Args:
+            seconds: how long to wait; None waits for its end.
+        """
         self.join(seconds)
         return self._error

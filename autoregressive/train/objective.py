@@ -47,7 +47,7 @@ class Objective(nn.Module):
 
 @dataclass(eq=False)
 class GPTTrainer:
-    """Trains a GPT: a runtime.training.Trainable.
+    """Trains a GPT: a runtime.trainable.Trainable.
 
     Attributes:
         wrapped: an Objective, or what DDP or FSDP made of it.

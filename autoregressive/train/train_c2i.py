@@ -43,7 +43,13 @@ from autoregressive.runtime.log import LOGGER, open_logger
 from autoregressive.runtime.optim import ModelOptimizer, OptimSettings, add_optim_args, check_optim
 from autoregressive.runtime.parallel import PARALLEL, device_to_build_on, wrap_for_training
 from autoregressive.runtime.pictures import save_grid
-from autoregressive.runtime.run_settings import RunSettings, add_training_args, check_batch, open_run_folder
+from autoregressive.runtime.run_settings import (
+    RunRequest,
+    RunSettings,
+    add_training_args,
+    check_batch,
+    open_run_folder,
+)
 from autoregressive.runtime.speed import Speedometer
 from autoregressive.runtime.training import TrainingRun
 from autoregressive.train.objective import GPTTrainer, Objective
@@ -253,7 +259,9 @@ def main(args: Flags, session: Session) -> None:
         name = f"{args.gpt_model}-lambda={args.lambda_cce:g}-cluster_size={args.cluster_size}"
     can_start = functools.partial(check_start, start, num_steps, needs_ema=args.ema,
                                   needs_scaler=args.mixed_precision == "fp16")
-    folder = open_run_folder(args, session, name, identity, num_steps, can_start)
+    request = RunRequest(args.results_dir, name, identity, config=args.plain() | identity,
+                         defaults=args.defaults(), new_run=args.new_run)
+    folder = open_run_folder(session, request, num_steps, can_start)
     if folder.is_finished(num_steps):
         LOGGER.info("%s is finished: %s", folder.path, folder.result)
         return

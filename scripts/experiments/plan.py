@@ -1,15 +1,19 @@
-"""What an experiment is: one JSON file of arms and seeds, the commands that it stands for, and where their files lie.
+"""What an experiment is: one JSON file of arms and seeds, its commands, and where their files lie.
 
-    {"prepare": [{"STEP": "command", ...}, ...],    made once, group after group; a step is the path of what it makes
+    {"prepare": [{"STEP": "command", ...}, ...],    made once, group after group; a step is the path
+                                                    of what it makes
      "train": "flags", "sample": "flags", "evaluate": "arguments",
-     "arms": {"ARM": {"train": "flags", "sample": "flags"}, ...}, "baseline": "ARM", "seeds": [0, 1, ...],
+     "arms": {"ARM": {"train": "flags", "sample": "flags"}, ...}, "baseline": "ARM",
+     "seeds": [0, 1, ...],
      "guidance": {"scales": [1.0, ...], "num_samples": 2000, "seed": 1000},
      "num_samples": 10000, "sampling_seed": 0,
      "columns": {"NUMBER": "title", ...},
-     "floors": {"title": "PATH", ...}}              records of the evaluator that steps made, to compare with
+     "floors": {"title": "PATH", ...}}              records of the evaluator that steps made, to
+                                                    compare with
 
-Commands run in the work folder. In them {work}/PATH is a path in it, {data} is what --data names, and {samples} the npz
-to score. What train, sample and evaluate name as {work}/PATH are the inputs of a run: results keep their hashes.
+Commands run in the work folder. In them {work}/PATH is a path in it, {data} is what --data names,
+and {samples} the npz to score. What train, sample and evaluate name as {work}/PATH are the inputs
+of a run: results keep their hashes.
 """
 
 import re
@@ -20,9 +24,11 @@ from typing import Any
 
 from autoregressive.runtime.files import check_kinds, file_sha256, read_json
 
-KINDS = {"prepare": list, "train": str, "sample": str, "evaluate": str, "arms": dict, "baseline": str, "seeds": list,
-         "guidance": dict, "num_samples": int, "sampling_seed": int, "columns": dict,
-         "floors": dict}
+KINDS = {"prepare": list, "train": str, "sample": str, "evaluate": str, "arms": dict,
+         "baseline": str, "seeds": list, "guidance": dict, "num_samples": int, "sampling_seed": int,
+         "columns": dict, "floors": dict}
+ARM_KINDS = {"train": str, "sample": str}
+GUIDANCE_KINDS = {"scales": list, "num_samples": int, "seed": int}
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = "autoregressive/train/train_c2i.py"
 SAMPLE = "autoregressive/sample/sample_c2i_ddp.py"
@@ -38,7 +44,25 @@ class Run:
 
     @property
     def name(self) -> str:
+        """The name of its folder, its log and its result."""
         return f"{self.arm}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples of a run.
+
+    Attributes:
+        run: that drew them.
+        scale: of the guidance.
+        num_samples: how many.
+        seed: of sampling.
+    """
+
+    run: Run
+    scale: float
+    num_samples: int
+    seed: int
 
 
 class Experiment:
@@ -50,51 +74,72 @@ class Experiment:
         runs: every Run, all arms of the first seed first.
     """
 
-    def __init__(self, path: str | Path, work: Path | None, data: str | None):
+    def __init__(self, path: str | Path, work: Path | None, data: str | None) -> None:
         """
         Args:
             path: the experiment file; finished runs are kept in the folder `results` beside it.
-            work: the work folder; None is results/experiments/NAME in the repository, by the file's folder.
+            work: the work folder; None is results/experiments/NAME in the repository, NAME that of
+                the file's folder.
             data: what {data} stands for.
 
         Raises:
-            ValueError: the file is no experiment, or a command has a {name} that nothing stands for.
+            ValueError: the file is no experiment, or a command has a {name} without a meaning.
         """
         path = Path(path)
         if not path.is_file():
             raise ValueError(f"{path}: expected an experiment file, found none")
         self.plan = read_json(path, KINDS)
-        arms, seeds = self.plan["arms"], self.plan["seeds"]
-        if self.plan["baseline"] not in arms:
-            raise ValueError(f"{path}: expected a baseline among {', '.join(arms)}, got {self.plan['baseline']}")
+        arms = self.plan["arms"]
+        seeds = self.plan["seeds"]
+        baseline = self.plan["baseline"]
+        if baseline not in arms:
+            raise ValueError(f"{path}: expected a baseline among {', '.join(arms)}, got {baseline}")
         for name, arm in arms.items():
-            check_kinds(arm if isinstance(arm, dict) else {}, {"train": str, "sample": str}, f"{path}, arm {name}")
-        if not seeds or len(set(seeds)) < len(seeds) or not all(isinstance(seed, int) for seed in seeds):
+            check_kinds(arm if isinstance(arm, dict) else {}, ARM_KINDS, f"{path}, arm {name}")
+        are_different = len(set(seeds)) == len(seeds)
+        if not seeds or not are_different or not all(isinstance(seed, int) for seed in seeds):
             raise ValueError(f"{path}: expected different whole numbers as seeds, got {seeds}")
-        check_kinds(self.plan["guidance"], {"scales": list, "num_samples": int, "seed": int}, f"{path}, guidance")
+        check_kinds(self.plan["guidance"], GUIDANCE_KINDS, f"{path}, guidance")
         self.work = work or ROOT / "results/experiments" / path.absolute().parent.name
         self.runs = [Run(arm, seed) for seed in seeds for arm in arms]
-        self._results, self._data = path.parent / "results", data
-        for command in (*self.steps().values(), *(text for run in self.runs for text in self._texts(run))):
+        self._results = path.parent / "results"
+        self._data = data
+        self._check_commands()
+
+    def _check_commands(self) -> None:
+        """Raises ValueError if a command has a {name} without a meaning."""
+        for command in self.steps().values():
             self.words(command, samples="")
+        for run in self.runs:
+            for command in self._texts(run):
+                self.words(command, samples="")
 
     def steps(self) -> dict[str, str]:
         """Returns the commands of everything that is made once, by what they make, in order."""
-        return {step: command for group in self.plan["prepare"] for step, command in group.items()}
+        steps = {}
+        for group in self.plan["prepare"]:
+            steps |= group
+        return steps
 
     def identity(self, run: Run) -> dict[str, Any]:
         """Returns what the result of a run depends on, as the experiment file says it."""
         arm = self.plan["arms"][run.arm]
-        names = ("evaluate", "guidance", "num_samples", "sampling_seed")
-        return {"train": f"{self.plan['train']} {arm['train']}", "sample": f"{self.plan['sample']} {arm['sample']}",
-                **{name: self.plan[name] for name in names}}
+        identity = {"train": f"{self.plan['train']} {arm['train']}",
+                    "sample": f"{self.plan['sample']} {arm['sample']}"}
+        for name in ("evaluate", "guidance", "num_samples", "sampling_seed"):
+            identity[name] = self.plan[name]
+        return identity
 
     def _texts(self, run: Run) -> list[str]:
+        """Returns the flags and arguments of the commands of a run, with their {names}."""
         identity = self.identity(run)
         return [identity[name] for name in ("train", "sample", "evaluate")]
 
     def inputs(self, run: Run) -> dict[str, str]:
-        """Returns the SHA-256 of every file that the commands of a run read, by its path in the work folder."""
+        """Returns the SHA-256 of every file that the commands of a run read.
+
+        The keys are paths in the work folder.
+        """
         paths = re.findall(r"\{work\}/(\S+)", " ".join(self._texts(run)))
         return {path: sha256_of(self.work / path) for path in sorted(set(paths))}
 
@@ -123,39 +168,51 @@ class Experiment:
         (found,) = self.folder(run).glob("0*-*")
         return found
 
-    def words(self, command: str, **names: Any) -> list[str]:
-        """Returns the words of a command whose {names} are filled in. Raises ValueError if it has others."""
+    def words(self, command: str, **names: str | Path) -> list[str]:
+        """Returns the words of a command whose {names} are filled in.
+
+        Args:
+            command: text of the experiment file.
+            names: what names stand for, beside {work} and {data}.
+
+        Raises:
+            ValueError: the command has other names.
+        """
         known = {"work": ".", "data": self._data or "{data}"} | names
         try:
             return [word.format(**known) for word in shlex.split(command)]
         except (KeyError, IndexError, ValueError) as error:
-            raise ValueError(f"expected the names {', '.join(known)} in {{}}, found {error} in: {command}") from error
+            raise ValueError(f"expected the names {', '.join(known)} in {{}}, found {error} in: "
+                             f"{command}") from error
 
     def train_words(self, run: Run) -> list[str]:
         """Returns the training command of a run."""
         return [TRAIN, *self.words(self.identity(run)["train"]), "--global-seed", str(run.seed),
                 "--results-dir", str(self.folder(run))]
 
-    def sample_words(self, run: Run, scale: float, num_samples: int, seed: int) -> list[str]:
-        """Returns the command that draws samples of a run at one guidance scale, into a folder of their own."""
-        return [SAMPLE, *self.words(self.identity(run)["sample"]), "--gpt-ckpt", str(self.run_folder(run)),
-                "--cfg-scale", str(scale), "--num-fid-samples", str(num_samples), "--global-seed", str(seed),
-                "--sample-dir", str(self._samples(run, scale, num_samples, seed))]
+    def sample_words(self, drawn: Samples) -> list[str]:
+        """Returns the command that draws samples, into a folder of their own."""
+        words = self.words(self.identity(drawn.run)["sample"])
+        return [SAMPLE, *words, "--gpt-ckpt", str(self.run_folder(drawn.run)),
+                "--cfg-scale", str(drawn.scale), "--num-fid-samples", str(drawn.num_samples),
+                "--global-seed", str(drawn.seed), "--sample-dir", str(self._samples(drawn))]
 
-    def evaluate_words(self, run: Run, scale: float, num_samples: int, seed: int) -> list[str]:
-        """Returns the command that scores the samples of sample_words."""
-        (samples,) = self._samples(run, scale, num_samples, seed).glob("*.npz")
-        return [EVALUATE, *self.words(self.plan["evaluate"], samples=samples), "--reuse"]
+    def evaluate_words(self, drawn: Samples) -> list[str]:
+        """Returns the command that scores samples, once they are drawn."""
+        (path,) = self._samples(drawn).glob("*.npz")
+        return [EVALUATE, *self.words(self.plan["evaluate"], samples=path), "--reuse"]
 
-    def scores(self, run: Run, scale: float, num_samples: int, seed: int) -> dict[str, Any]:
-        """Returns the record that evaluate_words left."""
-        (path,) = self._samples(run, scale, num_samples, seed).glob("*.json")
+    def scores(self, drawn: Samples) -> dict[str, Any]:
+        """Returns the record that the command of evaluate_words has left."""
+        (path,) = self._samples(drawn).glob("*.json")
         return read_json(path, {"numbers": dict, "versions": dict})
 
-    def _samples(self, run: Run, scale: float, num_samples: int, seed: int) -> Path:
-        return self.folder(run) / f"samples-{num_samples}-seed{seed}-cfg-{scale:g}"
+    def _samples(self, drawn: Samples) -> Path:
+        """Returns the folder of samples."""
+        name = f"samples-{drawn.num_samples}-seed{drawn.seed}-cfg-{drawn.scale:g}"
+        return self.folder(drawn.run) / name
 
 
 def sha256_of(path: Path) -> str:
-    """Returns what a prepared file is known by: its SHA-256; of a folder, that of the manifest in it."""
+    """Returns the SHA-256 of a prepared file; of a folder, that of the manifest in it."""
     return file_sha256(path / "manifest.json" if path.is_dir() else path)

@@ -1,4 +1,4 @@
-"""The processes of an experiment: in the background, gone with who started them, held still on demand."""
+"""The processes of an experiment: in the background, ended with their parent, paused on demand."""
 
 import contextlib
 import ctypes
@@ -40,9 +40,11 @@ class Job:
 class Jobs:
     """Commands of one work folder, where their logs and the records of living processes lie."""
 
-    def __init__(self, work: Path):
+    def __init__(self, work: Path) -> None:
         """`work` is the folder that commands run in."""
-        self._work, self._paused, self._records = work, work / "paused", work / "processes"
+        self._work = work
+        self._paused = work / "paused"              # there while nothing is to run
+        self._records = work / "processes"
 
     def start(self, name: str, words: list[str], slot: str | None) -> Job:
         """Starts a script.
@@ -52,22 +54,25 @@ class Jobs:
             words: path of the script, and its arguments.
             slot: what CUDA_VISIBLE_DEVICES names; None leaves it as it is.
         """
-        environment = {"OMP_NUM_THREADS": "1"} | os.environ | ({"CUDA_VISIBLE_DEVICES": slot} if slot else {})
+        environment = {"OMP_NUM_THREADS": "1"} | os.environ
+        if slot:
+            environment["CUDA_VISIBLE_DEVICES"] = slot
         log = self._log(name)
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "ab") as output:
-            process = subprocess.Popen([sys.executable, *words], cwd=self._work, env=environment, stdout=output,
-                                       stdin=subprocess.DEVNULL, stderr=output, start_new_session=True,
-                                       preexec_fn=_go_into_the_background)
-        write_json(self._record(name), describe_process(process.pid) | {"script": Path(words[0]).stem})
-        if self.are_paused:                                     # since a moment ago: `pause` has not seen this one
+            process = subprocess.Popen([sys.executable, *words], cwd=self._work, env=environment,
+                                       stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                                       start_new_session=True, preexec_fn=_go_into_the_background)
+        record = describe_process(process.pid) | {"script": Path(words[0]).stem}
+        write_json(self._record(name), record)
+        if self.are_paused:                         # since a moment ago: `pause` missed this one
             process.send_signal(signal.SIGSTOP)
             if not self.are_paused:
                 process.send_signal(signal.SIGCONT)
         return Job(name, process, slot)
 
     def poll(self, job: Job) -> float | None:
-        """Returns the CPU seconds of a job, all its processes together, once it has ended; None before.
+        """Returns the CPU seconds of a job and its processes once it has ended; None before.
 
         Raises:
             JobFailed: it ended with an error.
@@ -78,11 +83,12 @@ class Jobs:
         job.process.returncode = os.waitstatus_to_exitcode(status)
         self._record(job.name).unlink(missing_ok=True)
         if job.process.returncode:
-            raise JobFailed(f"{job.name}: ended with {job.process.returncode}; {self._log(job.name)} says why")
+            raise JobFailed(f"{job.name}: ended with {job.process.returncode}; "
+                            f"{self._log(job.name)} says why")
         return usage.ru_utime + usage.ru_stime
 
     def wait(self) -> None:
-        """Waits until nothing runs any more of an earlier start: it was asked to leave when that one died."""
+        """Waits until no job of an earlier start runs; they were told to leave when it died."""
         while any(self.alive(path.stem) for path in self._records.glob("*.json")):
             time.sleep(0.5)
 
@@ -103,7 +109,7 @@ class Jobs:
             path.unlink()
 
     def alive(self, name: str) -> str | None:
-        """Returns the script that runs under a name, also one of an earlier start; None if there is none."""
+        """Returns the script that runs under a name, perhaps since an earlier start, or None."""
         with contextlib.suppress(OSError, ValueError):
             record = read_json(self._record(name), {"pid": int, "started": str, "script": str})
             if describe_process(record["pid"]).items() <= record.items():
@@ -122,9 +128,11 @@ class Jobs:
 
     @property
     def are_paused(self) -> bool:
+        """Whether `pause` holds the processes still."""
         return self._paused.exists()
 
     def _send(self, number: int) -> int:
+        """Sends a signal to all living processes; returns how many there are."""
         count = 0
         for path in self._records.glob("*.json"):
             if self.alive(path.stem):
@@ -141,9 +149,10 @@ class Jobs:
 
 
 def _go_into_the_background() -> None:
-    """Makes the process about to start a nice one that is asked to leave when its parent dies (on Linux)."""
+    """Gives a process about to start a low priority and, on Linux, SIGTERM when its parent dies."""
     os.nice(NICENESS)
-    with contextlib.suppress(OSError):              # Linux shares the cores among sessions first, each with a niceness
+    # Linux shares the cores among sessions first, and each of these has a niceness, too.
+    with contextlib.suppress(OSError):
         Path("/proc/self/autogroup").write_text(str(NICENESS))
     if LIBC:
         LIBC.prctl(SET_DEATH_SIGNAL, signal.SIGTERM)

@@ -1,23 +1,32 @@
-"""Runs an experiment: every arm with every seed, whatever is missing, some at a time; ends with one table.
+"""Runs what is missing of an experiment, every arm with every seed, and prints its table.
 
-    python scripts/experiments/run.py scripts/experiments/cifar10/experiment.json --data /path/to/cifar10
+    python scripts/experiments/run.py scripts/experiments/cifar10/experiment.json --data
+    /path/to/cifar10
 
-Everything runs with nice 15, one thread each, from a clone of a commit, so that edits in the tree do not reach running
-jobs. Stop it anywhere: the same command goes on. `--status` and `--table` look at it; `--pause` and `--go-on` hold its
-processes still while something is timed.
+Everything runs with nice 15, one thread each, from a clone of a commit, so that edits in the tree
+do not reach running jobs. Stop it anywhere: the same command goes on. `--status` and `--table` look
+at it; `--pause` and `--go-on` hold its processes still while something is timed.
 """
 
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[2])      # the repository root instead of this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[2])      # the root, not this folder
 
 import os
 import subprocess
 
 from autoregressive.runtime.distributed import Session
-from autoregressive.runtime.entry import Flags, Parser, at_least, check_one_process, checks, free, run
+from autoregressive.runtime.entry import (
+    Flags,
+    Parser,
+    at_least,
+    check_one_process,
+    checks,
+    free,
+    run,
+)
 from autoregressive.runtime.files import check_writable_folder, read_json, write_json
 from autoregressive.runtime.log import LOGGER, open_logger, read_metrics
 from scripts.experiments.plan import ROOT, Experiment
@@ -29,14 +38,18 @@ from scripts.experiments.table import make_table
 def build_parser() -> Parser:
     """Returns the parser of this script's command line."""
     parser = Parser("Run what is missing of an experiment, and make its table.", draws=False)
-    parser.set_defaults(device="cpu")                           # this script computes nothing, its jobs do
+    parser.set_defaults(device="cpu")               # this script computes nothing, its jobs do
     parser.add_argument("experiment", help="the experiment file")
     parser.add_argument("--data", help="what the experiment file calls {data}")
-    parser.add_argument("--work", help="folder of everything that is not committed; default: results/experiments/NAME")
-    parser.add_argument("--commit", help="the commit that new runs are made with; default: that of the first start")
-    free(parser.add_argument("--jobs", type=at_least(1), default=2, help="runs at a time; with GPUs, each has its own"))
+    parser.add_argument("--work", help="folder of everything that is not committed; default: "
+                                       "results/experiments/NAME")
+    parser.add_argument("--commit", help="the commit that new runs are made with; default: that of "
+                                         "the first start")
+    free(parser.add_argument("--jobs", type=at_least(1), default=2,
+                             help="runs at a time; with GPUs, each has its own"))
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--status", action="store_true", help="say what is done, running and missing")
+    group.add_argument("--status", action="store_true",
+                       help="say what is done, running and missing")
     group.add_argument("--table", action="store_true", help="print the table of what is done")
     group.add_argument("--pause", action="store_true", help="hold all processes still")
     group.add_argument("--go-on", action="store_true", help="let them go on")
@@ -44,7 +57,7 @@ def build_parser() -> Parser:
 
 
 def choose_commit(work: Path, given: str | None) -> str:
-    """Returns the whole name of the commit that new runs are made with, and keeps it for the next start.
+    """Returns the whole name of the commit for new runs, and keeps it for the next start.
 
     Raises:
         ValueError: there is no such commit.
@@ -52,10 +65,11 @@ def choose_commit(work: Path, given: str | None) -> str:
     record = work / "commit.json"
     if given is None and record.exists():
         return read_json(record, {"commit": str})["commit"]
-    found = subprocess.run(["git", "-C", ROOT, "rev-parse", "--verify", "-q", f"{given or 'HEAD'}^{{commit}}"],
-                           capture_output=True, text=True)
+    name = given or "HEAD"
+    words = ["git", "-C", ROOT, "rev-parse", "--verify", "-q", f"{name}^{{commit}}"]
+    found = subprocess.run(words, capture_output=True, text=True)
     if found.returncode:
-        raise ValueError(f"--commit: expected a commit of {ROOT}, got {given or 'HEAD'}")
+        raise ValueError(f"--commit: expected a commit of {ROOT}, got {name}")
     write_json(record, {"commit": found.stdout.strip()})
     return found.stdout.strip()
 
@@ -67,24 +81,33 @@ def show_status(experiment: Experiment, jobs: Jobs) -> None:
     for step in experiment.steps():
         print(f"{step:60s} {'made' if step in made else jobs.alive(step) or 'missing'}")
     for each in experiment.runs:
-        is_begun = (experiment.folder(each) / "begun.json").exists()
-        state = "done" if experiment.result(each).exists() else "begun" if is_begun else "missing"
+        folder = experiment.folder(each)
+        state = "missing"
         if script := jobs.alive(each.name):
-            steps = [row["step"] for path in experiment.folder(each).glob("*/metrics.jsonl")
-                     for row in read_metrics(path)]
-            state = f"{script}, step {max(steps, default=0)}"
+            steps = [0]
+            for path in folder.glob("*/metrics.jsonl"):
+                steps += [row["step"] for row in read_metrics(path)]
+            state = f"{script}, step {max(steps)}"
+        elif experiment.result(each).exists():
+            state = "done"
+        elif (folder / "begun.json").exists():
+            state = "begun"
         print(f"{each.name:60s} {state}")
     if jobs.are_paused:
         print("paused; --go-on lets it go on")
 
 
 def main(args: Flags, session: Session) -> None:
+    """Runs what is missing of an experiment and prints its table, or does what a flag asks."""
     open_logger(session)
     with checks(session):
         check_one_process(session)
         work = Path(args.work).absolute() if args.work else None
-        experiment = Experiment(args.experiment, work, os.path.abspath(args.data) if args.data else None)
+        data = os.path.abspath(args.data) if args.data else None
+        experiment = Experiment(args.experiment, work, data)
         jobs = Jobs(experiment.work)
+
+        # What only looks at the experiment, or holds it still.
         if args.status:
             show_status(experiment, jobs)
             return
@@ -92,12 +115,16 @@ def main(args: Flags, session: Session) -> None:
             count = jobs.pause() if args.pause else jobs.go_on()
             LOGGER.info("%d processes %s", count, "held still" if args.pause else "go on")
             return
+
+        # What is there must be of this experiment; then the work folder is held.
         results = read_results(experiment)
         if not args.table:
             check_writable_folder(experiment.work)
             session.hold(experiment.work / "experiment")
             runner = Runner(experiment, choose_commit(experiment.work, args.commit), args.jobs)
             runner.check()
+
+    # Everything that is missing.
     is_whole = args.table
     if not args.table:
         if jobs.are_paused:
@@ -107,10 +134,14 @@ def main(args: Flags, session: Session) -> None:
         with checks(session):
             runner.check_inputs(results if is_whole else [])
         is_whole = is_whole and runner.run()
+
+    # The table of what is done.
     if results := read_results(experiment):
         floors = read_json(experiment.floors()) if experiment.floors().exists() else {}
         plan = experiment.plan
-        print(make_table(results, floors, plan["baseline"], plan["columns"], len(plan["seeds"])), end="")
+        table = make_table(results, floors, baseline=plan["baseline"], columns=plan["columns"],
+                           num_seeds=len(plan["seeds"]))
+        print(table, end="")
     if not is_whole:
         raise SystemExit(1)
 

@@ -1,4 +1,4 @@
-"""Runs what is missing of an experiment: pieces of work, some at a time, each a generator of commands."""
+"""Runs what is missing of an experiment: pieces of work, each a generator of commands."""
 
 import os
 import shutil
@@ -15,12 +15,12 @@ import torch
 from autoregressive.runtime.files import read_json, write_json
 from autoregressive.runtime.identity import find_difference
 from autoregressive.runtime.log import LOGGER
-from scripts.experiments.plan import ROOT, Experiment, Run, sha256_of
+from scripts.experiments.plan import ROOT, Experiment, Run, Samples, sha256_of
 from scripts.experiments.processes import Job, JobFailed, Jobs
 
 POLL_SECONDS = 0.5
-RESULT = {"arm": str, "seed": int, "commit": str, "cfg_scale": float, "numbers": dict, "cpu_hours": float,
-          "inputs": dict}
+RESULT = {"arm": str, "seed": int, "commit": str, "cfg_scale": float, "numbers": dict,
+          "cpu_hours": float, "inputs": dict}
 WAIT = "wait"
 
 
@@ -38,7 +38,8 @@ class Command(NamedTuple):
     commit: str
 
 
-Work = Generator[Command | str, float, None]        # yields commands, and WAIT while it needs what another one makes
+# Yields commands, and WAIT while it needs what another one makes; is sent the CPU seconds of each.
+Work = Generator[Command | str, float, None]
 
 
 def make_clone(work: Path, commit: str) -> Path:
@@ -54,23 +55,28 @@ def make_clone(work: Path, commit: str) -> Path:
 
 
 def gpus() -> list[str | None]:
-    """Returns the GPUs that jobs may see one by one, as CUDA_VISIBLE_DEVICES names them; [None] without GPUs."""
+    """Returns the GPUs that jobs may see, one each; [None] without GPUs.
+
+    They are named as in CUDA_VISIBLE_DEVICES.
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
-    return list(filter(None, names)) or [None]
+    names = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
+    return [name for name in names if name] or [None]
 
 
 def check_same(path: Path, expected: dict[str, Any], found: dict[str, Any]) -> None:
     """Raises ValueError unless `found`, read from `path`, agrees with all of `expected`."""
     if difference := find_difference(expected, found, expected):
-        raise ValueError(f"{path}: expected one with {difference}; remove it, or give what is new another name")
+        raise ValueError(f"{path}: expected one with {difference}; remove it, or give what is new "
+                         "another name")
 
 
 def read_results(experiment: Experiment) -> list[dict[str, Any]]:
     """Returns the finished runs of the experiment's arms and seeds.
 
     Raises:
-        ValueError: one was made by other flags than the experiment file holds, or of other files than another one.
+        ValueError: one was made by other flags than the experiment file holds, or of other files
+            than another one.
     """
     found = []
     inputs = {}
@@ -79,16 +85,24 @@ def read_results(experiment: Experiment) -> list[dict[str, Any]]:
         if path.exists():
             result = read_json(path, RESULT)
             check_same(path, experiment.identity(each), result)
-            check_same(path, {name: inputs[name] for name in result["inputs"] if name in inputs}, result["inputs"])
+            shared = {name: inputs[name] for name in result["inputs"] if name in inputs}
+            check_same(path, shared, result["inputs"])
             inputs |= result["inputs"]
             found.append(result)
     return found
 
 
 class Runner:
-    """Runs what is missing. Each piece of work is a generator of commands; one loop starts and awaits them all."""
+    """Runs what is missing.
 
-    def __init__(self, experiment: Experiment, commit: str, num_jobs: int):
+    Each piece of work is a generator of commands; one loop starts them and waits for them all.
+
+    Attributes:
+        experiment: Experiment.
+        jobs: its processes.
+    """
+
+    def __init__(self, experiment: Experiment, commit: str, num_jobs: int) -> None:
         """
         Args:
             experiment: Experiment.
@@ -105,7 +119,7 @@ class Runner:
         self._failed: set[str] = set()
 
     def check(self) -> None:
-        """Raises ValueError if prepared files have changed, or would be made by other commands today."""
+        """Raises ValueError if prepared files have changed, or the commands that make them have."""
         for step, command in self.experiment.steps().items():
             if made := self._prepared.get(step):
                 path = self.experiment.work / step
@@ -123,11 +137,14 @@ class Runner:
     def prepare(self) -> bool:
         """Makes what is made once; says whether all of it came to its end."""
         for group in self.experiment.plan["prepare"]:
-            todo = {step: command for step, command in group.items() if step not in self._prepared}
-            if not self._finish({step: self._prepare(step, command) for step, command in todo.items()}):
+            works = {step: self._prepare(step, command) for step, command in group.items()
+                     if step not in self._prepared}
+            if not self._finish(works):
                 return False
-        floors = {title: read_json(self.experiment.work / path, {"numbers": dict})["numbers"]
-                  for title, path in self.experiment.plan["floors"].items()}
+        floors = {}
+        for title, record in self.experiment.plan["floors"].items():
+            scores = read_json(self.experiment.work / record, {"numbers": dict})
+            floors[title] = scores["numbers"]
         path = self.experiment.floors()
         if not path.exists() or read_json(path) != floors:
             write_json(path, floors)
@@ -139,12 +156,15 @@ class Runner:
         return self._finish({each.name: self._run(each) for each in todo})
 
     def _finish(self, works: dict[str, Work]) -> bool:
-        """Does pieces of work, some at a time, in their order; one that fails does not stop the others."""
+        """Does pieces of work, some at a time, in their order; says whether all came to their end.
+
+        One that fails does not stop the others.
+        """
         ready: deque[tuple[str, float | None]] = deque((name, None) for name in works)
         running: list[tuple[str, Job]] = []
         slots = list(self._slots)
         received: list[int] = []
-        # Signals are looked at between two rounds: in the midst of a start they would lose a process.
+        # Signals are handled between two rounds: in the midst of a start a process would be lost.
         handlers = {}
         for number in (signal.SIGTERM, signal.SIGINT):
             handlers[number] = signal.signal(number, lambda number, _frame: received.append(number))
@@ -152,6 +172,8 @@ class Runner:
             while ready or running:
                 if received:
                     raise SystemExit(128 + received[0])
+
+                # Start the next command of what is ready, as long as there is room for it.
                 parked = []
                 while ready and slots and not self.jobs.are_paused:
                     name, seconds = ready.popleft()
@@ -163,6 +185,8 @@ class Runner:
                         words = [str(script), *command.words[1:]]
                         running.append((name, self.jobs.start(command.name, words, slots.pop(0))))
                 ready.extend(parked)
+
+                # What has ended goes on before the others, so that runs end one after the other.
                 time.sleep(POLL_SECONDS)
                 for name, job in list(running):
                     try:
@@ -181,7 +205,13 @@ class Runner:
         return not self._failed & works.keys()
 
     def _next(self, name: str, work: Work, seconds: float | None) -> Command | str | None:
-        """Returns the next command of a piece of work, or WAIT; None if it has come to its end, or failed."""
+        """Returns the next command of a piece of work, or WAIT; None if it has ended, or failed.
+
+        Args:
+            name: of the work.
+            work: the work.
+            seconds: CPU seconds of its last command; None before the first, and after WAIT.
+        """
         try:
             return work.send(seconds)
         except StopIteration:
@@ -195,8 +225,10 @@ class Runner:
         self._failed.add(name)
 
     def _prepare(self, step: str, command: str) -> Work:
+        """Makes what is made once by one command, and records its hash."""
         yield Command(step, self.experiment.words(command), self._commit)
-        self._prepared[step] = {"command": command, "sha256": sha256_of(self.experiment.work / step)}
+        sha256 = sha256_of(self.experiment.work / step)
+        self._prepared[step] = {"command": command, "sha256": sha256}
         write_json(self._record, self._prepared)
 
     def _run(self, each: Run) -> Work:
@@ -204,7 +236,8 @@ class Runner:
         experiment = self.experiment
         plan = experiment.plan
         identity = experiment.identity(each)
-        # A training that has begun stays the same run when its samples are drawn or scored in another way.
+        # A training that has begun stays the same run when its samples are drawn or scored in
+        # another way.
         training = {"train": identity["train"]}
         begun = experiment.folder(each) / "begun.json"
         if not begun.exists():
@@ -218,20 +251,24 @@ class Runner:
 
         yield from counted(experiment.train_words(each))
         scale = yield from self._choose_guidance(each, record["commit"])
-        drawn = (each, scale, plan["num_samples"], plan["sampling_seed"])
-        yield from counted(experiment.sample_words(*drawn))
-        yield from counted(experiment.evaluate_words(*drawn))
-        scores = experiment.scores(*drawn)
+        drawn = Samples(each, scale, plan["num_samples"], plan["sampling_seed"])
+        yield from counted(experiment.sample_words(drawn))
+        yield from counted(experiment.evaluate_words(drawn))
+        scores = experiment.scores(drawn)
         numbers = read_json(experiment.run_folder(each) / "finished.json")
         if "val_token_loss" in numbers:
             numbers["val_within_loss"] = numbers["val_token_loss"] - numbers["val_cluster_loss"]
         write_json(experiment.result(each), {
             "arm": each.arm, "seed": each.seed, **identity, "commit": record["commit"],
-            "inputs": experiment.inputs(each), "cfg_scale": scale, "numbers": numbers | scores["numbers"],
+            "inputs": experiment.inputs(each), "cfg_scale": scale,
+            "numbers": numbers | scores["numbers"],
             "cpu_hours": round(record["cpu_seconds"] / 3600, 3), "versions": scores["versions"]})
 
     def _choose_guidance(self, each: Run, commit: str) -> Generator[Command | str, float, float]:
-        """Returns the guidance scale of an arm: that of the lowest FID of its first seed's run."""
+        """Returns the guidance scale of an arm: that of the lowest FID of its first seed's run.
+
+        The run of the first seed chooses it, by samples at each scale; the others wait for that.
+        """
         experiment = self.experiment
         guidance = experiment.plan["guidance"]
         chosen = experiment.guidance(each.arm)
@@ -246,12 +283,14 @@ class Runner:
         if not chosen.exists():
             fids = {}
             for scale in map(float, guidance["scales"]):
-                drawn = (each, scale, guidance["num_samples"], guidance["seed"])
-                yield Command(each.name, experiment.sample_words(*drawn), commit)
-                yield Command(each.name, [*experiment.evaluate_words(*drawn), "--metrics", "fid"], commit)
-                fids[scale] = experiment.scores(*drawn)["numbers"]["FID"]
+                drawn = Samples(each, scale, guidance["num_samples"], guidance["seed"])
+                yield Command(each.name, experiment.sample_words(drawn), commit)
+                words = [*experiment.evaluate_words(drawn), "--metrics", "fid"]
+                yield Command(each.name, words, commit)
+                fids[scale] = experiment.scores(drawn)["numbers"]["FID"]
             write_json(chosen, {"arm": each.arm, "seed": each.seed, **identity, "commit": commit,
-                                "inputs": experiment.inputs(each), "cfg_scale": min(fids, key=fids.get), "fid": fids})
+                                "inputs": experiment.inputs(each),
+                                "cfg_scale": min(fids, key=fids.get), "fid": fids})
         record = read_json(chosen, {"cfg_scale": float})
         check_same(chosen, identity, record)
         return record["cfg_scale"]

@@ -31,6 +31,7 @@ from autoregressive.runtime.loader import BatchOrder
 from autoregressive.runtime.log import LOGGER, open_logger
 from autoregressive.runtime.optim import OptimSettings, add_optim_args, check_optim
 from autoregressive.runtime.run_settings import (
+    RunRequest,
     RunSettings,
     add_training_args,
     check_batch,
@@ -180,7 +181,7 @@ def save_tokenizer(output: Path, trainer: TokenizerTrainer, training: TrainingRu
     validation = trainer.validation or Validation(
         training.batches.dataset, record["image_size"], batch_size=1, num_workers=0)
     validation.save_pictures(folder / "reconstructions.png", model, training.session.device)
-    numbers = {name.removeprefix("val_"): value for name, value in training.result().items()}
+    numbers = {name.removeprefix("val_"): value for name, value in training.read_result().items()}
     owner = {"run_folder": os.path.relpath(folder, output.parent)}
     write_json(output.with_suffix(".json"), record | numbers | owner)
     save_checkpoint(output, {"model": model.state_dict(), "settings": record})
@@ -207,7 +208,9 @@ def main(args: Flags, session: Session) -> None:
             check_output(args.output)
 
     # Find the run folder: a new one, or that of the run which this command continues.
-    folder = open_run_folder(args, session, args.vq_model, identity, num_steps)
+    request = RunRequest(args.results_dir, args.vq_model, identity, config=args.plain() | identity,
+                         defaults=args.defaults(), new_run=args.new_run)
+    folder = open_run_folder(session, request, num_steps)
     output = Path(args.output or folder.path / "tokenizer.pt")
     with checks(session):
         if args.output:

@@ -49,7 +49,7 @@ class TokenizerMeter(Meter):
 
 
 class TokenizerTrainer:
-    """Trains a VQ model and its discriminator: a runtime.training.Trainable.
+    """Trains a VQ model and its discriminator: a runtime.trainable.Trainable.
 
     Attributes:
         model: the VQ model, on the session's device.

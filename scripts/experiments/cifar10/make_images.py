@@ -1,16 +1,18 @@
-"""CIFAR-10 as class folders, which the entry scripts read: OUT/train with 50,000 images, OUT/val with 10,000.
+"""CIFAR-10 as class folders, which the entry scripts read.
 
     python scripts/experiments/cifar10/make_images.py DATA OUT
 
-DATA is a folder for torchvision's CIFAR10, which downloads what is missing (170 MB) and compares it with its checksum;
-or a folder of lossless mosaics of 100 x 100 pictures: train_0.webp to train_4.webp, test.webp, and labels.npz.
+OUT/train gets 50,000 images, OUT/val 10,000. DATA is a folder for torchvision's CIFAR10, which
+downloads what is missing (170 MB) and compares it with its checksum; or a folder of lossless
+mosaics
+of 100 x 100 pictures: train_0.webp to train_4.webp, test.webp, and labels.npz.
 """
 
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[3])      # the repository root instead of this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[3])      # the root, not this folder
 
 import hashlib
 from collections.abc import Iterator
@@ -25,7 +27,8 @@ from autoregressive.runtime.files import check_writable_folder, write_json
 from autoregressive.runtime.log import open_logger, progress
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-SIDE, MOSAIC_SIDE = 32, 100                         # pixels of a picture; pictures of a mosaic
+SIDE = 32                                           # of a picture, in pixels
+MOSAIC_SIDE = 100                                   # of a mosaic, in pictures
 MOSAICS = {"train": [f"train_{number}.webp" for number in range(5)], "val": ["test.webp"]}
 NUM_IMAGES = {"train": 50_000, "val": 10_000}
 
@@ -50,16 +53,21 @@ def read_mosaics(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_split(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the pictures (N, 32, 32, 3) uint8 and labels (N,) of a split. Raises ValueError if they are not whole."""
+    """Returns the pictures (N, 32, 32, 3) uint8 and labels (N,) of a split.
+
+    Raises:
+        ValueError: they are not whole.
+    """
     if (folder / "labels.npz").is_file():
         pictures, labels = read_mosaics(folder, split)
     else:
         dataset = CIFAR10(folder, train=split == "train", download=True)
-        pictures, labels = dataset.data, np.array(dataset.targets)
+        pictures = dataset.data
+        labels = np.array(dataset.targets)
     shape = (NUM_IMAGES[split], SIDE, SIDE, 3)
     if pictures.shape != shape or labels.shape != shape[:1]:
-        raise ValueError(f"{folder}: expected pictures {shape} and as many labels, found {pictures.shape} and "
-                         f"{labels.shape}")
+        raise ValueError(f"{folder}: expected pictures {shape} and as many labels, found "
+                         f"{pictures.shape} and {labels.shape}")
     return pictures, labels
 
 
@@ -73,16 +81,19 @@ def write_split(folder: Path, pictures: np.ndarray, labels: np.ndarray) -> Itera
 
 
 def main(args: Flags, session: Session) -> None:
+    """Reads both splits, writes their pictures, and a manifest with their hashes."""
     open_logger(session)
-    out, hashes = Path(args.out), {}
+    out = Path(args.out)
     with checks(session):
         check_writable_folder(out)
         splits = {split: read_split(Path(args.data), split) for split in NUM_IMAGES}
+    hashes = {}
     for split, (pictures, labels) in splits.items():
         with progress(session, len(pictures), split, "image") as bar:
             for _ in write_split(out / split, pictures, labels):
                 bar.update()
-        hashes[split] = hashlib.sha256(pictures.tobytes() + labels.astype(np.int64).tobytes()).hexdigest()
+        content = pictures.tobytes() + labels.astype(np.int64).tobytes()
+        hashes[split] = hashlib.sha256(content).hexdigest()
     write_json(out / "manifest.json", {"dataset": "CIFAR-10", "sha256": hashes})
 
 
