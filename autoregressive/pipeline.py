@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from autoregressive.models.config import add_gpt_args, gpt_config, grid_of
 from autoregressive.models.generate import Steps, generate
-from autoregressive.models.gpt import GPT, add_gpt_args, gpt_config, grid_of
+from autoregressive.models.gpt import GPT
 from autoregressive.models.loading import GPTFile, build_gpt
 from autoregressive.models.packed import can_pack, pack_linears
 from autoregressive.models.recorded import RecordedSteps, compile_decoding

@@ -10,8 +10,9 @@ from conftest import FIXTURES
 
 from autoregressive.models.cache import DecodePosition
 from autoregressive.models.cluster_loss import fused_head_loss, token_and_cluster_loss
+from autoregressive.models.config import GPT_MODELS, GPTConfig, gpt_config
 from autoregressive.models.generate import generate
-from autoregressive.models.gpt import GPT, GPT_MODELS, GPTConfig, gpt_config
+from autoregressive.models.gpt import GPT
 from autoregressive.models.rope import apply_rotary, rotary_table
 from autoregressive.models.sampler import Sampler
 from autoregressive.runtime.checkpoint import load_strictly

@@ -21,8 +21,9 @@ from autoregressive.data.batches import TokenBatches, split_store
 from autoregressive.data.code_writer import CodeWriter
 from autoregressive.data.codes import open_codes
 from autoregressive.models.cluster_loss import fused_head_loss
+from autoregressive.models.config import GPT_MODELS, gpt_config
 from autoregressive.models.generate import generate, random_numbers
-from autoregressive.models.gpt import GPT, GPT_MODELS, gpt_config
+from autoregressive.models.gpt import GPT
 from autoregressive.models.loading import build_gpt, move_rows_to_tokens, name_moments, read_gpt
 from autoregressive.models.sampler import Sampler
 from autoregressive.runtime import training

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autoregressive.models.gpt import GPT, GPT_MODELS, GPTConfig
+from autoregressive.models.config import GPT_MODELS, GPTConfig
+from autoregressive.models.gpt import GPT
 from autoregressive.runtime.checkpoint import find_checkpoint, load_strictly, model_state, read_checkpoint
 from autoregressive.runtime.files import check_kinds
 from autoregressive.runtime.log import LOGGER

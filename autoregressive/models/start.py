@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from autoregressive.models.gpt import GPT, GPTConfig
+from autoregressive.models.config import GPTConfig
+from autoregressive.models.gpt import GPT
 from autoregressive.models.loading import GPTFile, describe_gpt, move_rows_to_tokens, name_moments, read_gpt
 from autoregressive.runtime.checkpoint import check_weights
 from autoregressive.runtime.identity import check_recorded

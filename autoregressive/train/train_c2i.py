@@ -28,8 +28,9 @@ from autoregressive.data.batches import TokenBatches, split_store
 from autoregressive.data.codes import CodeStore, Mapping, add_code_args, default_mapping_path, open_codes, read_mapping
 from autoregressive.data.store_checks import check_store, verify_codes
 from autoregressive.models.cluster_loss import check_cluster_size, fused_head_loss, plain_head_loss
+from autoregressive.models.config import GPTConfig, add_gpt_args, gpt_config, grid_of
 from autoregressive.models.generate import random_numbers
-from autoregressive.models.gpt import GPT, GPTConfig, add_gpt_args, gpt_config, grid_of
+from autoregressive.models.gpt import GPT
 from autoregressive.models.loading import GPTFile, build_gpt
 from autoregressive.models.sampler import Sampler
 from autoregressive.models.start import check_start, read_start

@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autoregressive.models.cluster_loss import fused_head_loss, reference_losses
-from autoregressive.models.gpt import GPT, GPT_MODELS, GPTConfig, gpt_config
+from autoregressive.models.config import GPT_MODELS, GPTConfig, gpt_config
+from autoregressive.models.gpt import GPT
 from autoregressive.runtime.compute import set_up_compiler, set_up_gpu
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.entry import Flags, Parser, run
@@ -77,7 +78,7 @@ LOSSES = {"published": published_loss, "ours": our_loss}
 def compare_head(args: Flags, name: str, grid: int, session: Session, title: str) -> Values:
     """Measures CPU (or GPU) seconds of head and losses, forward and backward, and their peak extra memory."""
     device = session.device
-    width = GPT_MODELS[name][2]
+    width = GPT_MODELS[name].width
     torch.manual_seed(0)
     features = torch.randn(args.batch_size * grid**2, width, device=device, requires_grad=True)
     head = torch.nn.Linear(width, VOCAB_SIZE, bias=False, device=device).weight
