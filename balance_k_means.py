@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autoregressive.data.codes import Mapping, read_mapping
+from autoregressive.data.mapping import Mapping, read_mapping
 from autoregressive.runtime.checkpoint import model_state, read_checkpoint, save_checkpoint
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.entry import Flags, Parser, at_least, check_one_process, checks, free, run

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from autoregressive.data.batches import TokenBatches, split_store
-from autoregressive.data.codes import CodeStore, Mapping, add_code_args, default_mapping_path, open_codes, read_mapping
-from autoregressive.data.store_checks import check_store, verify_codes
+from autoregressive.data.codes import CodeStore, add_code_args, open_codes
+from autoregressive.data.mapping import Mapping, default_mapping_path, read_mapping
+from autoregressive.data.store_checks import ExpectedCodes, check_store, verify_codes
 from autoregressive.models.cluster_loss import check_cluster_size, fused_head_loss, plain_head_loss
 from autoregressive.models.config import GPTConfig, add_gpt_args, gpt_config, grid_of
 from autoregressive.models.generate import random_numbers
@@ -143,9 +144,9 @@ def open_data(args: Flags, session: Session) -> TrainingData:
     """Opens codes and mapping, and compares them with each other and with the flags."""
     store = open_codes(*args.code_path)
     mapping = read_mapping(args.mapping_path or default_mapping_path(args.cluster_size), args.vocab_size)
-    check_store(store, mapping, vocab_size=args.vocab_size, codebook_size=args.codebook_size,
-                num_classes=args.num_classes, image_size=args.image_size,
-                grid=grid_of(args.image_size, args.downsample_size), cluster_size=args.cluster_size)
+    grid = grid_of(args.image_size, args.downsample_size)
+    check_store(store, mapping, ExpectedCodes(args.vocab_size, args.codebook_size, args.num_classes, args.image_size,
+                                              grid, args.cluster_size))
     training, val = split_store(store, args.val_share if args.val_every else 0, args.global_seed)
     batches = TokenBatches(training, mapping.tokens, args.global_batch_size, args.global_seed, args.num_classes,
                            LABEL_DROPOUT)
