@@ -19,9 +19,9 @@ from processes import ENVIRONMENT, command, run_here, start, start_and_kill, wit
 
 from autoregressive.data.batches import TokenBatches, split_store
 from autoregressive.data.code_writer import CodeWriter
-from autoregressive.data.codes import open_codes
+from autoregressive.data.opening import open_codes
 from autoregressive.models.cluster_loss import fused_head_loss
-from autoregressive.models.config import GPT_MODELS, gpt_config
+from autoregressive.models.config import GPT_MODELS, GPTSize, gpt_config
 from autoregressive.models.generate import generate, random_numbers
 from autoregressive.models.gpt import GPT
 from autoregressive.models.loading import build_gpt, move_rows_to_tokens, name_moments, read_gpt
@@ -273,7 +273,7 @@ def test_training_starts_from_given_weights_and_continues_from_a_given_checkpoin
 @pytest.fixture
 def older(monkeypatch, tmp_path):
     """What commit fa9bbd5 left of a small GPT after 2 steps; (path, payload, the numbers that its code went on to)."""
-    monkeypatch.setitem(GPT_MODELS, "GPT-mini", (2, 2, 16))
+    monkeypatch.setitem(GPT_MODELS, "GPT-mini", GPTSize(2, 2, 16))
     save_checkpoint(tmp_path / "older_mapping.pt", torch.from_numpy(np.random.default_rng(0).permutation(64)))
     path = FIXTURES / "older_gpt_checkpoint.pt"
     return path, read_checkpoint(path), json.loads(path.with_suffix(".json").read_text())

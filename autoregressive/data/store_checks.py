@@ -7,9 +7,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from autoregressive.data.checksums import CHECKSUM_ROWS, checksum_of_labels, checksum_of_rows
-from autoregressive.data.codes import DAMAGED, CodeStore, open_codes
+from autoregressive.data.codes import DAMAGED, CodeStore
 from autoregressive.data.mapping import Mapping
 from autoregressive.data.older_codes import OlderCodes
+from autoregressive.data.opening import open_codes
 from autoregressive.runtime.identity import check_codebook, check_recorded
 
 

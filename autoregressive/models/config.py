@@ -119,7 +119,7 @@ def add_gpt_args(parser: argparse.ArgumentParser) -> None:
                        help="codes per cluster of the reordered codebook")
 
 
-def add_regularisation_args(group: argparse._ArgumentGroup) -> None:
+def add_regularisation_args(group: argparse._ActionsContainer) -> None:
     """Declares the flags of a GPT's dropout, which matter in training only."""
     group.add_argument("--dropout-p", type=share, default=0.1,
                        help="dropout after the projections of a block")

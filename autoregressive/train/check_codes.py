@@ -30,7 +30,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from autoregressive.data.codes import DAMAGED, CodeStore, add_code_args, open_codes
+from autoregressive.data.codes import DAMAGED, CodeStore, add_code_args
+from autoregressive.data.opening import open_codes
 from autoregressive.data.store_checks import verify_checksums
 from autoregressive.runtime.distributed import Session, keyed_random
 from autoregressive.runtime.entry import Flags, Parser, at_least, check_one_process, checks, run

@@ -19,7 +19,8 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from autoregressive.data.code_writer import CodeWriter
-from autoregressive.data.codes import add_code_args, open_codes
+from autoregressive.data.codes import add_code_args
+from autoregressive.data.opening import open_codes
 from autoregressive.data.store_checks import verify_checksums
 from autoregressive.runtime.compute import PRECISIONS, add_compile_errors_arg, set_up_compiler
 from autoregressive.runtime.distributed import Session, seed_everything
