@@ -19,10 +19,11 @@ from torch import Tensor
 
 from autoregressive.data.mapping import Mapping
 from autoregressive.models.config import GPTConfig, add_gpt_args, gpt_config, grid_of
-from autoregressive.models.generate import Steps, generate, random_numbers
+from autoregressive.models.generate import Steps, generate
 from autoregressive.models.gpt import GPT
 from autoregressive.models.loading import GPTFile, build_gpt
 from autoregressive.models.packed import can_pack, pack_linears
+from autoregressive.models.random_numbers import random_numbers
 from autoregressive.models.recorded import RecordedSteps, compile_decoding
 from autoregressive.models.sampler import Sampler, add_sampler_args
 from autoregressive.runtime.compute import (

@@ -14,9 +14,10 @@ import torch
 from autoregressive.models import recorded
 from autoregressive.models.cache import DecodePosition
 from autoregressive.models.config import GPTConfig
-from autoregressive.models.generate import generate, random_numbers
+from autoregressive.models.generate import generate
 from autoregressive.models.gpt import GPT
 from autoregressive.models.packed import can_pack, pack_linears
+from autoregressive.models.random_numbers import random_numbers
 from autoregressive.models.recorded import RecordedSteps, compile_decoding
 from autoregressive.models.sampler import Sampler, add_sampler_args, draw, filter_logits, guide, probabilities
 from autoregressive.runtime.entry import Parser

@@ -22,9 +22,10 @@ from autoregressive.data.code_writer import CodeWriter
 from autoregressive.data.opening import open_codes
 from autoregressive.models.cluster_loss import fused_head_loss
 from autoregressive.models.config import GPT_MODELS, GPTSize, gpt_config
-from autoregressive.models.generate import generate, random_numbers
+from autoregressive.models.generate import generate
 from autoregressive.models.gpt import GPT
 from autoregressive.models.loading import build_gpt, move_rows_to_tokens, name_moments, read_gpt
+from autoregressive.models.random_numbers import random_numbers
 from autoregressive.models.sampler import Sampler
 from autoregressive.runtime import training
 from autoregressive.runtime.checkpoint import (

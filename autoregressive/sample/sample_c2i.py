@@ -23,8 +23,8 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from autoregressive.models.generate import random_numbers
 from autoregressive.models.loading import read_gpt
+from autoregressive.models.random_numbers import random_numbers
 from autoregressive.models.sampler import Sampler
 from autoregressive.pipeline import (
     PipelineSettings,

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from autoregressive.data.codes import code_dtype
-from autoregressive.models.generate import random_numbers
 from autoregressive.models.loading import read_gpt
+from autoregressive.models.random_numbers import random_numbers
 from autoregressive.models.sampler import Sampler
 from autoregressive.pipeline import (
     Pipeline,
