@@ -268,8 +268,9 @@ def load_pipeline(file: GPTFile, settings: PipelineSettings, sampler: Sampler, v
     place_decoder(vq, vq_dtype, device, compiled)
     tile = min(LARGEST_TILE,
                default_batch_size(vq_config.vq_model, settings.image_size, vq_dtype, device))
-    return Pipeline(gpt, vq, sampler, settings.image_size_eval, settings.resize == "antialias",
-                    tile, file.settings.get("class_names"), hashes, steps)
+    return Pipeline(gpt, vq, sampler, image_size=settings.image_size_eval,
+                    antialias=settings.resize == "antialias", tile=tile,
+                    class_names=file.settings.get("class_names"), hashes=hashes, steps=steps)
 
 
 def save_samples(path: Path, weights: dict[str, Tensor], *, config: GPTConfig, vq: VQModel,

@@ -114,13 +114,13 @@ def open_data(settings: DataSettings, grid: int, world_size: int) -> TrainingDat
         cluster_size=settings.cluster_size))
     val_share = settings.val_share if settings.val_every else 0
     training, val = split_store(store, val_share, settings.global_seed)
+    drawing = {"seed": settings.global_seed, "num_classes": settings.num_classes}
     batches = TokenBatches(training, mapping.tokens, settings.global_batch_size,
-                           settings.global_seed, settings.num_classes, LABEL_DROPOUT)
+                           label_dropout=LABEL_DROPOUT, **drawing)
     val_batches = None
     if settings.val_every:
-        val_batches = TokenBatches(val, mapping.tokens,
-                                   _val_batch_size(settings, len(val.rows), world_size),
-                                   settings.global_seed, settings.num_classes, label_dropout=0)
+        batch_size = _val_batch_size(settings, len(val.rows), world_size)
+        val_batches = TokenBatches(val, mapping.tokens, batch_size, label_dropout=0, **drawing)
     return TrainingData(store, mapping, batches, val_batches)
 
 

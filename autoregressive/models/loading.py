@@ -188,7 +188,9 @@ def name_moments(optimizer: dict[str, Any], weights: dict[str, Tensor],
         if found is None or found != expected:
             raise ValueError(f"{path}: expected moments {number} of {name} {expected}, found "
                              f"{found}; start from the weights alone: --weights-only")
-    numbers = [number for group in groups for number in group["params"]]
+    numbers = []
+    for group in groups:
+        numbers += group["params"]
     if sorted(numbers) != list(range(len(names))):
         raise ValueError(f"{path}: expected moments of {len(names)} parameters in param_groups, "
                          "found others; start from the weights alone: --weights-only")

@@ -224,7 +224,8 @@ def main(args: Flags, session: Session) -> None:
     num_failed = 0
     for check in itertools.chain(check_origin(store, dataset, hashes),
                                  check_contents(store, session),
-                                 check_rows(store, dataset, vq, rows, crops, output, session)):
+                                 check_rows(store, dataset, vq, rows=rows, crops=crops,
+                                            output=output, session=session)):
         if not check.is_passed:
             num_failed += 1
         LOGGER.log(logging.INFO if check.is_passed else logging.ERROR, "%-6s %s%s",

@@ -152,8 +152,9 @@ def build_trainer(args: Flags, config: GPTConfig, start: GPTFile | None, data: T
     if vq is not None:
         draw = functools.partial(save_samples, config=config, vq=vq, device=device,
                                  seed=args.global_seed, class_names=data.class_names)
-    return GPTTrainer(wrapped, optimizer, session, args.mixed_precision,
-                      args.gradient_accumulation_steps, data.val_batches, draw, compiler)
+    return GPTTrainer(wrapped, optimizer, session, precision=args.mixed_precision,
+                      accumulation=args.gradient_accumulation_steps, val_batches=data.val_batches,
+                      draw_samples=draw, compiler=compiler)
 
 
 @torch.inference_mode()
@@ -223,7 +224,7 @@ def main(args: Flags, session: Session) -> None:
 
     # Build what is trained, and the loop that trains it.
     set_up_gpu(args.tf32, args.cudnn_attention)
-    trainer = build_trainer(args, config, start, data, vq, session)
+    trainer = build_trainer(args, config, start=start, data=data, vq=vq, session=session)
     parameters = trainer.optimizer.model.parameters()
     num_parameters = sum(parameter.numel() for parameter in parameters)
     speed = Speedometer(session.device, session.world_size, config.num_tokens,
