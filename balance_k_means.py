@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autoregressive.data.codes import Mapping, read_mapping
+from autoregressive.data.mapping import Mapping, read_mapping
 from autoregressive.models.cluster_loss import check_cluster_size
 from autoregressive.runtime.checkpoint import model_state, read_checkpoint, save_checkpoint
 from autoregressive.runtime.distributed import Session

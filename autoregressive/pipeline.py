@@ -1,31 +1,42 @@
-"""A GPT and the VQ model that decodes its tokens, as one pipeline that draws; parts of different runs are refused.
+"""A GPT and the VQ model that decodes its tokens, as one pipeline that draws.
 
-The chain of hashes: the codes' manifest names the codebook they index (original order); the mapping's side file names
-that codebook and the reordered one; a GPT checkpoint names the reordered one; the VQ checkpoint that decodes is hashed
-when it is read. Published files carry no hashes: what is unknown is a warning, what differs is an error.
+Parts of different runs are refused, by a chain of hashes: the codes' manifest names the codebook
+they index (original order); the mapping's side file names that codebook and the reordered one; a
+GPT checkpoint names the reordered one; the VQ checkpoint that decodes is hashed when it is read.
+Published files carry no hashes: what is unknown is a warning, what differs is an error.
 
 Letters: B pictures, T tokens, P pixels.
 """
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from autoregressive.data.mapping import Mapping
+from autoregressive.models.config import GPTConfig, add_gpt_args, gpt_config, grid_of
 from autoregressive.models.generate import Steps, generate
-from autoregressive.models.gpt import GPT, add_gpt_args, gpt_config, grid_of
+from autoregressive.models.gpt import GPT
 from autoregressive.models.loading import GPTFile, build_gpt
 from autoregressive.models.packed import can_pack, pack_linears
+from autoregressive.models.random_numbers import random_numbers
 from autoregressive.models.recorded import RecordedSteps, compile_decoding
 from autoregressive.models.sampler import Sampler, add_sampler_args
-from autoregressive.runtime.compute import PRECISIONS, add_compile_errors_arg, set_up_compiler, to_device
+from autoregressive.runtime.compute import (
+    PRECISIONS,
+    add_compile_errors_arg,
+    set_up_compiler,
+    to_device,
+)
 from autoregressive.runtime.entry import Parser, free, pixels
 from autoregressive.runtime.files import weights_sha256
 from autoregressive.runtime.identity import check_codebook, check_recorded
+from autoregressive.runtime.log import LOGGER
+from autoregressive.runtime.pictures import save_grid
 from autoregressive.sample.presets import PRESETS
 from tokenizer.tokenizer_image.encoding import default_batch_size
 from tokenizer.tokenizer_image.images import to_uint8
@@ -33,6 +44,8 @@ from tokenizer.tokenizer_image.loading import default_vq_path, load_vq
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel, add_vq_args
 
 LARGEST_TILE = 32               # pictures decoded together
+NUM_SAMPLED = 8                 # pictures that a training draws of its model
+SHOWN_GUIDANCE = 2.0            # strength of the guidance that it draws them with
 
 
 @dataclass(frozen=True)
@@ -62,7 +75,8 @@ class Pipeline:
         sampler: Sampler.
         image_size: side of the pictures in pixels, after the resize.
         antialias: whether the resize filters.
-        tile: pictures decoded together, always so many: a picture then has the same bits in every batch.
+        tile: pictures decoded together, always so many: a picture then has the same bits in every
+            batch.
         class_names: list of the names of all classes, or None if they are not known.
         hashes: dict of codebook_sha256, vq_sha256 and gpt_sha256.
         steps: how the decode steps run; None is one by one.
@@ -81,78 +95,134 @@ class Pipeline:
     def draw_tokens(self, labels: np.ndarray, uniforms: np.ndarray) -> Tensor:
         """Returns tokens (B, T) int64 on the device, of labels (B,) and uniforms (B, T)."""
         device = self.gpt.norm.weight.device
-        return generate(self.gpt, to_device(labels, device), to_device(uniforms, device), self.sampler, self.steps)
+        return generate(self.gpt, to_device(labels, device), to_device(uniforms, device),
+                        self.sampler, self.steps)
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor) -> Tensor:
-        """Returns the pictures (B, P, P, 3) uint8 of tokens (B, T) int64, both on the device, tile by tile."""
+        """Returns the pictures (B, P, P, 3) uint8 of tokens (B, T) int64, both on the device."""
         pictures = []
-        for tile in tokens.split(self.tile):
-            missing = self.tile - len(tile)
-            full = torch.cat([tile, tile[:1].expand(missing, -1)])
-            images = self.vq.decode_codes(full, self.gpt.config.grid)               # (tile, 3, P, P)
-            pictures.append(to_uint8(images, self.image_size, self.antialias)[:len(tile)])
+        for tile in tokens.split(self.tile):                        # (at most tile, T)
+            num_missing = self.tile - len(tile)
+            full = torch.cat([tile, tile[:1].expand(num_missing, -1)])
+            images = self.vq.decode_codes(full, self.gpt.config.grid)       # (tile, 3, P, P)
+            decoded = to_uint8(images, self.image_size, self.antialias)     # (tile, P, P, 3)
+            pictures.append(decoded[:len(tile)])
         return torch.cat(pictures)
 
     def draw(self, labels: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
         """Returns the pictures (B, P, P, 3) uint8 of labels (B,) and uniforms (B, T)."""
         return self.decode(self.draw_tokens(labels, uniforms)).cpu().numpy()
 
-    def label_names(self, labels: np.ndarray) -> list[str]:
+    def label_names(self, labels: Sequence[int] | np.ndarray) -> list[str]:
         """Returns what to call the labels (B,): names where they are known."""
-        return [self.class_names[label] if self.class_names else f"class {label}" for label in labels]
+        if not self.class_names:
+            return [f"class {label}" for label in labels]
+        return [self.class_names[label] for label in labels]
 
 
 def add_pipeline_args(parser: Parser) -> None:
-    """Declares the flags of drawing pictures with a GPT and a VQ model: shared by the sampling scripts."""
+    """Declares the flags of drawing with a GPT and a VQ model: shared by the sampling scripts."""
     add_gpt_args(parser)
     add_vq_args(parser)
     add_sampler_args(parser)
     group = parser.add_argument_group("drawing")
-    group.add_argument("--weights", default="raw", choices=("raw", "ema"), help="of the GPT: as trained, or averaged")
-    group.add_argument("--from-fsdp", action="store_true", help="the checkpoint is a bare state dict")
-    group.add_argument("--precision", default="bf16", choices=tuple(PRECISIONS), help="of the GPT's weights and cache")
+    group.add_argument("--weights", default="raw", choices=("raw", "ema"),
+                       help="of the GPT: as trained, or averaged")
+    group.add_argument("--from-fsdp", action="store_true",
+                       help="the checkpoint is a bare state dict")
+    group.add_argument("--precision", default="bf16", choices=tuple(PRECISIONS),
+                       help="of the GPT's weights and cache")
     group.add_argument("--vq-precision", choices=tuple(PRECISIONS),
                        help="of the VQ decoder; default: bf16 on a GPU, none on a CPU")
     group.add_argument("--compile", action=argparse.BooleanOptionalAction,
-                       help="compile the blocks of a decode step and, on a GPU, record it as graphs; "
-                            "sample_c2i_ddp.py does so on a GPU")
+                       help="compile the blocks of a decode step and, on a GPU, record it as "
+                            "graphs; sample_c2i_ddp.py does so on a GPU")
     add_compile_errors_arg(group)
-    group.add_argument("--image-size", type=pixels, default=384, help="pixels of a generated picture's side")
-    group.add_argument("--image-size-eval", type=pixels, default=256, help="pixels of a stored picture's side")
+    group.add_argument("--image-size", type=pixels, default=384,
+                       help="pixels of a generated picture's side")
+    group.add_argument("--image-size-eval", type=pixels, default=256,
+                       help="pixels of a stored picture's side")
     group.add_argument("--resize", default="bicubic", choices=("bicubic", "antialias"),
                        help="bicubic as published, or with antialiasing")
-    free(parser.add_argument("--preset", choices=PRESETS, help="settings of a published row"))  # what is given wins
+    # Free, since a preset only sets flags, and those that are given win.
+    free(parser.add_argument("--preset", choices=PRESETS, help="settings of a published row"))
 
 
-def device_flags(device: torch.device, defaults: dict[str, Any]) -> dict[str, Any]:
-    """Returns the flags of add_pipeline_args whose default, None, stands for another one on each kind of device.
+def device_flags(device: torch.device, defaults: dict[str, object]) -> dict[str, object]:
+    """Returns the flags of add_pipeline_args whose default, None, stands for one by device.
 
     Args:
         device: where pictures are drawn.
         defaults: of all flags of the script.
     """
     is_gpu = device.type == "cuda"
-    # Pictures of bfloat16 differ from those of float32 by 55.6 dB, far more than a tokenizer's own 20 to 30 dB.
+    # Pictures of bfloat16 differ from those of float32 by 55.6 dB, far more than a tokenizer's own
+    # 20 to 30 dB.
     values = {"compile": is_gpu, "vq_precision": "bf16" if is_gpu else "none"}
     return {name: value for name, value in values.items() if defaults[name] is None}
 
 
 def load_decoder(path: str | Path, config: VQConfig, codebook_sha256: str | None,
                  source: str | Path) -> tuple[VQModel, dict[str, str]]:
-    """Loads a VQ model, with its hashes; its codebook must be the one of `codebook_sha256`, which `source` records."""
+    """Loads a VQ model and its hashes, codebook_sha256 and weights_sha256.
+
+    Args:
+        path: its checkpoint.
+        config: VQConfig.
+        codebook_sha256: of the codebook that it must have; None is unknown.
+        source: the file that records this hash, named in errors.
+
+    Raises:
+        ValueError: the file is unreadable, or of another codebook.
+    """
     vq, hashes = load_vq(path, config)
     check_codebook(codebook_sha256, hashes["codebook_sha256"], source, path)
     return vq, hashes
 
 
+def open_decoder(vq_ckpt: str | None, config: VQConfig, mapping: Mapping,
+                 cluster_size: int) -> VQModel | None:
+    """Returns the VQ model whose codebook a mapping has reordered.
+
+    Without a checkpoint it is that of the published codebook; None, with a warning, if that one is
+    not there.
+    """
+    path = vq_ckpt or default_vq_path(cluster_size)
+    if not vq_ckpt and not Path(path).exists():
+        LOGGER.warning("%s: not there, so no pictures are made; name it with --vq-ckpt", path)
+        return None
+    vq, _ = load_decoder(path, config, mapping.hashes.get("codebook_sha256"), mapping.path)
+    return vq
+
+
 def place_decoder(vq: VQModel, dtype: torch.dtype, device: torch.device, compiled: bool) -> None:
-    """Moves a VQ model to a device, its decoder in a dtype, to be compiled or not; the codebook stays float32."""
+    """Moves a VQ model to a device, its decoder in a dtype; the codebook stays float32.
+
+    Args:
+        vq: VQModel, in place.
+        dtype: of the decoder.
+        device: where to decode.
+        compiled: whether the decoder is to be compiled.
+    """
     vq.to(device)
     for part in (vq.post_quant_conv, vq.decoder):
         part.to(dtype, memory_format=torch.channels_last)
     if compiled:
         vq.decoder.compile()
+
+
+def check_fitting(file: GPTFile, settings: PipelineSettings, sampler: Sampler) -> None:
+    """Raises ValueError if a GPT's file contradicts the settings or what is to be drawn."""
+    recorded = file.settings
+    check_recorded("--cluster-size", settings.cluster_size, recorded.get("cluster_size"), file.path)
+    class_names = recorded.get("class_names")
+    if class_names is not None and len(class_names) != settings.num_classes:
+        raise ValueError(f"{file.path}: expected class_names of {settings.num_classes} classes, "
+                         f"found {len(class_names)}; take another checkpoint of the run")
+    if sampler.cfg_scale > 1 and recorded.get("label_dropout") == 0:
+        raise ValueError(f"--cfg-scale: expected at most 1 for {file.path}, which was trained "
+                         f"without label dropout and knows no null label, got {sampler.cfg_scale}")
 
 
 def load_pipeline(file: GPTFile, settings: PipelineSettings, sampler: Sampler, vq_config: VQConfig,
@@ -169,24 +239,25 @@ def load_pipeline(file: GPTFile, settings: PipelineSettings, sampler: Sampler, v
     Raises:
         ValueError: a setting without a meaning, or parts that do not belong together.
     """
+    # Read and compare all parts.
     sampler.check(vq_config.codebook_size)
-    gpt = build_gpt(file, gpt_config(settings.gpt_model, grid=grid_of(settings.image_size, settings.downsample_size),
-                                     vocab_size=vq_config.codebook_size, num_classes=settings.num_classes))
-    check_recorded("--cluster-size", settings.cluster_size, file.settings.get("cluster_size"), file.path)
-    class_names = file.settings.get("class_names")
-    if class_names is not None and len(class_names) != settings.num_classes:
-        raise ValueError(f"{file.path}: expected class_names of {settings.num_classes} classes, found "
-                         f"{len(class_names)}; take another checkpoint of the run")
-    if sampler.cfg_scale > 1 and file.settings.get("label_dropout") == 0:
-        raise ValueError(f"--cfg-scale: expected at most 1 for {file.path}, which was trained without label dropout "
-                         f"and knows no null label, got {sampler.cfg_scale}")
-    vq, vq_hashes = load_decoder(settings.vq_ckpt or default_vq_path(settings.cluster_size), vq_config,
-                                 file.settings.get("codebook_sha256"), file.path)
-    check_recorded("--downsample-size", settings.downsample_size, vq.downsampling, vq_config.vq_model)
-    hashes = {"codebook_sha256": vq_hashes["codebook_sha256"], "vq_sha256": vq_hashes["weights_sha256"],
+    config = gpt_config(settings.gpt_model,
+                        grid=grid_of(settings.image_size, settings.downsample_size),
+                        vocab_size=vq_config.codebook_size, num_classes=settings.num_classes)
+    gpt = build_gpt(file, config)
+    check_fitting(file, settings, sampler)
+    vq_path = settings.vq_ckpt or default_vq_path(settings.cluster_size)
+    vq, vq_hashes = load_decoder(vq_path, vq_config, file.settings.get("codebook_sha256"),
+                                 file.path)
+    check_recorded("--downsample-size", settings.downsample_size, vq.downsampling,
+                   vq_config.vq_model)
+    hashes = {"codebook_sha256": vq_hashes["codebook_sha256"],
+              "vq_sha256": vq_hashes["weights_sha256"],
               "gpt_sha256": weights_sha256(gpt.state_dict())}
 
-    dtype, vq_dtype = PRECISIONS[settings.precision], PRECISIONS[settings.vq_precision]
+    # Put them where they compute, in the fastest form that the device has.
+    dtype = PRECISIONS[settings.precision]
+    vq_dtype = PRECISIONS[settings.vq_precision]
     gpt = gpt.to(device).cast(dtype)
     steps = RecordedSteps(gpt) if settings.compile else None
     compiled = settings.compile and set_up_compiler(device, settings.compile_errors)
@@ -195,6 +266,31 @@ def load_pipeline(file: GPTFile, settings: PipelineSettings, sampler: Sampler, v
     elif can_pack(device, dtype):
         pack_linears(gpt)
     place_decoder(vq, vq_dtype, device, compiled)
-    tile = min(LARGEST_TILE, default_batch_size(vq_config.vq_model, settings.image_size, vq_dtype, device))
-    return Pipeline(gpt, vq, sampler, settings.image_size_eval, settings.resize == "antialias", tile,
-                    class_names, hashes, steps)
+    tile = min(LARGEST_TILE,
+               default_batch_size(vq_config.vq_model, settings.image_size, vq_dtype, device))
+    return Pipeline(gpt, vq, sampler, image_size=settings.image_size_eval,
+                    antialias=settings.resize == "antialias", tile=tile,
+                    class_names=file.settings.get("class_names"), hashes=hashes, steps=steps)
+
+
+def save_samples(path: Path, weights: dict[str, Tensor], *, config: GPTConfig, vq: VQModel,
+                 device: torch.device, seed: int, class_names: list[str] | None) -> None:
+    """Saves a few pictures drawn with given weights as one PNG: what a training has learned.
+
+    Args:
+        path: the PNG.
+        weights: state dict of the GPT.
+        config: of the GPT.
+        vq: VQModel with the reordered codebook.
+        device: where to draw.
+        seed: of labels and uniforms.
+        class_names: list of the names of all classes, or None.
+    """
+    gpt = build_gpt(GPTFile(path, weights, {"grid": config.grid}, {}), config).to(device)
+    pipeline = Pipeline(gpt, vq.to(device), Sampler(cfg_scale=SHOWN_GUIDANCE),
+                        image_size=config.grid * vq.downsampling, antialias=False,
+                        tile=NUM_SAMPLED, class_names=class_names, hashes={})
+    labels, uniforms = random_numbers(seed, range(NUM_SAMPLED), config.num_classes,
+                                      config.num_tokens)
+    save_grid(path, pipeline.draw(labels, uniforms), columns=4,
+              captions=pipeline.label_names(labels))

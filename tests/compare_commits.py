@@ -32,7 +32,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
-from autoregressive.models import gpt  # noqa: E402
+from autoregressive.models import config, gpt  # noqa: E402
 
 # What the new side calls otherwise: words of a command, and parts of paths and of keys.
 RENAMED = {
@@ -217,7 +217,7 @@ def make_images(folder: Path) -> None:
 def make_original(folder: Path) -> None:
     """Makes a GPT over codes in their original order: weights alone, which know of no tokens."""
     torch.manual_seed(0)
-    model = gpt.GPT(gpt.gpt_config("GPT-tiny", grid=4, vocab_size=512, num_classes=10))
+    model = gpt.GPT(config.gpt_config("GPT-tiny", grid=4, vocab_size=512, num_classes=10))
     folder.mkdir(exist_ok=True)
     torch.save(model.state_dict(), folder / "gpt.pt")
 

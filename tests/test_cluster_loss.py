@@ -1,62 +1,76 @@
-"""The closed form of the loss against the paper's form."""
+"""Both forms of the loss against torch's cross-entropy, against the gradient's equation, and against each other."""
+
+import functools
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from autoregressive.models.cluster_loss import (
-    fused_head_loss,
-    plain_head_loss,
-    reference_losses,
-    token_and_cluster_loss,
-)
+from autoregressive.models.cluster_loss import fused_head_loss, plain_head_loss
+
+BOTH = (plain_head_loss, functools.partial(fused_head_loss, rows_at_once=5))
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+def losses_of(head_loss, logits, targets, cluster_size, weight=1.0):
+    """Returns the loss and the statistics of logits (N, V): the head is the identity."""
+    head = torch.eye(logits.shape[1], dtype=logits.dtype)
+    return head_loss(logits, head, targets, cluster_size=cluster_size, lambda_cce=weight)
+
+
+@pytest.mark.parametrize("head_loss, dtype, tolerance", [
+    (plain_head_loss, torch.float64, 1e-10), (plain_head_loss, torch.float32, 1e-5), (BOTH[1], torch.float32, 1e-5)])
 @pytest.mark.parametrize("cluster_size", [1, 2, 3, 8, 24])
 @pytest.mark.parametrize("weight", [0.0, 1.0, 0.37])
-def test_closed_form_equals_the_paper_in_value_and_gradient(dtype, tolerance, cluster_size, weight):
+def test_losses_are_two_cross_entropies_over_codes_and_over_clusters(head_loss, dtype, tolerance, cluster_size, weight):
     torch.manual_seed(cluster_size)
     logits = (5 * torch.randn(13, 24, dtype=dtype)).requires_grad_()
     targets = torch.randint(24, (13,))
-    results = []
-    for losses in (reference_losses, token_and_cluster_loss):
-        token_loss, cluster_loss = losses(logits, targets, cluster_size)
-        gradient, = torch.autograd.grad(token_loss + weight * cluster_loss, logits)
-        results.append((token_loss, cluster_loss, gradient))
-    for expected, found in zip(*results, strict=True):
-        assert (found - expected).abs().max() <= tolerance * max(1.0, expected.abs().max())
+    cluster_logits = logits.unflatten(-1, (-1, cluster_size)).logsumexp(-1)
+    token_loss = F.cross_entropy(logits, targets)
+    cluster_loss = F.cross_entropy(cluster_logits, targets // cluster_size)
+    loss = token_loss + weight * cluster_loss
+    expected = loss, token_loss, cluster_loss, *torch.autograd.grad(loss, logits)
+    loss, statistics = losses_of(head_loss, logits, targets, cluster_size, weight)
+    found = loss, *statistics[:2], *torch.autograd.grad(loss, logits)
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).abs().max() <= tolerance * max(1.0, other.abs().max())
 
 
-def test_gradient_equals_the_equation():
+@pytest.mark.parametrize("head_loss, dtype, tolerance", [(plain_head_loss, torch.float64, 1e-12),
+                                                         (BOTH[1], torch.float32, 1e-6)])
+def test_gradient_equals_the_equation(head_loss, dtype, tolerance):
     torch.manual_seed(0)
-    logits = torch.randn(5, 12, dtype=torch.float64, requires_grad=True)
+    logits = torch.randn(5, 12, dtype=dtype, requires_grad=True)
     targets, size, weight = torch.tensor([0, 11, 5, 6, 3]), 4, 0.7
-    token_loss, cluster_loss = token_and_cluster_loss(logits, targets, size)
-    gradient, = torch.autograd.grad(token_loss + weight * cluster_loss, logits)
+    loss, _ = losses_of(head_loss, logits, targets, size, weight)
+    gradient, = torch.autograd.grad(loss, logits)
     z = logits.detach()
     for row, t in enumerate(targets.tolist()):
         inside = torch.arange(12) // size == t // size
         s_c = z[row][inside].logsumexp(0)
         peak = torch.arange(12) == t
         expected = (1 + weight) * z[row].softmax(0) - 1.0 * peak - weight * inside * (z[row] - s_c).exp()
-        assert torch.allclose(gradient[row] * 5, expected, atol=1e-12)       # the loss is a mean over 5 rows
+        assert torch.allclose(gradient[row] * 5, expected, atol=tolerance)   # the loss is a mean over 5 rows
 
 
-def test_cluster_of_all_codes_has_no_cluster_loss():
-    logits, targets = torch.randn(4, 6), torch.tensor([1, 5, 0, 3])
-    assert token_and_cluster_loss(logits, targets, 6)[1].abs() < 1e-6
+@pytest.mark.parametrize("head_loss", BOTH)
+def test_cluster_of_all_codes_has_no_cluster_loss(head_loss):
+    _, statistics = losses_of(head_loss, torch.randn(4, 6), torch.tensor([1, 5, 0, 3]), 6)
+    assert statistics[1].abs() < 1e-6
 
 
-def test_huge_logits_stay_finite():
+@pytest.mark.parametrize("head_loss", BOTH)
+def test_huge_logits_stay_finite(head_loss):
     logits = torch.tensor([[1e4, -1e4, 0.0, 5.0]], requires_grad=True)
-    loss = sum(token_and_cluster_loss(logits, torch.tensor([1]), 2))
+    loss, _ = losses_of(head_loss, logits, torch.tensor([1]), 2)
     loss.backward()
     assert loss.isfinite() and logits.grad.isfinite().all()
 
 
-def test_size_that_does_not_divide_the_codebook_is_refused():
+@pytest.mark.parametrize("head_loss", BOTH)
+def test_size_that_does_not_divide_the_codebook_is_refused(head_loss):
     with pytest.raises(ValueError, match="expected a divisor of the 24 codes, got 5"):
-        token_and_cluster_loss(torch.zeros(2, 24), torch.zeros(2).long(), 5)
+        losses_of(head_loss, torch.zeros(2, 24), torch.zeros(2).long(), 5)
 
 
 def losses_and_gradients(head_loss, *options, dtype=torch.float32, precision=None, weight=0.7):

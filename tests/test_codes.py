@@ -10,18 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from autoregressive.data import code_writer
-from autoregressive.data import codes as codes_module
+from autoregressive.data import checksums, code_writer, opening, store_checks
 from autoregressive.data.batches import TokenBatches
 from autoregressive.data.code_writer import CodeWriter
-from autoregressive.data.codes import (
-    CodeStore,
-    CombinedCodes,
-    code_dtype,
-    open_codes,
-    read_mapping,
-    verify_checksums,
-)
+from autoregressive.data.codes import CodeStore, code_dtype
+from autoregressive.data.combined_codes import CombinedCodes
+from autoregressive.data.mapping import read_mapping
+from autoregressive.data.opening import open_codes
+from autoregressive.data.store_checks import verify_checksums
 from autoregressive.runtime.distributed import keyed_random
 from autoregressive.runtime.files import mapping_sha256, write_json
 from autoregressive.runtime.lock import hold, lock_of
@@ -156,7 +152,7 @@ def checksum(array):
 @pytest.mark.parametrize("block_rows", [4, 7])
 def test_checksum_of_labels_covers_all_of_them_and_that_of_older_stores_holds(tmp_path, monkeypatch, written_by,
                                                                               block_rows):
-    for module in (codes_module, code_writer):
+    for module in (checksums, code_writer, opening, store_checks):
         monkeypatch.setattr(module, "CHECKSUM_ROWS", block_rows)
     path = tmp_path / "codes"
     fill(path)[0].finish(0)

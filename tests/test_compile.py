@@ -12,8 +12,9 @@ from torch._dynamo.testing import CompileCounter
 
 from autoregressive.models import gpt
 from autoregressive.models.cluster_loss import fused_head_loss
+from autoregressive.models.config import GPTConfig
 from autoregressive.models.generate import generate
-from autoregressive.models.gpt import GPT, GPTConfig
+from autoregressive.models.gpt import GPT
 from autoregressive.models.recorded import BUCKET, RecordedSteps, compile_decoding
 from autoregressive.models.sampler import Sampler
 from autoregressive.runtime.compute import BlockCompiler, autocast, set_up_compiler, set_up_gpu

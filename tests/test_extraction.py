@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from processes import run_here, start, start_and_kill
 
-from autoregressive.data.codes import open_codes
+from autoregressive.data.opening import open_codes
 from autoregressive.runtime.checkpoint import save_checkpoint
 from autoregressive.runtime.lock import hold
 from tokenizer.tokenizer_image.encoding import CropEncoder, agreement, default_batch_size

@@ -13,12 +13,15 @@ import torch
 
 from autoregressive.models import recorded
 from autoregressive.models.cache import DecodePosition
-from autoregressive.models.generate import balanced_labels, generate, random_numbers
-from autoregressive.models.gpt import GPT, GPTConfig
+from autoregressive.models.config import GPTConfig
+from autoregressive.models.generate import generate
+from autoregressive.models.gpt import GPT
 from autoregressive.models.packed import can_pack, pack_linears
+from autoregressive.models.random_numbers import random_numbers
 from autoregressive.models.recorded import RecordedSteps, compile_decoding
 from autoregressive.models.sampler import Sampler, add_sampler_args, draw, filter_logits, guide, probabilities
 from autoregressive.runtime.entry import Parser
+from autoregressive.sample.labels import labels_in_turn
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +127,7 @@ def test_flags_without_a_meaning_are_refused(flag, value, capsys):
 
 def test_balanced_labels_hold_every_class_evenly_in_any_stretch():
     for first in (0, 5000, 12345):
-        counts = np.bincount(balanced_labels(range(first, first + 5000), 1000), minlength=1000)
+        counts = np.bincount(labels_in_turn(range(1000), range(first, first + 5000)), minlength=1000)
         assert counts.min() == counts.max() == 5
 
 

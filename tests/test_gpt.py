@@ -5,13 +5,13 @@ from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import FIXTURES
 
 from autoregressive.models.cache import DecodePosition
-from autoregressive.models.cluster_loss import fused_head_loss, token_and_cluster_loss
+from autoregressive.models.cluster_loss import fused_head_loss, plain_head_loss
+from autoregressive.models.config import GPT_MODELS, GPTConfig, gpt_config
 from autoregressive.models.generate import generate
-from autoregressive.models.gpt import GPT, GPT_MODELS, GPTConfig, gpt_config
+from autoregressive.models.gpt import GPT
 from autoregressive.models.rope import apply_rotary, rotary_table
 from autoregressive.models.sampler import Sampler
 from autoregressive.runtime.checkpoint import load_strictly
@@ -68,8 +68,10 @@ def new_tiny(fixture):
 
 
 def losses_of(model, numbers):
-    logits = model(numbers["idx"][:, :-1], numbers["cond"])
-    return token_and_cluster_loss(logits.flatten(0, 1), numbers["idx"].flatten(), 32)
+    """Returns the loss with lambda 1, and the token loss and the cluster loss, detached."""
+    features = model.features(numbers["idx"][:, :-1], numbers["cond"]).flatten(0, 1)
+    loss, statistics = plain_head_loss(features, model.output.weight, numbers["idx"].flatten(), 32, 1.0)
+    return loss, statistics[0], statistics[1]
 
 
 def optimizer_of(model, step):
@@ -79,11 +81,11 @@ def optimizer_of(model, step):
 
 def test_losses_and_gradients_equal_the_fixture(numbers, fixture):
     model = new_tiny(fixture)
-    token_loss, cluster_loss = losses_of(model, numbers)
+    loss, token_loss, cluster_loss = losses_of(model, numbers)
     assert abs(token_loss - numbers["loss2"]) < 1e-6 * numbers["loss2"]
     assert abs(cluster_loss - numbers["loss1"]) < 1e-6 * numbers["loss1"]
     assert abs(token_loss + 0.5 * cluster_loss - numbers["loss_lambda_0.5"]) < 1e-6 * numbers["loss_lambda_0.5"]
-    (token_loss + cluster_loss).backward()
+    loss.backward()
     gradients = fixture("gpt_tiny_grads")
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     assert abs(norm - gradients["grad_norm"]) < 1e-5 * norm
@@ -119,7 +121,7 @@ def test_generating_in_the_middle_of_training_leaves_the_next_step_unchanged(num
             generate(model.eval(), numbers["cond"], torch.full((2, 16), 0.3, dtype=torch.float64),
                      Sampler(2.0))
             model.train()
-        sum(losses_of(model, numbers)).backward()
+        losses_of(model, numbers)[0].backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.equal(without, after) for without, after in zip(*gradients, strict=True))
 
@@ -225,8 +227,6 @@ def test_drop_path_drops_whole_samples_and_rescales():
 
 def test_the_start_is_uniform_over_codes_and_clusters():
     model = GPT(GPTConfig("small", 1, 2, 8, grid=3, vocab_size=24, num_classes=2))
-    logits = model(torch.randint(24, (2, 8)), torch.tensor([0, 1]))
-    token_loss, cluster_loss = token_and_cluster_loss(logits.flatten(0, 1), torch.randint(24, (18,)), 4)
-    assert torch.allclose(token_loss, torch.tensor(24.0).log())
-    assert torch.allclose(cluster_loss, torch.tensor(6.0).log())
-    assert F.cross_entropy(logits.flatten(0, 1), torch.zeros(18).long()).allclose(token_loss)
+    features = model.features(torch.randint(24, (2, 8)), torch.tensor([0, 1])).flatten(0, 1)
+    _, statistics = plain_head_loss(features, model.output.weight, torch.randint(24, (18,)), 4, 1.0)
+    assert torch.allclose(statistics[:2], torch.tensor([24.0, 6.0]).log())

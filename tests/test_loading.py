@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from autoregressive.models.gpt import GPT, gpt_config
+from autoregressive.models.config import gpt_config
+from autoregressive.models.gpt import GPT
 from autoregressive.models.loading import build_gpt, describe_gpt, read_gpt
 from autoregressive.runtime.checkpoint import save_checkpoint
 from autoregressive.runtime.files import codebook_sha256
@@ -22,7 +23,7 @@ MEASURE_LOADING = """
 import resource, sys
 import torch
 sys.path.insert(0, sys.argv[2])
-from autoregressive.models.gpt import gpt_config
+from autoregressive.models.config import gpt_config
 from autoregressive.models.loading import build_gpt, read_gpt
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -9,7 +9,7 @@ import pytest
 import torch
 from processes import run_here, start
 
-from autoregressive.data.codes import open_codes
+from autoregressive.data.opening import open_codes
 from autoregressive.runtime.checkpoint import read_checkpoint, save_checkpoint
 from autoregressive.runtime.rows import RowWriter
 from tokenizer.tokenizer_image.images import center_crop, open_dataset, to_float

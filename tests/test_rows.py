@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from autoregressive.data.code_writer import CodeWriter
-from autoregressive.data.codes import open_codes
+from autoregressive.data.opening import open_codes
 from autoregressive.runtime import files
 from autoregressive.runtime import rows as rows_module
 from autoregressive.runtime.files import read_json

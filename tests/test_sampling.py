@@ -12,7 +12,8 @@ from conftest import ROOT
 from PIL import Image
 from processes import ENVIRONMENT, command, run_here, start, start_and_kill
 
-from autoregressive.models.gpt import GPT, gpt_config
+from autoregressive.models.config import gpt_config
+from autoregressive.models.gpt import GPT
 from autoregressive.models.sampler import Sampler
 from autoregressive.runtime.checkpoint import save_checkpoint
 from autoregressive.sample import sample_c2i_ddp

@@ -7,7 +7,8 @@ import torch
 from conftest import ROOT
 from processes import start
 
-from autoregressive.models.gpt import GPT, gpt_config
+from autoregressive.models.config import gpt_config
+from autoregressive.models.gpt import GPT
 from autoregressive.runtime.checkpoint import read_checkpoint
 from autoregressive.runtime.distributed import Session, seed_everything
 from autoregressive.runtime.optim import ModelOptimizer, OptimSettings

@@ -19,11 +19,14 @@ from processes import ENVIRONMENT, command, run_here, start, start_and_kill, wit
 
 from autoregressive.data.batches import TokenBatches, split_store
 from autoregressive.data.code_writer import CodeWriter
-from autoregressive.data.codes import open_codes
+from autoregressive.data.opening import open_codes
+from autoregressive.data.training_data import DataSettings, open_data
 from autoregressive.models.cluster_loss import fused_head_loss
-from autoregressive.models.generate import generate, random_numbers
-from autoregressive.models.gpt import GPT, GPT_MODELS, gpt_config
+from autoregressive.models.config import GPT_MODELS, GPTSize, gpt_config
+from autoregressive.models.generate import generate
+from autoregressive.models.gpt import GPT
 from autoregressive.models.loading import build_gpt, move_rows_to_tokens, name_moments, read_gpt
+from autoregressive.models.random_numbers import random_numbers
 from autoregressive.models.sampler import Sampler
 from autoregressive.runtime import training
 from autoregressive.runtime.checkpoint import (
@@ -272,7 +275,7 @@ def test_training_starts_from_given_weights_and_continues_from_a_given_checkpoin
 @pytest.fixture
 def older(monkeypatch, tmp_path):
     """What commit fa9bbd5 left of a small GPT after 2 steps; (path, payload, the numbers that its code went on to)."""
-    monkeypatch.setitem(GPT_MODELS, "GPT-mini", (2, 2, 16))
+    monkeypatch.setitem(GPT_MODELS, "GPT-mini", GPTSize(2, 2, 16))
     save_checkpoint(tmp_path / "older_mapping.pt", torch.from_numpy(np.random.default_rng(0).permutation(64)))
     path = FIXTURES / "older_gpt_checkpoint.pt"
     return path, read_checkpoint(path), json.loads(path.with_suffix(".json").read_text())
@@ -613,6 +616,18 @@ def test_wrong_input_is_one_line_and_exit_code_2(folder, tmp_path, capsys, more,
     error = capsys.readouterr().err
     assert words in error and len(error.strip().splitlines()) == 1, error
     assert not list(tmp_path.glob("results/*"))
+
+
+@pytest.mark.parametrize("world_size, batch_size", [(1, 5), (2, 4), (3, 3), (6, None)])
+def test_validation_gives_every_process_as_many_of_its_5_images(folder, world_size, batch_size):
+    settings = DataSettings(code_path=[folder / "codes"], mapping_path=folder / "mapping.pt", vocab_size=64,
+                            codebook_size=64, num_classes=3, image_size=16, cluster_size=8, global_batch_size=24,
+                            gradient_accumulation_steps=2, val_every=1, val_share=0.1, global_seed=0)
+    if batch_size is None:
+        with pytest.raises(ValueError, match="--val-share: expected at least one validation image for each of 6 "):
+            open_data(settings, 4, world_size)
+    else:
+        assert open_data(settings, 4, world_size).val_batches.batch_size == batch_size
 
 
 def test_codes_out_of_range_name_their_rows(folder, tmp_path):

@@ -1,4 +1,4 @@
-"""Reads .npy files: what is wrong with one is said in one line that names it."""
+"""Reads .npy files, with errors of one line that name the file and what to do."""
 
 from pathlib import Path
 
@@ -21,7 +21,8 @@ def read_integers(path: Path, hint: str, mapped: bool = False) -> np.ndarray:
     try:
         array = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
     except (OSError, EOFError, *NO_ARRAY) as error:
-        raise ValueError(f"{path}: expected an array, {error or type(error).__name__}; {hint}") from error
+        reason = error or type(error).__name__
+        raise ValueError(f"{path}: expected an array, {reason}; {hint}") from error
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "iu":
         found = array.dtype if isinstance(array, np.ndarray) else "an archive"
         raise ValueError(f"{path}: expected an array of integers, found {found}; {hint}")

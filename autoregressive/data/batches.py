@@ -1,4 +1,7 @@
-"""Batches for training: which image, which crop and which labels are dropped follows from (seed, epoch, row) alone.
+"""Batches for training, each a pure function of the seed and the number of its step.
+
+Which images are in it, which of their crops, and which labels are dropped follows from (seed,
+epoch, row) alone.
 
 Letters: N images, B batch, T tokens.
 """
@@ -14,7 +17,10 @@ from autoregressive.data.codes import CodeStore
 from autoregressive.runtime.distributed import keyed_random
 from autoregressive.runtime.loader import BatchOrder
 
-CROP, LABEL_DROPOUT, VAL = 1, 2, 3      # streams of random numbers of one epoch, beside the order of its rows
+# Streams of random numbers of one epoch, beside the order of its rows.
+CROP = 1
+LABEL_DROPOUT = 2
+VAL = 3
 
 
 def split_store(store: CodeStore, share: float, seed: int) -> tuple[CodeStore, CodeStore]:
@@ -26,21 +32,22 @@ def split_store(store: CodeStore, share: float, seed: int) -> tuple[CodeStore, C
         seed: the run's seed.
 
     Returns:
-        (store without these images, store of them alone).
+        the store without these images, and the store of them alone.
     """
     count = max(1, round(share * len(store.rows))) if share else 0
     order = keyed_random(seed, 0, VAL).permutation(store.rows)
-    return (dataclasses.replace(store, rows=np.sort(order[count:])),
-            dataclasses.replace(store, rows=np.sort(order[:count])))
+    training = dataclasses.replace(store, rows=np.sort(order[count:]))
+    val = dataclasses.replace(store, rows=np.sort(order[:count]))
+    return training, val
 
 
 @dataclasses.dataclass(eq=False)
 class TokenBatches(Dataset):
     """Turns a code store and a mapping into batches of tokens and labels.
 
-    An epoch visits every image once, in an order of its own, and draws one of its stored crops: of several stores
-    combined first the store, then the crop. The last incomplete batch is dropped. Labels become the null label with
-    probability `label_dropout`.
+    An epoch visits every image once, in an order of its own, and draws one of its stored crops: of
+    several stores combined first the store, then the crop. The last incomplete batch is dropped.
+    Labels become the null label with probability `label_dropout`.
 
     Attributes:
         store: CodeStore.
@@ -60,28 +67,30 @@ class TokenBatches(Dataset):
     num_classes: int
     label_dropout: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Raises ValueError if the store has fewer images than a batch, or labels out of range."""
         store = self.store
         if len(store.rows) < self.batch_size:
-            raise ValueError(f"{store.path}: expected at least one batch of {self.batch_size} images, found "
-                             f"{len(store.rows)}; lower --global-batch-size")
+            raise ValueError(f"{store.path}: expected at least one batch of {self.batch_size} "
+                             f"images, found {len(store.rows)}; lower --global-batch-size")
         if store.labels.max() >= self.num_classes or store.labels.min() < 0:
             raise ValueError(f"{store.path}: expected labels 0 .. {self.num_classes - 1}, found "
                              f"{store.labels.min()} .. {store.labels.max()}; give --num-classes")
         self.order = BatchOrder(len(store.rows), self.batch_size, self.seed)
         self.per_epoch = self.order.per_epoch
-        self._epoch = -1
+        self._epoch = -1                # of the crops and drops that are drawn
 
     def rows(self, step: int) -> np.ndarray:
         """Returns the rows (batch_size,) of the store in the batch of a step, from 0."""
-        return self.store.rows[self.order.rows(step)[1]]
+        _, chosen = self.order.rows(step)
+        return self.store.rows[chosen]
 
     def __getitem__(self, key: tuple[int, range]) -> tuple[Tensor, Tensor]:
         """Returns a part of the batch of a step.
 
         Args:
-            key: number of the step, from 0, and range of places in the batch, of 0 .. batch_size - 1.
+            key: number of the step, from 0, and range of places in the batch, of
+                0 .. batch_size - 1.
 
         Returns:
             tokens (B, T) int64 and labels (B,) int64 tensors on the CPU.
@@ -91,16 +100,22 @@ class TokenBatches(Dataset):
         """
         epoch, chosen = self.order.rows(*key)
         if epoch != self._epoch:
-            count = len(self.store.rows)
-            crops = self.store.crops_to_draw
-            self._crops = crops[keyed_random(self.seed, epoch, CROP).integers(len(crops), size=count)]
-            self._drops = keyed_random(self.seed, epoch, LABEL_DROPOUT).random(count) < self.label_dropout
-            self._epoch = epoch
+            self._draw_crops_and_drops(epoch)
         rows = self.store.rows[chosen]
         codes = self.store.codes[rows, self._crops[chosen]]                         # (B, T)
         if codes.max() >= len(self.mapping) or codes.min() < 0:
-            raise ValueError(f"{self.store.path}: expected codes 0 .. {len(self.mapping) - 1}, found {codes.min()} .. "
-                             f"{codes.max()} in rows {rows.tolist()}; look at it with scripts/autoregressive/"
-                             "check_codes.sh")
+            raise ValueError(f"{self.store.path}: expected codes 0 .. {len(self.mapping) - 1}, "
+                             f"found {codes.min()} .. {codes.max()} in rows {rows.tolist()}; look "
+                             "at it with scripts/autoregressive/check_codes.sh")
         labels = np.where(self._drops[chosen], self.num_classes, self.store.labels[rows])
         return torch.from_numpy(self.mapping[codes]), torch.from_numpy(labels)
+
+    def _draw_crops_and_drops(self, epoch: int) -> None:
+        """Draws for every image of an epoch its crop, and whether its label is dropped."""
+        count = len(self.store.rows)
+        crops = self.store.crops_to_draw
+        places = keyed_random(self.seed, epoch, CROP).integers(len(crops), size=count)
+        self._crops = crops[places]
+        uniforms = keyed_random(self.seed, epoch, LABEL_DROPOUT).random(count)
+        self._drops = uniforms < self.label_dropout
+        self._epoch = epoch

@@ -6,13 +6,11 @@ Letters: B batch, G key-value heads, L length of the cache.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from autoregressive.models.gpt import GPTConfig
+from autoregressive.models.config import GPTConfig
 
 
 @dataclass(frozen=True)
@@ -22,7 +20,7 @@ class DecodePosition:
     Attributes:
         index: (1,) int64 on the device: the place in the sequence.
         length: positions that are read, from the first: more than `index`, at most L.
-        hidden: (length,) bool, what of them is not filled yet; None if all are.
+        hidden: (length,) bool, which of them are not filled yet; None if all are.
     """
 
     index: Tensor
@@ -31,27 +29,39 @@ class DecodePosition:
 
     @classmethod
     def in_bucket(cls, index: Tensor, length: int) -> DecodePosition:
-        """Returns a position that a step recorded for all of a bucket can stand at: its length is the bucket's."""
+        """Returns a position for any index of a bucket, so that one recorded step serves them all.
+
+        Args:
+            index: (1,) int64 on the device.
+            length: of the bucket, counted from the first position of the sequence.
+        """
         return cls(index, length, torch.arange(length, device=index.device) > index)
 
 
+@dataclass(frozen=True, eq=False)
 class KVCache:
-    """Keys and values of all layers, allocated once for a batch and written in place by GPT.decode_step.
+    """Keys and values of all layers, allocated once for a batch, written in place by decode_step.
 
-    Each layer has tensors of its own: a compiler that sees a part of one large tensor written copies all of it.
+    Each layer has tensors of its own: if a compiler saw a part of one large tensor written, it
+    would copy all of it.
 
     Attributes:
         keys, values: of every layer, (B, G, L, head_dim).
     """
 
-    def __init__(self, config: GPTConfig, batch_size: int, dtype: torch.dtype, device: torch.device):
+    keys: list[Tensor]
+    values: list[Tensor]
+
+    @classmethod
+    def empty(cls, config: GPTConfig, batch_size: int, dtype: torch.dtype,
+              device: torch.device) -> KVCache:
+        """Returns a cache of zeros for `batch_size` sequences of config.num_tokens positions."""
         shape = (batch_size, config.kv_heads, config.num_tokens, config.head_dim)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+        layers = range(config.num_layers)
+        return cls(keys=[torch.zeros(shape, dtype=dtype, device=device) for _ in layers],
+                   values=[torch.zeros(shape, dtype=dtype, device=device) for _ in layers])
 
     def rows(self, count: int) -> KVCache:
         """Returns a cache that shares the first `count` rows with this one."""
-        part = object.__new__(KVCache)
-        part.keys = [keys[:count] for keys in self.keys]
-        part.values = [values[:count] for values in self.values]
-        return part
+        return KVCache(keys=[keys[:count] for keys in self.keys],
+                       values=[values[:count] for values in self.values])

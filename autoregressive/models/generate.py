@@ -1,14 +1,13 @@
-"""Drawing tokens: the numbers that a sample is a function of, one decode step, and the loop over positions.
+"""Drawing tokens: one decode step, and the loop over positions.
 
-Letters: B batch, T tokens.
+Every token has one uniform number of its own (random_numbers.py), so that a sample does not depend
+on the process that draws it.
 
-A sample is a function of (seed, index): its label and its uniforms come from Philox(key=[seed, index]), one uniform for
-each position, so it does not matter which process draws it or what else is in its batch.
+Letters: B batch, T tokens, V codes.
 """
 
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,40 +16,21 @@ from autoregressive.models.gpt import GPT
 from autoregressive.models.sampler import Sampler, choose, guide
 
 
-def balanced_labels(indices, num_classes):
-    """Returns labels (B,) int64 that run through all classes again and again, so that any stretch holds them evenly."""
-    return np.asarray(indices, dtype=np.int64) % num_classes
-
-
-def random_numbers(seed, indices, num_classes, num_tokens):
-    """Draws the label and the uniforms of samples.
-
-    Args:
-        seed: the run's seed, 0 .. 2^64 - 1.
-        indices: absolute indices of the samples.
-        num_classes: labels are drawn uniformly from 0 .. num_classes - 1.
-        num_tokens: T.
-
-    Returns:
-        labels (B,) int64 and uniforms (B, T) float64 in [0, 1), numpy arrays.
-    """
-    draws = np.stack([np.random.Generator(np.random.Philox(key=np.array([seed, index], dtype=np.uint64)))
-                      .random(1 + num_tokens) for index in indices])
-    return (draws[:, 0] * num_classes).astype(np.int64), draws[:, 1:]
-
-
 class Drawing:
-    """What the steps of a batch read and write. It stays in place, so that a recorded step serves every later batch.
+    """The tensors that the steps of a batch read and write.
+
+    They stay in place, so that a recorded step serves every later batch.
 
     Attributes:
-        cache: KVCache of the pictures and, with guidance, of as many rows again with the null label.
+        cache: KVCache of the pictures and, with guidance, of as many rows again for the null label.
         uniforms: (B, T) float64.
         tokens: (B, T) int64, drawn as far as `index`.
         index: (1,) int64, the position of the next token.
     """
 
-    def __init__(self, model: GPT, batch_size: int, is_guided: bool):
-        """
+    def __init__(self, model: GPT, batch_size: int, is_guided: bool) -> None:
+        """Allocates them on the model's device.
+
         Args:
             model: GPT.
             batch_size: B.
@@ -64,29 +44,31 @@ class Drawing:
         self.index = torch.zeros(1, dtype=torch.int64, device=device)
 
     def begin(self, model: GPT, labels: Tensor, uniforms: Tensor, sampler: Sampler) -> None:
-        """Draws the first token of a new batch: labels (B,) and uniforms (B, T), on the model's device."""
+        """Draws the first token of a new batch: labels (B,), uniforms (B, T) on the device."""
         self.uniforms.copy_(uniforms)
         self.index.zero_()
         is_guided = sampler.guides(0)
         if is_guided:
             null = torch.full_like(labels, model.config.num_classes)
-            labels = torch.cat([labels, null])
+            labels = torch.cat([labels, null])                      # (2B,)
         self._append(model.prefill(labels, self.cache), sampler, is_guided)
 
     def step(self, model: GPT, at: DecodePosition, sampler: Sampler, is_guided: bool) -> None:
-        """Draws the token at `at`, whose index is that of the drawing. This is the function that a graph records."""
-        previous = self.tokens.index_select(1, at.index - 1)[:, 0]                  # (B,)
+        """Draws the token at `at`, whose index is that of the drawing: what a graph records."""
+        previous = self.tokens.index_select(1, at.index - 1)[:, 0]  # (B,)
         if is_guided:
-            logits = model.decode_step(previous.repeat(2), at, self.cache)          # (2B, V)
-        else:
-            logits = model.decode_step(previous, at, self.cache.rows(len(previous)))
+            logits = model.decode_step(previous.repeat(2), at, self.cache)      # (2B, V)
+        else:                           # from where guidance ends, the null label is left out
+            logits = model.decode_step(previous, at, self.cache.rows(len(previous)))    # (B, V)
         self._append(logits, sampler, is_guided)
 
     def _append(self, logits: Tensor, sampler: Sampler, is_guided: bool) -> None:
+        """Draws the next token from its logits, (2B, V) with guidance and else (B, V)."""
         if is_guided:
-            logits = guide(logits, sampler.cfg_scale)                               # (B, V)
-        uniforms = self.uniforms.index_select(1, self.index)[:, 0]
-        self.tokens.index_copy_(1, self.index, choose(logits, uniforms, sampler)[:, None])
+            logits = guide(logits, sampler.cfg_scale)               # (B, V)
+        uniforms = self.uniforms.index_select(1, self.index)[:, 0]  # (B,)
+        tokens = choose(logits, uniforms, sampler)                  # (B,)
+        self.tokens.index_copy_(1, self.index, tokens[:, None])
         self.index += 1
 
 
@@ -94,7 +76,13 @@ class Steps(Protocol):
     """How the steps of a batch are run: one by one, or recorded."""
 
     def begin(self, labels: Tensor, uniforms: Tensor, sampler: Sampler) -> Drawing:
-        """Returns a drawing of labels (B,) and uniforms (B, T), on the model's device, whose first token is drawn."""
+        """Returns a drawing whose first token is drawn.
+
+        Args:
+            labels: (B,) int64 on the model's device.
+            uniforms: (B, T) float64 on the model's device.
+            sampler: Sampler.
+        """
 
     def step(self, drawing: Drawing, position: int, sampler: Sampler) -> None:
         """Draws the token at a position, 1 .. T - 1; those before it are drawn."""
@@ -103,21 +91,24 @@ class Steps(Protocol):
 class EagerSteps:
     """Steps that run as they are, and read no more of the cache than is filled."""
 
-    def __init__(self, model: GPT):
+    def __init__(self, model: GPT) -> None:
         self._model = model
 
     def begin(self, labels: Tensor, uniforms: Tensor, sampler: Sampler) -> Drawing:
+        """See Steps; allocates anew for every batch."""
         drawing = Drawing(self._model, len(labels), sampler.guides(0))
         drawing.begin(self._model, labels, uniforms, sampler)
         return drawing
 
     def step(self, drawing: Drawing, position: int, sampler: Sampler) -> None:
+        """See Steps."""
         at = DecodePosition(drawing.index, length=position + 1)
         drawing.step(self._model, at, sampler, sampler.guides(position))
 
 
 @torch.inference_mode()
-def generate(model: GPT, labels: Tensor, uniforms: Tensor, sampler: Sampler, steps: Steps | None = None) -> Tensor:
+def generate(model: GPT, labels: Tensor, uniforms: Tensor, sampler: Sampler,
+             steps: Steps | None = None) -> Tensor:
     """Draws the tokens of pictures, position by position, with a key-value cache.
 
     Args:
@@ -134,4 +125,4 @@ def generate(model: GPT, labels: Tensor, uniforms: Tensor, sampler: Sampler, ste
     drawing = steps.begin(labels, uniforms, sampler)
     for position in range(1, uniforms.shape[1]):
         steps.step(drawing, position, sampler)
-    return drawing.tokens.clone()                   # a later batch may be drawn in the same place
+    return drawing.tokens.clone()       # a later batch may be drawn in the same place

@@ -1,4 +1,7 @@
-"""Reading GPT files: what a file holds, whether it is what was asked for, and the model that its weights make."""
+"""Reading GPT files: what one holds, whether it is what was asked for, and the model it makes.
+
+Letters: V codes.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,15 +11,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autoregressive.models.gpt import GPT, GPT_MODELS, GPTConfig
-from autoregressive.runtime.checkpoint import find_checkpoint, load_strictly, model_state, read_checkpoint
+from autoregressive.models.config import GPT_MODELS, GPTConfig
+from autoregressive.models.gpt import GPT
+from autoregressive.runtime.checkpoint import (
+    find_checkpoint,
+    load_strictly,
+    model_state,
+    read_checkpoint,
+)
 from autoregressive.runtime.files import check_kinds
 from autoregressive.runtime.log import LOGGER
 
-PUBLIC_MATRICES = ("attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w3", "feed_forward.w2")
-RECORDED = ("gpt_model", "image_size", "num_classes", "cluster_size")       # flags that a checkpoint's settings name
-KINDS = {"gpt_model": str, "image_size": int, "num_classes": int, "cluster_size": int, "vocab_size": int, "grid": int,
-         "class_names": (list, type(None)), "label_dropout": (int, float)}  # of what settings may name
+PUBLIC_MATRICES = ("attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w3",
+                   "feed_forward.w2")
+PUBLIC_NORMS = ("attention_norm", "ffn_norm")
+# Flags that a checkpoint's settings name.
+RECORDED = ("gpt_model", "image_size", "num_classes", "cluster_size")
+# Types of what settings may name.
+KINDS = {"gpt_model": str, "image_size": int, "num_classes": int, "cluster_size": int,
+         "vocab_size": int, "grid": int, "class_names": (list, type(None)),
+         "label_dropout": (int, float)}
 
 
 @dataclass(frozen=True)
@@ -33,15 +47,16 @@ class GPTFile:
     path: Path
     state: dict[str, Tensor]
     settings: dict[str, Any]
-    payload: Any
+    payload: dict[str, Any]
 
     def flags(self) -> dict[str, Any]:
         """Returns the values of flags that the file records."""
-        flags = {name: self.settings[name] for name in RECORDED if name in self.settings}
-        if "vocab_size" in self.settings:
-            flags["codebook_size"] = self.settings["vocab_size"]
-        if "image_size" in self.settings and "grid" in self.settings:
-            flags["downsample_size"] = self.settings["image_size"] // self.settings["grid"]
+        settings = self.settings
+        flags = {name: settings[name] for name in RECORDED if name in settings}
+        if "vocab_size" in settings:
+            flags["codebook_size"] = settings["vocab_size"]
+        if "image_size" in settings and "grid" in settings:
+            flags["downsample_size"] = settings["image_size"] // settings["grid"]
         return flags
 
 
@@ -61,17 +76,20 @@ def read_gpt(path: str | Path | None, weights: str = "raw", bare: bool = False) 
     path = find_checkpoint(path)
     payload = read_checkpoint(path)
     parts = payload if isinstance(payload, dict) else {}
-    if bare and not (parts and all(map(torch.is_tensor, parts.values()))):
-        raise ValueError(f"{path}: expected a bare state dict for --from-fsdp, found {', '.join(map(str, payload))}; "
-                         "leave the flag out")
+    is_bare = bool(parts) and all(map(torch.is_tensor, parts.values()))
+    if bare and not is_bare:
+        raise ValueError(f"{path}: expected a bare state dict for --from-fsdp, found "
+                         f"{', '.join(map(str, payload))}; leave the flag out")
     if weights == "ema" and not parts.get("ema"):
-        raise ValueError(f"{path}: expected an average of the weights for --weights ema, found none; train with --ema")
+        raise ValueError(f"{path}: expected an average of the weights for --weights ema, found "
+                         "none; train with --ema")
     state = model_state({"model": payload["ema"]} if weights == "ema" else payload, path)
     settings = parts.get("settings", {}) if isinstance(parts.get("model"), dict) else {}
     check_kinds({"settings": settings}, {"settings": dict}, path)
     check_kinds(settings, {name: kind for name, kind in KINDS.items() if name in settings}, path)
     if settings.get("grid", 1) < 1:
-        raise ValueError(f"{path}: expected a grid of at least 1, found {settings['grid']}; take another checkpoint")
+        raise ValueError(f"{path}: expected a grid of at least 1, found {settings['grid']}; take "
+                         "another checkpoint")
     return GPTFile(path, state, settings, payload)
 
 
@@ -86,31 +104,39 @@ def build_gpt(file: GPTFile, config: GPTConfig) -> GPT:
     """
     with torch.device("meta"):
         model = GPT(config)
-    load_strictly(model, file.state, file.path, f"{describe_gpt(file.state)}; asked for {config.name} with "
+    load_strictly(model, file.state, file.path,
+                  f"{describe_gpt(file.state)}; asked for {config.name} with "
                   f"{config.vocab_size} codes and {config.num_classes} classes")
     trained_grid = file.settings.get("grid", config.grid)
     if trained_grid != config.grid:
-        raise ValueError(f"{file.path}: expected weights trained on a grid of {config.grid}, got {trained_grid}; "
-                         "give the --image-size and --downsample-size of the training")
+        raise ValueError(f"{file.path}: expected weights trained on a grid of {config.grid}, got "
+                         f"{trained_grid}; give the --image-size and --downsample-size of the "
+                         "training")
     if "grid" not in file.settings:
-        LOGGER.warning("%s: names no grid; %d x %d tokens are assumed", file.path, config.grid, config.grid)
+        LOGGER.warning("%s: names no grid; %d x %d tokens are assumed", file.path, config.grid,
+                       config.grid)
     return model.eval().requires_grad_(False)
 
 
 def describe_gpt(state: dict[str, Tensor]) -> str:
-    """Says in words which GPT a state dict holds: size, codes, classes. Returns "" if it is none."""
-    if "tok_embeddings.weight" not in state or "cls_embedding.embedding_table.weight" not in state:
+    """Says in words which GPT a state dict holds: size, codes, classes; "" if it is none."""
+    labels_name = "cls_embedding.embedding_table.weight"
+    if "tok_embeddings.weight" not in state or labels_name not in state:
         return ""
     vocab_size, width = state["tok_embeddings.weight"].shape
     num_layers = len({name.split(".")[1] for name in state if name.startswith("layers.")})
-    size = next((name for name, (layers, _, size) in GPT_MODELS.items() if (layers, size) == (num_layers, width)),
-                f"a GPT of no listed size ({num_layers} layers, width {width})")
-    num_classes = len(state["cls_embedding.embedding_table.weight"]) - 1
-    return f"the file holds {size} with {vocab_size} codes and {num_classes} classes"
+    described = f"a GPT of no listed size ({num_layers} layers, width {width})"
+    for name, size in GPT_MODELS.items():
+        if size.num_layers == num_layers and size.width == width:
+            described = name
+            break
+    num_classes = len(state[labels_name]) - 1
+    return f"the file holds {described} with {vocab_size} codes and {num_classes} classes"
 
 
-def move_rows_to_tokens(state: dict[str, Tensor], mapping: np.ndarray, path: Path) -> dict[str, Tensor]:
-    """Returns the weights of a GPT over codes in their original order as those of a GPT over tokens.
+def move_rows_to_tokens(state: dict[str, Tensor], mapping: np.ndarray,
+                        path: Path) -> dict[str, Tensor]:
+    """Returns the weights of a GPT over codes in their original order as those of one over tokens.
 
     Args:
         state: dict of name -> tensor.
@@ -120,22 +146,27 @@ def move_rows_to_tokens(state: dict[str, Tensor], mapping: np.ndarray, path: Pat
     Raises:
         ValueError: the weights are not of this codebook.
     """
+    code_of_token = torch.from_numpy(mapping).argsort()             # (V,)
     moved = dict(state)
     for name in ("tok_embeddings.weight", "output.weight"):
         num_codes = len(state.get(name, ()))
         if num_codes != len(mapping):
-            raise ValueError(f"{path}: expected {name} of {len(mapping)} codes, as the mapping has, found {num_codes}")
-        moved[name] = state[name][torch.from_numpy(mapping).argsort()]
+            raise ValueError(f"{path}: expected {name} of {len(mapping)} codes, as the mapping "
+                             f"has, found {num_codes}")
+        moved[name] = state[name][code_of_token]                    # (V, D)
     return moved
 
 
-def name_moments(optimizer: dict[str, Any], weights: dict[str, Tensor], path: Path) -> dict[str, Any]:
-    """Returns the optimizer state of a public LlamaGen or IAR checkpoint by the names of its parameters.
+def name_moments(optimizer: dict[str, Any], weights: dict[str, Tensor],
+                 path: Path) -> dict[str, Any]:
+    """Returns the optimizer state of a public checkpoint by the names of its parameters.
 
-    Their files number the parameters in the order of their own model: matrices first, then norms.
+    The files of LlamaGen and IAR number the parameters in the order of their own model: matrices
+    first, then norms.
 
     Args:
-        optimizer: "state" and "param_groups" as torch saves them; those of our own files come back as they are.
+        optimizer: "state" and "param_groups" as torch saves them; those of our own files come back
+            as they are.
         weights: dict of name -> tensor, the model that it belongs to.
         path: named in the error.
 
@@ -144,26 +175,38 @@ def name_moments(optimizer: dict[str, Any], weights: dict[str, Tensor], path: Pa
     """
     check_kinds({"optimizer": optimizer}, {"optimizer": dict}, path)
     check_kinds(optimizer, {"state": dict, "param_groups": list}, path)
-    state, groups = optimizer["state"], optimizer["param_groups"]
+    state = optimizer["state"]
+    groups = optimizer["param_groups"]
     if all(isinstance(name, str) for name in state):
         return optimizer
-    num_layers = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("layers."))
-    matrices = ["cls_embedding.embedding_table.weight", "tok_embeddings.weight"]
-    norms = []
-    for layer in range(num_layers):
-        matrices += [f"layers.{layer}.{name}.weight" for name in PUBLIC_MATRICES]
-        norms += [f"layers.{layer}.{name}.weight" for name in ("attention_norm", "ffn_norm")]
-    names = [*matrices, "output.weight", *norms, "norm.weight"]
+    names = _public_order(weights)
     for number, name in enumerate(names):
         moments = state.get(number)
-        found = tuple(moments["exp_avg"].shape) if isinstance(moments, dict) and "exp_avg" in moments else None
+        has_moments = isinstance(moments, dict) and "exp_avg" in moments
+        found = tuple(moments["exp_avg"].shape) if has_moments else None
         expected = tuple(weights[name].shape) if name in weights else None
         if found is None or found != expected:
-            raise ValueError(f"{path}: expected moments {number} of {name} {expected}, found {found}; "
-                             "start from the weights alone: --weights-only")
-    numbers = [number for group in groups for number in group["params"]]
+            raise ValueError(f"{path}: expected moments {number} of {name} {expected}, found "
+                             f"{found}; start from the weights alone: --weights-only")
+    numbers = []
+    for group in groups:
+        numbers += group["params"]
     if sorted(numbers) != list(range(len(names))):
-        raise ValueError(f"{path}: expected moments of {len(names)} parameters in param_groups, found others; "
-                         "start from the weights alone: --weights-only")
+        raise ValueError(f"{path}: expected moments of {len(names)} parameters in param_groups, "
+                         "found others; start from the weights alone: --weights-only")
+    named_groups = []
+    for group in groups:
+        named_groups.append(group | {"params": [names[number] for number in group["params"]]})
     return {"state": {name: state[number] for number, name in enumerate(names)},
-            "param_groups": [group | {"params": [names[number] for number in group["params"]]} for group in groups]}
+            "param_groups": named_groups}
+
+
+def _public_order(weights: dict[str, Tensor]) -> list[str]:
+    """Returns the names of a GPT's parameters in the order of the public optimizers."""
+    layers = [int(name.split(".")[1]) for name in weights if name.startswith("layers.")]
+    matrices = ["cls_embedding.embedding_table.weight", "tok_embeddings.weight"]
+    norms = []
+    for layer in range(1 + max(layers)):
+        matrices += [f"layers.{layer}.{name}.weight" for name in PUBLIC_MATRICES]
+        norms += [f"layers.{layer}.{name}.weight" for name in PUBLIC_NORMS]
+    return [*matrices, "output.weight", *norms, "norm.weight"]

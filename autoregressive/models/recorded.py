@@ -1,11 +1,13 @@
 """Decode steps recorded as CUDA graphs: one launch a step instead of hundreds.
 
-A step is recorded once for every bucket of the cache's length, so that it reads little more than is filled. It finds
-its position, its uniforms and the tokens before it in tensors that stay in place.
+A step is recorded once for every bucket of the cache's length, so that it reads little more than is
+filled. It finds its position, its uniforms and the tokens before it in tensors that stay in place.
+
+Letters: B batch, T tokens.
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,82 +28,115 @@ class Graph(Protocol):
 
 
 class CUDARecorder:
-    """Records functions as CUDA graphs that share their temporary memory, since they run one after the other."""
+    """Records functions as CUDA graphs that share their temporary memory.
 
-    def __init__(self):
+    They can, since they run one after the other.
+    """
+
+    def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, function: Callable[[], None]) -> Graph:
+        """Returns a graph of the kernels that `function` would run; none of them runs now."""
         graph = torch.cuda.CUDAGraph()
-        # Other threads may copy finished pictures meanwhile: what they ask of the GPU is not part of the recording.
+        # Another thread may copy finished pictures meanwhile; by default its CUDA calls would
+        # break the recording.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             function()
         return graph
 
 
 class CalledAgain:
-    """Stands in for a CUDA graph where there is no GPU: the function itself, to be called again."""
+    """A Graph where there is no GPU: the function itself, to be called again."""
 
-    def __init__(self, function: Callable[[], None]):
-        self.replay = function
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._function = function
+
+    def replay(self) -> None:
+        """Calls the function."""
+        self._function()
+
+
+class StepKey(NamedTuple):
+    """What a step does that its tensors do not say: steps of one key share a graph."""
+
+    sampler: Sampler
+    is_guided: bool
+    length: int
 
 
 class RecordedSteps:
     """Steps of a GPT that are recorded when they are first met; a models.generate.Steps.
 
-    It keeps the tensors and graphs of one batch size: those of the batches before go when another size comes.
+    It keeps the tensors and graphs of one batch size: when a batch of another size comes, they are
+    replaced.
     """
 
-    def __init__(self, model: GPT, record: Callable[[Callable[[], None]], Graph] | None = None):
-        """
+    def __init__(self, model: GPT,
+                 record: Callable[[Callable[[], None]], Graph] | None = None) -> None:
+        """Prepares to record; nothing is allocated yet.
+
         Args:
             model: in evaluation mode; its weights stay where they are.
-            record: takes down what a function does, without doing it; None is CUDARecorder(), on a CPU CalledAgain.
+            record: makes a Graph of a function, without calling it; None is CUDARecorder(), on a
+                CPU CalledAgain.
         """
         self._model = model
         is_gpu = model.norm.weight.is_cuda
         self._record = record or (CUDARecorder() if is_gpu else CalledAgain)
         self._drawing: Drawing | None = None
-        self._size: tuple[int, bool] | None = None              # of the drawing: batch size, whether it is guided
-        self._graphs: dict[tuple, Graph] = {}
+        self._size: tuple[int, bool] | None = None      # of the drawing: B, whether it is guided
+        self._graphs: dict[StepKey, Graph] = {}
 
     def drawing(self, batch_size: int, sampler: Sampler) -> Drawing:
         """Returns what the recorded steps of a batch of this size read and write."""
-        size = batch_size, sampler.guides(0)
+        is_guided = sampler.guides(0)
+        size = (batch_size, is_guided)
         if size != self._size:
             self._graphs.clear()
-            self._drawing = None                    # before there is another one
-            self._drawing = Drawing(self._model, *size)
+            self._drawing = None        # free its memory before the next one is allocated
+            self._drawing = Drawing(self._model, batch_size, is_guided)
             self._size = size
         return self._drawing
 
     def begin(self, labels: Tensor, uniforms: Tensor, sampler: Sampler) -> Drawing:
+        """See models.generate.Steps; the drawing is the one of the batch before, if it fits."""
         drawing = self.drawing(len(labels), sampler)
-        # A step reads the whole bucket, and hides what is not filled by a weight of 0: 0 times NaN would be NaN.
+        # A step reads the whole bucket, and gives what is not filled yet a weight of 0. Values that
+        # an earlier batch left there might be NaN, and 0 times NaN is NaN.
         torch._foreach_zero_(drawing.cache.values)
-        with torch.compiler.set_stance("force_eager"):          # blocks are compiled for buckets alone
+        with torch.compiler.set_stance("force_eager"):      # blocks are compiled for buckets alone
             drawing.begin(self._model, labels, uniforms, sampler)
         return drawing
 
     def step(self, drawing: Drawing, position: int, sampler: Sampler) -> None:
+        """See models.generate.Steps; replays the step's graph, which a first call records."""
         is_guided = sampler.guides(position)
-        length = min(-(-(position + 1) // BUCKET) * BUCKET, self._model.config.num_tokens)
-        key = sampler, is_guided, length
+        num_buckets = position // BUCKET + 1
+        length = min(num_buckets * BUCKET, self._model.config.num_tokens)
+        key = StepKey(sampler, is_guided, length)
         if key in self._graphs:
             self._graphs[key].replay()
             return
 
         def step() -> None:
-            drawing.step(self._model, DecodePosition.in_bucket(drawing.index, length), sampler, is_guided)
+            at = DecodePosition.in_bucket(drawing.index, length)
+            drawing.step(self._model, at, sampler, is_guided)
 
-        step()                  # as it is: what libraries and compilers do at a first call cannot be recorded
+        # Run it once as it is: what libraries and compilers do at a first call cannot be recorded.
+        step()
         self._graphs[key] = self._record(step)
 
 
-def compile_decoding(model: GPT, backend: str | Callable[..., Any] = "inductor") -> GPT:
+def compile_decoding(model: GPT, backend: str | Callable[..., object] = "inductor") -> GPT:
     """Compiles what a block does in a decode step, once for all blocks of a model; in place.
 
-    Inside a graph every kernel still costs a microsecond or two: compiled, a block has a third of them.
+    Inside a graph every kernel still costs a microsecond or two: compiled, a block has a third of
+    them.
+
+    Args:
+        model: GPT.
+        backend: of torch.compile.
     """
     for layer in model.layers:
         layer.decode = torch.compile(layer.decode, dynamic=False, backend=backend)

@@ -12,9 +12,10 @@ BASE = 10000.0          # the largest wavelength, over 2 pi
 def rotary_table(grid: int, head_dim: int) -> Tensor:
     """Builds the cosines and sines that turn queries and keys by the cell a token stands in.
 
-    The first half of the pairs turns by row * f_i, the second by column * f_i, f_i = BASE^(-2i / (head_dim / 2)).
-    The condition token's row is cos = sin = 0: not "no rotation", it makes a query or key the zero vector, so every
-    later token scores the condition 0. The published weights were trained so.
+    The first half of the pairs turns by row * f_i, the second by column * f_i,
+    f_i = BASE^(-2i / (head_dim / 2)). The condition token's row is cos = sin = 0: not "no
+    rotation", it makes a query or key the zero vector, so every later token scores the condition 0.
+    The published weights were trained so.
 
     Args:
         grid: side of the grid in tokens; codes are in raster order.
@@ -29,11 +30,12 @@ def rotary_table(grid: int, head_dim: int) -> Tensor:
     if head_dim % 4:
         raise ValueError(f"head_dim: expected a multiple of 4, got {head_dim}")
     half = head_dim // 2
-    frequencies = 1.0 / BASE ** (torch.arange(0, half, 2).float() / half)           # (head_dim / 4,)
-    angles = torch.outer(torch.arange(grid).float(), frequencies)                   # (grid, head_dim / 4)
+    frequencies = 1.0 / BASE ** (torch.arange(0, half, 2).float() / half)   # (head_dim / 4,)
+    angles = torch.outer(torch.arange(grid).float(), frequencies)           # (grid, head_dim / 4)
     by_row = angles[:, None, :].expand(grid, grid, -1)
     by_column = angles[None, :, :].expand(grid, grid, -1)
-    angles = torch.cat([by_row, by_column], dim=-1).flatten(0, 1)                   # (grid * grid, head_dim / 2)
+    angles = torch.cat([by_row, by_column], dim=-1)                 # (grid, grid, head_dim / 2)
+    angles = angles.flatten(0, 1)                                   # (grid * grid, head_dim / 2)
     table = torch.stack([angles.cos(), angles.sin()], dim=-1)
     return torch.cat([torch.zeros(1, half, 2), table])
 
@@ -48,7 +50,8 @@ def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
     Returns:
         (B, T, H, head_dim) in the dtype of `x`.
     """
-    pairs = x.float().unflatten(-1, (-1, 2))                                        # (B, T, H, head_dim / 2, 2)
-    cos, sin = table[:, None].unbind(-1)                                            # (T, 1, head_dim / 2)
-    a, b = pairs.unbind(-1)
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).type_as(x)
+    pairs = x.float().unflatten(-1, (-1, 2))                        # (B, T, H, head_dim / 2, 2)
+    cos, sin = table[:, None].unbind(-1)                            # (T, 1, head_dim / 2)
+    a, b = pairs.unbind(-1)                                         # (B, T, H, head_dim / 2)
+    turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    return turned.flatten(-2).type_as(x)                            # (B, T, H, head_dim)

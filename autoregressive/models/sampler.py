@@ -1,11 +1,13 @@
-"""How a token is drawn from logits: guidance, temperature, filters, and the inverse of the cumulative distribution.
+"""How a token is drawn from logits: guidance, temperature, filters, the inverse of the CDF.
 
 Letters: B batch, V codes.
 """
 
+import argparse
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from autoregressive.runtime.entry import at_least, between, share_above_0
 
@@ -32,19 +34,21 @@ class Sampler:
     top_p: float = 1.0
     greedy: bool = False
 
-    def check(self, vocab_size):
+    def check(self, vocab_size: int) -> None:
         """Raises ValueError for settings that mean nothing for a codebook of `vocab_size`."""
         if self.temperature == 0 and not self.greedy:
-            raise ValueError("--temperature: expected more than 0, got 0; use --greedy for the limit")
+            raise ValueError("--temperature: expected more than 0, got 0; use --greedy for the "
+                             "limit")
         if self.top_k > vocab_size:
             raise ValueError(f"--top-k: expected 0 (off) to {vocab_size} codes, got {self.top_k}")
 
-    def guides(self, position):
+    def guides(self, position: int) -> bool:
         """Says whether the token at `position` is drawn with guidance."""
-        return self.cfg_scale > 1 and (self.cfg_interval < 0 or position <= self.cfg_interval + 1)
+        is_in_interval = self.cfg_interval < 0 or position <= self.cfg_interval + 1
+        return self.cfg_scale > 1 and is_in_interval
 
 
-def add_sampler_args(parser):
+def add_sampler_args(parser: argparse.ArgumentParser) -> None:
     """Declares the flags of Sampler."""
     group = parser.add_argument_group("sampler")
     group.add_argument("--cfg-scale", type=between(-1000.0, 1000.0), default=1.5,
@@ -56,16 +60,22 @@ def add_sampler_args(parser):
                        help="keep this many of the largest logits; 0 keeps all")
     group.add_argument("--top-p", type=share_above_0, default=1.0,
                        help="keep the most likely tokens of this mass; 1 keeps all")
-    group.add_argument("--greedy", action="store_true", help="take the most likely token instead of drawing")
+    group.add_argument("--greedy", action="store_true",
+                       help="take the most likely token instead of drawing")
 
 
-def guide(logits, cfg_scale):
-    """Returns uncond + (cond - uncond) * cfg_scale, (B, V), from logits (2B, V): first all cond, then all uncond."""
-    cond, uncond = logits.chunk(2)
+def guide(logits: Tensor, cfg_scale: float) -> Tensor:
+    """Returns guided logits (B, V): uncond + (cond - uncond) * cfg_scale.
+
+    Args:
+        logits: (2B, V), first all with their label, then all with the null label.
+        cfg_scale: strength of the guidance.
+    """
+    cond, uncond = logits.chunk(2)                                  # (B, V) each
     return uncond + (cond - uncond) * cfg_scale
 
 
-def filter_logits(logits, top_k=0, top_p=1.0):
+def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """Sets logits outside the k largest, then outside the top mass p, to -inf.
 
     Args:
@@ -77,24 +87,25 @@ def filter_logits(logits, top_k=0, top_p=1.0):
         (B, V), a new tensor where anything is filtered.
     """
     if top_k:
-        smallest_kept = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        largest = logits.topk(min(top_k, logits.shape[-1])).values  # (B, k), descending
+        smallest_kept = largest[:, -1:]                             # (B, 1)
         logits = logits.masked_fill(logits < smallest_kept, -torch.inf)
     if top_p < 1:
-        ordered, order = logits.sort(descending=True, stable=True)
+        ordered, order = logits.sort(descending=True, stable=True)  # (B, V) each
         mass = ordered.softmax(-1).cumsum(-1)
-        goes = torch.zeros_like(mass, dtype=torch.bool)
-        goes[:, 1:] = mass[:, :-1] > top_p                                          # the first token always stays
+        goes = torch.zeros_like(mass, dtype=torch.bool)             # in descending order
+        goes[:, 1:] = mass[:, :-1] > top_p                          # the first token always stays
         logits = logits.masked_fill(goes.scatter(-1, order, goes), -torch.inf)
     return logits
 
 
-def probabilities(logits, sampler):
-    """Returns the distribution (B, V) float32 that tokens are drawn from, given guided logits (B, V)."""
+def probabilities(logits: Tensor, sampler: Sampler) -> Tensor:
+    """Returns the distribution (B, V) that tokens are drawn from, given guided logits (B, V)."""
     scaled = logits / max(sampler.temperature, SMALLEST_TEMPERATURE)
     return filter_logits(scaled, sampler.top_k, sampler.top_p).softmax(-1)
 
 
-def draw(distribution, uniforms):
+def draw(distribution: Tensor, uniforms: Tensor) -> Tensor:
     """Draws one token a row by inverting the cumulative distribution.
 
     Args:
@@ -102,14 +113,19 @@ def draw(distribution, uniforms):
         uniforms: (B,) float64 in [0, 1).
 
     Returns:
-        (B,) int64: the first token whose cumulative mass exceeds uniform * total; never one of probability 0.
+        (B,) int64: the first token whose cumulative mass exceeds uniform * total; never one of
+        probability 0.
     """
-    cdf = distribution.double().cumsum(-1)                                          # (B, V)
-    tokens = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True)[:, 0]
-    last = torch.searchsorted(cdf, cdf[:, -1:].contiguous())[:, 0]                  # the last of non-zero probability
+    cdf = distribution.double().cumsum(-1)                          # (B, V)
+    total = cdf[:, -1]                                              # (B,)
+    tokens = torch.searchsorted(cdf, (uniforms * total)[:, None], right=True)[:, 0]
+    # Rounding may push a uniform past the end: the last token of non-zero probability is there.
+    last = torch.searchsorted(cdf, total[:, None].contiguous())[:, 0]
     return torch.minimum(tokens, last)
 
 
-def choose(logits, uniforms, sampler):
+def choose(logits: Tensor, uniforms: Tensor, sampler: Sampler) -> Tensor:
     """Returns the next tokens (B,) from guided logits (B, V) and uniforms (B,) float64."""
-    return logits.argmax(-1) if sampler.greedy else draw(probabilities(logits, sampler), uniforms)
+    if sampler.greedy:
+        return logits.argmax(-1)
+    return draw(probabilities(logits, sampler), uniforms)

@@ -3,35 +3,75 @@
 Letters: V codes.
 """
 
+import argparse
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from autoregressive.models.gpt import GPT, GPTConfig
-from autoregressive.models.loading import GPTFile, describe_gpt, move_rows_to_tokens, name_moments, read_gpt
+from autoregressive.models.config import GPTConfig
+from autoregressive.models.gpt import GPT
+from autoregressive.models.loading import (
+    GPTFile,
+    describe_gpt,
+    move_rows_to_tokens,
+    name_moments,
+    read_gpt,
+)
 from autoregressive.runtime.checkpoint import check_weights
+from autoregressive.runtime.entry import flag_of
 from autoregressive.runtime.identity import check_recorded
 from autoregressive.runtime.log import LOGGER
 
 
-def read_start(path: Path | None, config: GPTConfig, *, tokens: np.ndarray, mapping_path: Path, mapping_sha256: str,
-               weights_only: bool, init_from_original: bool) -> GPTFile | None:
+@dataclass(frozen=True)
+class StartSettings:
+    """The flags that say what a training starts from, under their names.
+
+    Attributes:
+        gpt_ckpt: checkpoint or its folder; None starts from nothing.
+        weights_only: whether to start from the weights, whatever else the file holds.
+        init_from_original: whether the file is a GPT over codes in their original order.
+    """
+
+    gpt_ckpt: str | None
+    weights_only: bool
+    init_from_original: bool
+
+    def check(self) -> None:
+        """Raises ValueError for a flag that is given without --gpt-ckpt."""
+        for name in ("init_from_original", "weights_only"):
+            if getattr(self, name) and not self.gpt_ckpt:
+                raise ValueError(f"{flag_of(name)}: expected --gpt-ckpt, the GPT to start from, "
+                                 "got none")
+
+
+def add_start_args(group: argparse._ActionsContainer) -> None:
+    """Declares the flags of StartSettings but --gpt-ckpt, which add_gpt_args declares."""
+    group.add_argument("--weights-only", action="store_true",
+                       help="start from the weights of --gpt-ckpt, whatever else it holds")
+    group.add_argument("--init-from-original", action="store_true",
+                       help="--gpt-ckpt is a GPT over codes in their original order, such as "
+                            "LlamaGen's: move its rows to their tokens")
+
+
+def read_start(path: Path | None, config: GPTConfig, settings: StartSettings, *,
+               tokens: np.ndarray, mapping_path: Path, mapping_sha256: str) -> GPTFile | None:
     """Reads the checkpoint that a training starts from.
 
     Args:
-        path: the checkpoint, or None.
+        path: the checkpoint, a file, or None.
         config: of the GPT to train.
+        settings: StartSettings.
         tokens: (V,) int64, code -> token, of the run's mapping.
         mapping_path: its file, named in errors.
         mapping_sha256: its hash.
-        weights_only: whether to start from the weights, whatever else the file holds.
-        init_from_original: whether the file is a GPT over codes in their original order.
 
     Returns:
-        GPTFile whose `state` is over tokens, and whose `payload` is that of a checkpoint to go on from, or empty to
-        start from the weights alone; None without a path.
+        GPTFile whose `state` is over tokens, and whose `payload` is that of a checkpoint to go on
+        from, or empty to start from the weights alone; None without a path.
 
     Raises:
         ValueError: the file is unreadable, of another model, or over other tokens.
@@ -39,32 +79,37 @@ def read_start(path: Path | None, config: GPTConfig, *, tokens: np.ndarray, mapp
     if path is None:
         return None
     file = read_gpt(path)
-    check_tokens(file, mapping_path=mapping_path, mapping_sha256=mapping_sha256,
-                 init_from_original=init_from_original)
+    _check_tokens(file, mapping_path, mapping_sha256, settings.init_from_original)
+    starts_anew = settings.weights_only or settings.init_from_original
     payload = {}
-    if "optimizer" in file.payload and not (weights_only or init_from_original):
+    if "optimizer" in file.payload and not starts_anew:
         moments = name_moments(file.payload["optimizer"], file.state, file.path)
         payload = file.payload | {"model": file.state, "optimizer": moments}
-    state = move_rows_to_tokens(file.state, tokens, file.path) if init_from_original else file.state
+    state = file.state
+    if settings.init_from_original:
+        state = move_rows_to_tokens(state, tokens, file.path)
     with torch.device("meta"):
         check_weights(GPT(config), state, file.path, describe_gpt(state))
     return dataclasses.replace(file, state=state, payload=payload)
 
 
-def check_tokens(file: GPTFile, *, mapping_path: Path, mapping_sha256: str, init_from_original: bool) -> None:
-    """Raises ValueError if a GPT was trained on other tokens than those of this run; unknown ones are a warning."""
-    is_reordered = "mapping_sha256" in file.settings
-    if init_from_original and is_reordered:
-        raise ValueError(f"--init-from-original: expected a GPT over codes in their original order, found {file.path}, "
-                         "which was trained on tokens; leave the flag out")
-    if is_reordered:
+def _check_tokens(file: GPTFile, mapping_path: Path, mapping_sha256: str,
+                  init_from_original: bool) -> None:
+    """Raises ValueError if a GPT was trained on other tokens; unknown ones are a warning."""
+    is_over_tokens = "mapping_sha256" in file.settings
+    if init_from_original and is_over_tokens:
+        raise ValueError("--init-from-original: expected a GPT over codes in their original order, "
+                         f"found {file.path}, which was trained on tokens; leave the flag out")
+    if is_over_tokens:
         check_recorded("--mapping-path", mapping_sha256, file.settings["mapping_sha256"], file.path)
     elif not init_from_original:
-        LOGGER.warning("%s: carries no hashes, so it cannot be checked that it was trained on the tokens of %s; a GPT "
-                       "over codes in their original order needs --init-from-original", file.path, mapping_path)
+        LOGGER.warning("%s: carries no hashes, so it cannot be checked that it was trained on the "
+                       "tokens of %s; a GPT over codes in their original order needs "
+                       "--init-from-original", file.path, mapping_path)
 
 
-def check_start(file: GPTFile | None, num_steps: int, *, needs_ema: bool, needs_scaler: bool) -> None:
+def check_start(file: GPTFile | None, num_steps: int, *, needs_ema: bool,
+                needs_scaler: bool) -> None:
     """Checks that a run can begin with what read_start returned.
 
     Args:
@@ -80,11 +125,12 @@ def check_start(file: GPTFile | None, num_steps: int, *, needs_ema: bool, needs_
         return
     steps = file.payload.get("steps")
     if not isinstance(steps, int) or not 0 <= steps < num_steps:
-        raise ValueError(f"{file.path}: expected a checkpoint of fewer than the run's {num_steps} steps, found "
-                         f"{steps}; lengthen the run, or start from the weights alone: --weights-only")
-    if needs_ema and "ema" not in file.payload:
-        raise ValueError(f"{file.path}: expected an average of the weights for --ema, found none; start without --ema, "
-                         "or from the weights alone: --weights-only")
-    if needs_scaler and not file.payload.get("scaler"):
-        raise ValueError(f"{file.path}: expected the loss scale of a run in fp16, found none; start from the weights "
+        raise ValueError(f"{file.path}: expected a checkpoint of fewer than the run's {num_steps} "
+                         f"steps, found {steps}; lengthen the run, or start from the weights "
                          "alone: --weights-only")
+    if needs_ema and "ema" not in file.payload:
+        raise ValueError(f"{file.path}: expected an average of the weights for --ema, found none; "
+                         "start without --ema, or from the weights alone: --weights-only")
+    if needs_scaler and not file.payload.get("scaler"):
+        raise ValueError(f"{file.path}: expected the loss scale of a run in fp16, found none; "
+                         "start from the weights alone: --weights-only")

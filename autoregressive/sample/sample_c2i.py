@@ -1,32 +1,41 @@
-"""A look at a model: a few pictures of chosen classes as one PNG, in seconds on a GPU, in a minute on a CPU.
+"""A look at a model: a few pictures of chosen classes as one PNG.
+
+Takes seconds on a GPU, a minute on a CPU.
 
     python autoregressive/sample/sample_c2i.py --gpt-model GPT-B --image-size 384 --cfg-scale 4 \
         --gpt-ckpt results/000-GPT-B-lambda=1-cluster_size=128/checkpoints --class-ids 207,360
 
 On a CPU, after scripts/quickstart.sh:
 
-    python autoregressive/sample/sample_c2i.py --gpt-model GPT-tiny --num-classes 10 --image-size 16 \
-        --image-size-eval 16 --downsample-size 4 --codebook-size 512 --cluster-size 16 --vq-model VQ-4-small \
-        --vq-ckpt "results/quickstart/vq-reorder-kmeans+nearest-cluster_size=16.pt" --precision none \
-        --gpt-ckpt results/quickstart/gpt-lambda1/000-GPT-tiny-lambda=1-cluster_size=16 --class-ids 3,7
+    python autoregressive/sample/sample_c2i.py --gpt-model GPT-tiny --num-classes 10 \
+        --image-size 16 --image-size-eval 16 --downsample-size 4 --codebook-size 512 \
+        --cluster-size 16 --vq-model VQ-4-small --precision none --class-ids 3,7 \
+        --vq-ckpt "results/quickstart/vq-reorder-kmeans+nearest-cluster_size=16.pt" \
+        --gpt-ckpt results/quickstart/gpt-lambda1/000-GPT-tiny-lambda=1-cluster_size=16
 """
 
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[2])      # the repository root instead of this folder
+    # The repository root instead of this folder.
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import numpy as np
 
-from autoregressive.models.generate import random_numbers
 from autoregressive.models.loading import read_gpt
+from autoregressive.models.random_numbers import random_numbers
 from autoregressive.models.sampler import Sampler
-from autoregressive.pipeline import PipelineSettings, add_pipeline_args, device_flags, load_pipeline
+from autoregressive.pipeline import (
+    PipelineSettings,
+    add_pipeline_args,
+    device_flags,
+    load_pipeline,
+)
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.entry import Flags, Parser, between, check_one_process, checks, run
 from autoregressive.runtime.files import check_output
-from autoregressive.runtime.log import open_logger
+from autoregressive.runtime.log import LOGGER, open_logger
 from autoregressive.runtime.pictures import save_grid
 from autoregressive.sample.presets import preset_flags
 from tokenizer.tokenizer_image.vq_model import VQConfig
@@ -38,7 +47,8 @@ def build_parser() -> Parser:
     add_pipeline_args(parser)
     parser.set_defaults(compile=False)              # compiling takes longer than a few pictures
     parser.add_argument("--class-ids", default="207,360,387,974,88,979,417,279",
-                        help="classes, by index or by the name that travels in the checkpoint, with commas between")
+                        help="classes, by index or by the name that travels in the checkpoint, "
+                             "with commas between")
     parser.add_argument("--num-per-class", type=between(1, 1000), default=4,
                         help="pictures of each class, a row of the grid")
     parser.add_argument("--output", default="samples/classes.png", help="the PNG")
@@ -57,36 +67,46 @@ def read_classes(text: str, num_classes: int, class_names: list[str] | None) -> 
         ValueError: an index out of range, a name that is not known.
     """
     classes = []
-    for item in map(str.strip, text.split(",")):
-        if class_names and item in class_names:                  # a name first: digits are called "0" to "9"
-            classes.append(class_names.index(item))
-        elif item.isdigit() and int(item) < num_classes:
-            classes.append(int(item))
+    for word in text.split(","):
+        word = word.strip()
+        if class_names and word in class_names:     # a name first: digits are called "0" to "9"
+            classes.append(class_names.index(word))
+        elif word.isdigit() and int(word) < num_classes:
+            classes.append(int(word))
         else:
-            known = f", or one of {', '.join(class_names[:5])}, ..." if class_names else \
-                "; the checkpoint carries no names"
-            raise ValueError(f"--class-ids: expected indices in 0 .. {num_classes - 1}{known}, got {item!r}")
+            known = "; the checkpoint carries no names"
+            if class_names:
+                known = f", or one of {', '.join(class_names[:5])}, ..."
+            raise ValueError(f"--class-ids: expected indices in 0 .. {num_classes - 1}{known}, "
+                             f"got {word!r}")
     return classes
 
 
 def main(args: Flags, session: Session) -> None:
-    logger = open_logger(session)
+    """Draws a row of pictures for each class into one PNG."""
+    open_logger(session)
     with checks(session):
         check_one_process(session)
+
+        # What the checkpoint and the preset say about flags that were not given.
         gpt_file = read_gpt(args.gpt_ckpt, args.weights, args.from_fsdp)
         by_device = device_flags(session.device, args.defaults())
         args.resolve(gpt_file.flags(), gpt_file.path, by_device | preset_flags(args.preset))
+
+        # Load the parts, which must belong together, and reserve the place of the PNG.
         pipeline = load_pipeline(gpt_file, PipelineSettings(**args.pick(PipelineSettings)),
-                                 Sampler(**args.pick(Sampler)), VQConfig(**args.pick(VQConfig)), session.device)
+                                 Sampler(**args.pick(Sampler)), VQConfig(**args.pick(VQConfig)),
+                                 session.device)
         classes = read_classes(args.class_ids, args.num_classes, pipeline.class_names)
         check_output(args.output)
         session.hold(args.output)
+
     labels = np.repeat(classes, args.num_per_class)
     _, uniforms = random_numbers(args.global_seed, range(len(labels)), args.num_classes,
                                  pipeline.gpt.config.num_tokens)
     save_grid(args.output, pipeline.draw(labels, uniforms), columns=args.num_per_class,
               captions=pipeline.label_names(labels))
-    logger.info("%d pictures in %s", len(labels), args.output)
+    LOGGER.info("%d pictures in %s", len(labels), args.output)
 
 
 if __name__ == "__main__":

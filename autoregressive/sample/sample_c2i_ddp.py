@@ -1,46 +1,65 @@
 """Main 3: draws pictures for scoring and packs them into one npz.
 
-    torchrun --nnodes=1 --nproc_per_node=8 autoregressive/sample/sample_c2i_ddp.py --gpt-model GPT-B \
+    torchrun --nnodes=1 --nproc_per_node=8 autoregressive/sample/sample_c2i_ddp.py \
+        --gpt-model GPT-B --image-size 384 --image-size-eval 256 --cfg-scale 2.25 \
         --vq-ckpt "pretrained_models/vq_ds16_c2i-reorder-kmeans+nearest-cluster_size=128.pt" \
-        --gpt-ckpt results/000-GPT-B-lambda=1-cluster_size=128/checkpoints --image-size 384 --image-size-eval 256 \
-        --cfg-scale 2.25 --num-fid-samples 50000 --sample-dir samples
+        --gpt-ckpt results/000-GPT-B-lambda=1-cluster_size=128/checkpoints \
+        --num-fid-samples 50000 --sample-dir samples
 
 On a CPU, after scripts/quickstart.sh:
 
-    python autoregressive/sample/sample_c2i_ddp.py --gpt-model GPT-tiny --num-classes 10 --image-size 16 \
-        --image-size-eval 16 --downsample-size 4 --codebook-size 512 --cluster-size 16 --vq-model VQ-4-small \
-        --vq-ckpt "results/quickstart/vq-reorder-kmeans+nearest-cluster_size=16.pt" --precision none \
-        --gpt-ckpt results/quickstart/gpt-lambda1/000-GPT-tiny-lambda=1-cluster_size=16 --num-fid-samples 100
+    python autoregressive/sample/sample_c2i_ddp.py --gpt-model GPT-tiny --num-classes 10 \
+        --image-size 16 --image-size-eval 16 --downsample-size 4 --codebook-size 512 \
+        --cluster-size 16 --vq-model VQ-4-small --precision none --num-fid-samples 100 \
+        --vq-ckpt "results/quickstart/vq-reorder-kmeans+nearest-cluster_size=16.pt" \
+        --gpt-ckpt results/quickstart/gpt-lambda1/000-GPT-tiny-lambda=1-cluster_size=16
 """
 
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[2])      # the repository root instead of this folder
+    # The repository root instead of this folder.
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from autoregressive.data.codes import code_dtype
-from autoregressive.models.generate import balanced_labels, random_numbers
 from autoregressive.models.loading import read_gpt
+from autoregressive.models.random_numbers import random_numbers
 from autoregressive.models.sampler import Sampler
-from autoregressive.pipeline import Pipeline, PipelineSettings, add_pipeline_args, device_flags, load_pipeline
+from autoregressive.pipeline import (
+    Pipeline,
+    PipelineSettings,
+    add_pipeline_args,
+    device_flags,
+    load_pipeline,
+)
 from autoregressive.runtime.checkpoint import find_checkpoint
 from autoregressive.runtime.distributed import Session
-from autoregressive.runtime.entry import Flags, Parser, at_least, between, checks, free, on_main, run
+from autoregressive.runtime.entry import (
+    Flags,
+    Parser,
+    at_least,
+    between,
+    checks,
+    free,
+    on_main,
+    run,
+)
 from autoregressive.runtime.files import check_writable_folder, open_npz, read_npz_settings
 from autoregressive.runtime.identity import find_difference
-from autoregressive.runtime.log import open_logger, progress
+from autoregressive.runtime.log import LOGGER, open_logger, progress
 from autoregressive.runtime.pictures import save_grid
 from autoregressive.runtime.rows import BackgroundWriter, RowWriter
+from autoregressive.sample.labels import labels_in_turn, read_labels
 from autoregressive.sample.presets import preset_flags
 from tokenizer.tokenizer_image.vq_model import VQConfig
 
-NUM_SHOWN = 64                                      # pictures in the PNG beside the npz
-ROWS_AT_ONCE = 256                                  # of the arrays that are packed, in memory together
+NUM_SHOWN = 64                          # pictures in the PNG beside the npz
+ROWS_AT_ONCE = 256                      # of the arrays that are packed, in memory together
 RESIZES = {"bicubic": "bicubic without antialiasing", "antialias": "bicubic with antialiasing"}
 
 
@@ -51,38 +70,21 @@ def build_parser() -> Parser:
     free(parser.add_argument("--sample-dir", default="samples", help="folder of the npz"))
     parser.add_argument("--per-proc-batch-size", type=between(1, 2**16), default=32,
                         help="pictures drawn together by a process")
-    parser.add_argument("--num-fid-samples", type=at_least(1), default=50000, help="pictures in the npz")
-    parser.add_argument("--labels", default="random", help="random: drawn uniformly, the published protocol; balanced: "
-                        "all classes in turn; or class indices like 207,360, in turn")
-    parser.add_argument("--save-codes", action="store_true", help="store the tokens, too, as array `tokens`")
+    parser.add_argument("--num-fid-samples", type=at_least(1), default=50000,
+                        help="pictures in the npz")
+    parser.add_argument("--labels", default="random",
+                        help="random: drawn uniformly, the published protocol; balanced: all "
+                             "classes in turn; or class indices like 207,360, in turn")
+    parser.add_argument("--save-codes", action="store_true",
+                        help="store the tokens, too, as array `tokens`")
     return parser
 
 
-def read_labels(labels: str, num_classes: int) -> list[int] | None:
-    """Returns the classes that are drawn in turn; None if they are drawn at random.
-
-    Raises:
-        ValueError: --labels is something else.
-    """
-    if labels == "random":
-        return None
-    if labels == "balanced":
-        return list(range(num_classes))
-    try:
-        listed = [int(label) for label in labels.split(",")]
-    except ValueError:
-        raise ValueError("--labels: expected random, balanced or class indices like 207,360, "
-                         f"got {labels}") from None
-    if not 0 <= min(listed) <= max(listed) < num_classes:
-        raise ValueError(f"--labels: expected indices in 0 .. {num_classes - 1}, got {labels}")
-    return listed
-
-
 def run_name(args: Flags, gpt_path: Path) -> str:
-    """Returns the published name of a run's npz, without the ending, plus what is not the published way."""
-    name = (f"{args.gpt_model}-{args.cluster_size}-{gpt_path.stem}-size-{args.image_size}-size-{args.image_size_eval}"
-            f"-{args.vq_model}-topk-{args.top_k}-topp-{args.top_p}-temperature-{args.temperature}"
-            f"-cfg-{args.cfg_scale}-seed-{args.global_seed}")
+    """Returns the published name of a run's npz, without suffix, plus what is not as published."""
+    name = (f"{args.gpt_model}-{args.cluster_size}-{gpt_path.stem}-size-{args.image_size}"
+            f"-size-{args.image_size_eval}-{args.vq_model}-topk-{args.top_k}-topp-{args.top_p}"
+            f"-temperature-{args.temperature}-cfg-{args.cfg_scale}-seed-{args.global_seed}")
     for flag in ("weights", "labels", "resize", "cfg_interval", "greedy"):
         value = getattr(args, flag)
         if value != args.defaults()[flag]:
@@ -90,25 +92,46 @@ def run_name(args: Flags, gpt_path: Path) -> str:
     return name
 
 
-def identity_of(args: Flags, pipeline: Pipeline, device: torch.device) -> dict:
+def identity_of(args: Flags, pipeline: Pipeline, device: torch.device) -> dict[str, object]:
     """Returns the identity of the samples, which travels in the npz."""
-    named = ("gpt_ckpt", "vq_ckpt", "from_fsdp")                # the hashes say which weights these are
-    return {name: value for name, value in args.identity().items() if name not in named} | pipeline.hashes | {
+    flags = args.identity()
+    for name in ("gpt_ckpt", "vq_ckpt", "from_fsdp"):   # the hashes say which weights these are
+        del flags[name]
+    return flags | pipeline.hashes | {
         "kind": "samples", "device": device.type, "resize": RESIZES[args.resize],
         "uint8": "clamp(127.5 x + 128, 0, 255), truncated", "class_names": pipeline.class_names,
         "torch": torch.__version__.split("+")[0]}
 
 
-def draw_rows(rows: range, pipeline: Pipeline, args: Flags, listed: list[int] | None) -> dict[str, Tensor]:
+def open_rows(path: Path, identity: dict[str, object], args: Flags,
+              pipeline: Pipeline) -> RowWriter:
+    """Returns the rows that the npz `path` is made of, not yet laid out."""
+    side = pipeline.image_size
+    arrays = {"arr_0": (np.uint8, (side, side, 3)), "labels": (np.int64, ())}
+    if args.save_codes:
+        num_tokens = pipeline.gpt.config.num_tokens
+        arrays["tokens"] = (code_dtype(args.codebook_size), (num_tokens,))
+    return RowWriter(path.with_suffix(".rows"), identity, args.num_fid_samples, arrays)
+
+
+def draw_rows(rows: range, pipeline: Pipeline, args: Flags,
+              classes: list[int] | None) -> dict[str, Tensor]:
     """Draws the full batch that begins with sample rows.start; returns what belongs to the rows.
+
+    Args:
+        rows: indices of samples, at most a batch of them.
+        pipeline: Pipeline.
+        args: parsed flags.
+        classes: that are drawn in turn; None draws labels at random.
 
     Returns:
         arr_0 (B, P, P, 3) uint8, labels (B,) int64 and, if wanted, tokens (B, T) int64.
     """
     indices = np.arange(rows.start, rows.start + args.per_proc_batch_size)
-    labels, uniforms = random_numbers(args.global_seed, indices, args.num_classes, pipeline.gpt.config.num_tokens)
-    if listed is not None:
-        labels = np.array(listed)[balanced_labels(indices, len(listed))]
+    labels, uniforms = random_numbers(args.global_seed, indices, args.num_classes,
+                                      pipeline.gpt.config.num_tokens)
+    if classes is not None:
+        labels = labels_in_turn(classes, indices)
     tokens = pipeline.draw_tokens(labels, uniforms)
     tensors = {"arr_0": pipeline.decode(tokens), "labels": torch.from_numpy(labels)}
     if args.save_codes:
@@ -116,16 +139,25 @@ def draw_rows(rows: range, pipeline: Pipeline, args: Flags, listed: list[int] | 
     return {name: tensor[:len(rows)] for name, tensor in tensors.items()}
 
 
-def open_rows(path: Path, identity: dict, args: Flags, pipeline: Pipeline) -> RowWriter:
-    """Returns the rows that the npz `path` is made of, not yet laid out."""
-    side = pipeline.image_size
-    arrays = {"arr_0": (np.uint8, (side, side, 3)), "labels": (np.int64, ())}
-    if args.save_codes:
-        arrays["tokens"] = (code_dtype(args.codebook_size), (pipeline.gpt.config.num_tokens,))
-    return RowWriter(path.with_suffix(".rows"), identity, args.num_fid_samples, arrays)
+def draw_missing(rows: RowWriter, pipeline: Pipeline, args: Flags, classes: list[int] | None,
+                 session: Session) -> None:
+    """Draws this process's share of the rows that are not written yet."""
+    # Batches are cut by absolute index, so any process may draw any of them.
+    batches = rows.missing(args.per_proc_batch_size)
+    num_done = rows.num_done            # before another process may remove the rows
+    session.barrier()                   # all have seen the same rows missing
+    mine = [batches[number] for number in session.share_of(len(batches))]
+    with progress(session, rows.num_rows, "sample", "image", initial=num_done) as bar:
+        with BackgroundWriter(rows) as writer:
+            for batch in mine:
+                writer.write(batch, **draw_rows(batch, pipeline, args, classes))
+                if session.is_main:
+                    bar.update(rows.num_done - bar.n)       # of all processes
+        if session.is_main:
+            bar.update(rows.num_done - bar.n)
 
 
-def pack(path: Path, rows: RowWriter, identity: dict, pipeline: Pipeline) -> None:
+def pack(path: Path, rows: RowWriter, identity: dict[str, object], pipeline: Pipeline) -> None:
     """Saves the first pictures as one PNG and all rows as one npz, and removes the rows."""
     save_grid(path.with_suffix(".png"), rows.array("arr_0")[:NUM_SHOWN], columns=8,
               captions=pipeline.label_names(rows.array("labels")[:NUM_SHOWN]))
@@ -136,47 +168,48 @@ def pack(path: Path, rows: RowWriter, identity: dict, pipeline: Pipeline) -> Non
 
 
 def main(args: Flags, session: Session) -> None:
-    logger = open_logger(session)
+    """Draws the samples that are missing and packs all of them."""
+    open_logger(session)
     gpt_path = on_main(session, find_checkpoint, args.gpt_ckpt) if args.gpt_ckpt else None
     with checks(session):
+        # What the checkpoint and the preset say about flags that were not given.
         gpt_file = read_gpt(gpt_path, args.weights, args.from_fsdp)
         by_device = device_flags(session.device, args.defaults())
         args.resolve(gpt_file.flags(), gpt_file.path, by_device | preset_flags(args.preset))
-        listed = read_labels(args.labels, args.num_classes)
+        classes = read_labels(args.labels, args.num_classes)
+
+        # Load the parts, which must belong together.
         pipeline = load_pipeline(gpt_file, PipelineSettings(**args.pick(PipelineSettings)),
-                                 Sampler(**args.pick(Sampler)), VQConfig(**args.pick(VQConfig)), session.device)
+                                 Sampler(**args.pick(Sampler)), VQConfig(**args.pick(VQConfig)),
+                                 session.device)
+
+        # Reserve the place of the result; it, or rows of it, may be there from an earlier start.
         check_writable_folder(args.sample_dir)
         path = Path(args.sample_dir) / f"{run_name(args, gpt_file.path)}.npz"
         identity = identity_of(args, pipeline, session.device)
         rows = open_rows(path, identity, args, pipeline)
         session.hold(path, path.with_suffix(".png"))
-        finished = path.exists()
-        if finished and (difference := find_difference(identity, read_npz_settings(path))):
-            raise ValueError(f"{path}: expected samples with {difference}; choose another --sample-dir or remove them")
-        if session.is_main and finished:
-            rows.remove()                           # what a kill left behind
+        is_finished = path.exists()
+        if is_finished:
+            difference = find_difference(identity, read_npz_settings(path))
+            if difference:
+                raise ValueError(f"{path}: expected samples with {difference}; choose another "
+                                 "--sample-dir or remove them")
+        if session.is_main and is_finished:
+            rows.remove()               # what a kill left behind
         elif session.is_main:
             rows.create()
-    if finished:
-        logger.info("%s is finished", path)
+    if is_finished:
+        LOGGER.info("%s is finished", path)
         return
 
-    batches = rows.missing(args.per_proc_batch_size)            # cut by absolute index: any process may draw any
-    num_done = rows.num_done                                # before another process may remove the rows
-    session.barrier()                                           # all have seen the same rows missing
-    mine = [batches[number] for number in session.share_of(len(batches))]
-    with progress(session, rows.num_rows, "sample", "image", initial=num_done) as bar:
-        with BackgroundWriter(rows) as writer:
-            for batch in mine:
-                writer.write(batch, **draw_rows(batch, pipeline, args, listed))
-                if session.is_main:
-                    bar.update(rows.num_done - bar.n)      # of all processes
-        if session.is_main:
-            bar.update(rows.num_done - bar.n)
+    draw_missing(rows, pipeline, args, classes, session)
+
+    # One process puts together what all have drawn.
     if session.is_main:
         rows.wait_for_others()
         pack(path, rows, identity, pipeline)
-        logger.info("%d samples in %s", rows.num_rows, path)
+        LOGGER.info("%d samples in %s", rows.num_rows, path)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """What is optimised when a GPT is trained, and one step of it.
 
-Letters: B batch, T tokens, D width, V codes.
+Letters: B batch, T tokens, D width, V codes, N = B * T rows.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,17 +18,35 @@ from autoregressive.runtime.optim import ModelOptimizer
 from autoregressive.runtime.parallel import sync_gradients
 
 LOSSES = ("token_loss", "cluster_loss", "cluster_accuracy")
+# From features (N, D), head (V, D) and targets (N,) to the loss and its statistics (3,), as LOSSES.
+HeadLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class ValBatches(Protocol):
+    """The batches that a GPT is validated on: data.batches.TokenBatches.
+
+    Attributes:
+        per_epoch: number of batches.
+        batch_size: images of a batch, over all processes.
+    """
+
+    per_epoch: int
+    batch_size: int
+
+    def __getitem__(self, key: tuple[int, range]) -> tuple[Tensor, Tensor]:
+        """Returns tokens (B, T) and labels (B,) at a range of places of a batch, on the CPU."""
 
 
 class Objective(nn.Module):
-    """The loss of a GPT as a module, so that DDP, FSDP and compile can wrap it; weights are saved from `.model`.
+    """The loss of a GPT as a module, so that DDP, FSDP and compile can wrap it.
 
-    `head_loss` maps features (N, D), head (V, D) and targets (N,) to the loss and its statistics (3,).
+    Weights are saved from `.model`, so that their names are those of the GPT.
     """
 
-    def __init__(self, model: nn.Module, head_loss: Callable[..., tuple[Tensor, Tensor]]):
+    def __init__(self, model: nn.Module, head_loss: HeadLoss) -> None:
         super().__init__()
-        self.model, self.head_loss = model, head_loss
+        self.model = model
+        self.head_loss = head_loss
 
     def forward(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Computes the loss of a batch.
@@ -38,11 +56,11 @@ class Objective(nn.Module):
             labels: (B,) int64, the null label where it was dropped.
 
         Returns:
-            the loss, token + lambda * cluster (scalar, float32), and (token loss, cluster loss, cluster accuracy) as a
-            detached (3,).
+            the loss, token + lambda * cluster (scalar, float32), and LOSSES as a detached (3,).
         """
-        features = self.model.features(tokens[:, :-1], labels)                      # (B, T, D)
-        return self.head_loss(features.flatten(0, 1), self.model.output.weight, tokens.flatten())
+        features = self.model.features(tokens[:, :-1], labels)      # (B, T, D)
+        head = self.model.output.weight                             # (V, D)
+        return self.head_loss(features.flatten(0, 1), head, tokens.flatten())
 
 
 @dataclass(eq=False)
@@ -55,9 +73,10 @@ class GPTTrainer:
         session: Session.
         precision: one of PRECISIONS, of the forward pass.
         accumulation: micro-batches of a step.
-        val_batches: TokenBatches of the validation images, or None.
+        val_batches: of the validation images, or None.
         draw_samples: saves a picture at a path, drawn with given weights; None draws nothing.
-        compiler: of the model's blocks, which reports after the first step; None if they are not compiled.
+        compiler: of the model's blocks, which reports after the first step; None if they are not
+            compiled.
     """
 
     wrapped: nn.Module
@@ -65,20 +84,28 @@ class GPTTrainer:
     session: Session
     precision: str
     accumulation: int = 1
-    val_batches: Any = None
+    val_batches: ValBatches | None = None
     draw_samples: Callable[[Path, dict[str, Tensor]], None] | None = None
     compiler: BlockCompiler | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.meter = Meter((*LOSSES, "grad_norm"), self.session.device)
 
     def step(self, step: int, batch: tuple[Tensor, Tensor], lr: float) -> None:
-        """Applies a step from this process's part of the batch: tokens (B, T) and labels (B,) int64, on the CPU."""
+        """Applies a step from this process's part of the batch.
+
+        Args:
+            step: its number, from 0.
+            batch: tokens (B, T) and labels (B,) int64, on the CPU.
+            lr: learning rate.
+        """
         tokens, labels = (tensor.to(self.session.device, non_blocking=True) for tensor in batch)
-        micro_batches = list(zip(tokens.chunk(self.accumulation), labels.chunk(self.accumulation), strict=True))
+        micro_batches = zip(tokens.chunk(self.accumulation), labels.chunk(self.accumulation),
+                            strict=True)
         losses = torch.zeros(len(LOSSES), device=self.session.device)
-        for number, micro_batch in enumerate(micro_batches, 1):
-            with sync_gradients(self.wrapped, number == self.accumulation):
+        for number, micro_batch in enumerate(micro_batches, start=1):
+            is_last = number == self.accumulation
+            with sync_gradients(self.wrapped, is_last):
                 with autocast(self.session.device, self.precision):
                     loss, micro_losses = self.wrapped(*micro_batch)
                 self.optimizer.backward(loss / self.accumulation)
@@ -91,17 +118,22 @@ class GPTTrainer:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Returns the mean losses over the validation images, without dropout; none if there are no such images."""
-        if self.val_batches is None:
+        """Returns LOSSES as means over the validation images, without dropout.
+
+        All processes call this. Without such images nothing is returned.
+        """
+        batches = self.val_batches
+        if batches is None:
             return {}
-        batches, session = self.val_batches, self.session
+        session = self.session
         part = session.share_of(batches.batch_size)
         sums = torch.zeros(len(LOSSES), device=session.device)
         self.wrapped.eval()
         for index in range(batches.per_epoch):
             tokens, labels = (tensor.to(session.device) for tensor in batches[index, part])
             with autocast(session.device, self.precision):
-                sums += self.wrapped(tokens, labels)[1] * (len(tokens) / batches.batch_size)
+                _, losses = self.wrapped(tokens, labels)
+                sums += losses * (len(tokens) / batches.batch_size)
         self.wrapped.train()
         means = session.sum(sums) / batches.per_epoch
         return dict(zip(LOSSES, means.tolist(), strict=True))
@@ -115,7 +147,9 @@ class GPTTrainer:
             self.draw_samples(path, weights)
 
     def state(self) -> dict[str, Any]:
+        """Returns all that training continues from, on rank 0; all processes call this."""
         return self.optimizer.state()
 
     def load(self, state: dict[str, Any]) -> None:
+        """Loads what `state` returned, read on every process."""
         self.optimizer.load(state)

@@ -20,7 +20,7 @@ import numpy as np
 
 from autoregressive.data.batches import TokenBatches
 from autoregressive.data.code_writer import CodeWriter
-from autoregressive.data.codes import open_codes
+from autoregressive.data.opening import open_codes
 from autoregressive.runtime.entry import run
 from scripts.benchmarks.turns import benchmark_parser, compare, resident_bytes
 

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from autoregressive.models.cluster_loss import fused_head_loss, plain_head_loss
+from autoregressive.models.config import GPT_MODELS, gpt_config
 from autoregressive.models.generate import Steps, generate
-from autoregressive.models.gpt import GPT, GPT_MODELS, gpt_config
+from autoregressive.models.gpt import GPT
 from autoregressive.models.recorded import CalledAgain, RecordedSteps, compile_decoding
 from autoregressive.models.sampler import Sampler, draw, filter_logits
 from autoregressive.runtime.checkpoint import read_checkpoint

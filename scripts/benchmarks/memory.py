@@ -19,7 +19,7 @@ import tempfile
 import numpy as np
 import torch
 
-from autoregressive.models.gpt import GPT_MODELS, gpt_config
+from autoregressive.models.config import GPT_MODELS, gpt_config
 from autoregressive.models.recorded import RecordedSteps, compile_decoding
 from autoregressive.runtime.compute import set_up_compiler
 from autoregressive.runtime.distributed import Session

@@ -30,8 +30,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autoregressive.models.cache import KVCache
+from autoregressive.models.config import GPT_MODELS, GPTConfig, gpt_config
 from autoregressive.models.generate import generate
-from autoregressive.models.gpt import GPT, GPT_MODELS, GPTConfig, gpt_config
+from autoregressive.models.gpt import GPT
 from autoregressive.models.packed import can_pack, pack_linears
 from autoregressive.models.recorded import CUDARecorder, RecordedSteps, compile_decoding
 from autoregressive.models.sampler import guide

@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autoregressive.models.cluster_loss import fused_head_loss, reference_losses
-from autoregressive.models.gpt import GPT, GPT_MODELS, GPTConfig, gpt_config
+from autoregressive.models.cluster_loss import fused_head_loss
+from autoregressive.models.config import GPT_MODELS, GPTConfig, gpt_config
+from autoregressive.models.gpt import GPT
 from autoregressive.runtime.compute import set_up_compiler, set_up_gpu
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.entry import Flags, Parser, run
@@ -61,7 +62,10 @@ def build_parser() -> Parser:
 
 def published_loss(features: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the loss of features (N, D) as published, from all logits at once, and its parts (3,)."""
-    token_loss, cluster_loss = reference_losses(F.linear(features, head).float(), targets, CLUSTER_SIZE)
+    logits = F.linear(features, head).float()                                       # (N, V)
+    cluster_logits = logits.unflatten(-1, (-1, CLUSTER_SIZE)).logsumexp(-1)         # (N, K)
+    token_loss = F.cross_entropy(logits, targets)
+    cluster_loss = F.cross_entropy(cluster_logits, targets // CLUSTER_SIZE)
     loss = token_loss + cluster_loss
     return loss, torch.stack([token_loss, cluster_loss, loss]).detach()
 
@@ -77,7 +81,7 @@ LOSSES = {"published": published_loss, "ours": our_loss}
 def compare_head(args: Flags, name: str, grid: int, session: Session, title: str) -> Values:
     """Measures CPU (or GPU) seconds of head and losses, forward and backward, and their peak extra memory."""
     device = session.device
-    width = GPT_MODELS[name][2]
+    width = GPT_MODELS[name].width
     torch.manual_seed(0)
     features = torch.randn(args.batch_size * grid**2, width, device=device, requires_grad=True)
     head = torch.nn.Linear(width, VOCAB_SIZE, bias=False, device=device).weight

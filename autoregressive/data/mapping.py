@@ -1,0 +1,76 @@
+"""The mapping of a codebook: which token a code becomes when similar codes are put side by side.
+
+Letters: V codes.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from autoregressive.runtime.checkpoint import read_checkpoint
+from autoregressive.runtime.files import mapping_sha256, read_json
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8,
+            torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """Old code -> token, with the hashes that travel with it.
+
+    Attributes:
+        path: its file.
+        tokens: (V,) int64, a permutation.
+        hashes: dict with mapping_sha256, and, where its side file lies beside it, codebook_sha256
+            (of the reordered codebook), original_codebook_sha256, cluster_size.
+    """
+
+    path: Path
+    tokens: np.ndarray
+    hashes: dict[str, Any]
+
+
+def default_mapping_path(cluster_size: int) -> str:
+    """Returns where balance_k_means.py puts the mapping of the published codebook."""
+    return f"pretrained_models/mapping-kmeans+nearest-cluster_size={cluster_size}.pt"
+
+
+def read_mapping(path: str | Path, codebook_size: int) -> Mapping:
+    """Reads a mapping and checks that it is a permutation of the codebook.
+
+    Args:
+        path: file of an integer tensor (V,); `{path}.json` beside it holds its hashes.
+        codebook_size: V.
+
+    Raises:
+        ValueError: missing, of another kind or size, no permutation, or not what its side file
+            says.
+    """
+    tokens = read_checkpoint(path, "make the mapping with balance_k_means.py or name it with "
+                                   "--mapping-path")
+    found = tuple(getattr(tokens, "shape", ()))
+    if found != (codebook_size,):
+        raise ValueError(f"{path}: expected a mapping of {codebook_size} codes, got shape {found}; "
+                         "run balance_k_means.py on the checkpoint that the codes were extracted "
+                         "with")
+    is_dense = tokens.layout == torch.strided
+    if tokens.dtype not in INTEGERS or not is_dense or tokens.is_meta:
+        kind = "dense" if is_dense else "sparse"
+        raise ValueError(f"{path}: expected a dense tensor of integers, got a {kind} one of "
+                         f"{tokens.dtype}; run balance_k_means.py again")
+    tokens = tokens.long()
+    if not np.array_equal(np.sort(tokens.numpy()), np.arange(codebook_size)):
+        raise ValueError(f"{path}: expected a permutation of 0 .. {codebook_size - 1}, got "
+                         "repeated or other numbers; run balance_k_means.py again")
+    hashes = {"mapping_sha256": mapping_sha256(tokens)}
+    side_file = Path(f"{path}.json")
+    if side_file.is_file():
+        recorded = read_json(side_file, {"mapping_sha256": str})
+        if recorded["mapping_sha256"] != hashes["mapping_sha256"]:
+            raise ValueError(f"{path}: expected the mapping that {side_file.name} describes, got "
+                             "another; run balance_k_means.py again")
+        hashes = recorded
+    return Mapping(Path(path), tokens.numpy(), hashes)

@@ -1,0 +1,139 @@
+"""What a GPT is trained on: codes and a mapping that belong together, as batches."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from autoregressive.data.batches import TokenBatches, split_store
+from autoregressive.data.codes import CodeStore
+from autoregressive.data.mapping import Mapping, default_mapping_path, read_mapping
+from autoregressive.data.opening import open_codes
+from autoregressive.data.store_checks import ExpectedCodes, check_store
+from autoregressive.runtime.entry import Parser, at_least, pixels, share
+
+LABEL_DROPOUT = 0.1             # classifier-free guidance learns the null label from these
+
+
+def add_data_args(parser: Parser) -> None:
+    """Declares the flags of the data, beside those of add_code_args."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset", default="imagenet_code", choices=("imagenet_code",),
+                       help="a store of codes")
+    group.add_argument("--image-size", type=pixels, default=256,
+                       help="pixels of a picture's side")
+    group.add_argument("--vocab-size", type=at_least(1), default=16384, help="number of codes, V")
+    group.add_argument("--mapping-path",
+                       help="mapping of the codebook; default: the published one's")
+    group.add_argument("--val-share", type=share, default=0.01,
+                       help="share of the images that --val-every holds out")
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """The flags that say what a GPT is trained on, under their names.
+
+    Attributes:
+        code_path: folders of the codes.
+        mapping_path: file of the mapping; None is the published codebook's.
+        vocab_size, codebook_size, num_classes, image_size, cluster_size: as in ExpectedCodes.
+        global_batch_size: images of a step, over all processes and micro-batches.
+        gradient_accumulation_steps: micro-batches of a step.
+        val_every: steps between two validations; 0 holds out nothing.
+        val_share: share of the images to validate with.
+        global_seed: the run's seed.
+    """
+
+    code_path: list[str]
+    mapping_path: str | None
+    vocab_size: int
+    codebook_size: int
+    num_classes: int
+    image_size: int
+    cluster_size: int
+    global_batch_size: int
+    gradient_accumulation_steps: int
+    val_every: int
+    val_share: float
+    global_seed: int
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a GPT is trained on.
+
+    Attributes:
+        store: all codes.
+        mapping: code -> token.
+        batches: of the images to train on.
+        val_batches: of the images to validate with, or None.
+    """
+
+    store: CodeStore
+    mapping: Mapping
+    batches: TokenBatches
+    val_batches: TokenBatches | None
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of all classes; None if they are not known."""
+        return self.store.manifest["class_names"]
+
+    def identity(self) -> dict[str, Any]:
+        """Returns the hashes of codes and mapping, and how many images are trained on."""
+        names = ("images_sha256", "tokenizer_sha256", "codes_sha256", "labels_sha256")
+        manifest = self.store.manifest                  # an older layout does not tell all of them
+        return {name: manifest.get(name) for name in names} | {
+            "mapping_sha256": self.mapping.hashes["mapping_sha256"],
+            "num_training_images": len(self.batches.store.rows)}
+
+    def record(self) -> dict[str, Any]:
+        """Returns what a checkpoint says of the data that it was trained on."""
+        return {"class_names": self.class_names, "grid": self.store.grid,
+                "label_dropout": self.batches.label_dropout,
+                "codebook_sha256": self.mapping.hashes.get("codebook_sha256"),
+                "mapping_sha256": self.mapping.hashes["mapping_sha256"],
+                "tokenizer_sha256": self.store.manifest["tokenizer_sha256"]}
+
+
+def open_data(settings: DataSettings, grid: int, world_size: int) -> TrainingData:
+    """Opens codes and mapping, and compares them with each other and with the flags.
+
+    Args:
+        settings: DataSettings.
+        grid: side of a picture in tokens.
+        world_size: number of processes; it divides a micro-batch.
+
+    Raises:
+        ValueError: files are missing or damaged, or do not fit each other or the flags.
+    """
+    store = open_codes(*settings.code_path)
+    mapping_path = settings.mapping_path or default_mapping_path(settings.cluster_size)
+    mapping = read_mapping(mapping_path, settings.vocab_size)
+    check_store(store, mapping, ExpectedCodes(
+        vocab_size=settings.vocab_size, codebook_size=settings.codebook_size,
+        num_classes=settings.num_classes, image_size=settings.image_size, grid=grid,
+        cluster_size=settings.cluster_size))
+    val_share = settings.val_share if settings.val_every else 0
+    training, val = split_store(store, val_share, settings.global_seed)
+    drawing = {"seed": settings.global_seed, "num_classes": settings.num_classes}
+    batches = TokenBatches(training, mapping.tokens, settings.global_batch_size,
+                           label_dropout=LABEL_DROPOUT, **drawing)
+    val_batches = None
+    if settings.val_every:
+        batch_size = _val_batch_size(settings, len(val.rows), world_size)
+        val_batches = TokenBatches(val, mapping.tokens, batch_size, label_dropout=0, **drawing)
+    return TrainingData(store, mapping, batches, val_batches)
+
+
+def _val_batch_size(settings: DataSettings, num_images: int, world_size: int) -> int:
+    """Returns the size of validation batches, a multiple of the number of processes.
+
+    It is that of a training micro-batch, which fits the memory, unless there are fewer images.
+
+    Raises:
+        ValueError: there are fewer images than processes.
+    """
+    if num_images < world_size:
+        raise ValueError(f"--val-share: expected at least one validation image for each of "
+                         f"{world_size} processes, found {num_images}; raise it")
+    micro_batch = settings.global_batch_size // settings.gradient_accumulation_steps
+    return min(micro_batch, num_images) // world_size * world_size
