@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from processes import run_here
 
 from autoregressive.runtime.checkpoint import read_checkpoint, save_checkpoint
+from processes import run_here
 from tokenizer.tokenizer_image.images import open_dataset
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 

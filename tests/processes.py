@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import ROOT
 
 from autoregressive.runtime.checkpoint import read_checkpoint
 from autoregressive.runtime.entry import run
+from conftest import ROOT
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 # A sitecustomize.py: a Python process that finds it stops for good at the moment that PAUSE_AT names, and says so by

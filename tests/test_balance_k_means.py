@@ -10,13 +10,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
 
 import balance_k_means
 from autoregressive.runtime.checkpoint import read_checkpoint, save_checkpoint
 from autoregressive.runtime.entry import run
 from autoregressive.runtime.lock import hold
+from conftest import ROOT
 from tokenizer.clustering import balanced_sse, normalize_codes
 
 CODEBOOK = "quantize.embedding.weight"

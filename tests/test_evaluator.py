@@ -7,12 +7,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
 
 from autoregressive.runtime import entry
 from autoregressive.runtime.files import file_sha256
 from autoregressive.runtime.lock import hold
+from conftest import ROOT
 from evaluations.c2i import evaluator, make_reference, train_classifier
 from evaluations.c2i.classifier import ClassifierFeatures, SmallClassifier, save_classifier
 from evaluations.c2i.features import extract_features, to_numpy

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hostile_files import COMMANDS, call, make_bad, make_good, sample_name
 from PIL import Image
-from processes import contents
 
 from autoregressive.runtime.checkpoint import read_checkpoint
+from hostile_files import COMMANDS, call, make_bad, make_good, sample_name
+from processes import contents
 
 MOST_OF_A_KIND, FEWEST_OF_A_SCRIPT, FEWEST = 5, 6, 100
 HUGE = 10**18

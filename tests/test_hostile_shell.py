@@ -17,9 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from conftest import ROOT
 from hostile_files import COMMANDS, PIPELINE, make_bad, make_good
-from PIL import Image
 from processes import ENVIRONMENT
 from test_hostile import (
     FEWEST_OF_A_SCRIPT,

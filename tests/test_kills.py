@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from autoregressive.runtime.checkpoint import save_checkpoint
 from processes import (
     ENVIRONMENT,
     command,
@@ -17,8 +19,6 @@ from processes import (
     start,
     start_and_kill,
 )
-
-from autoregressive.runtime.checkpoint import save_checkpoint
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 
 SUFFIX = "kmeans+nearest-cluster_size=8.pt"

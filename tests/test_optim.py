@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from waits import NoWaits
 
 from autoregressive.runtime.optim import EMA_DECAY, EMA_GROUPS, ModelOptimizer, MovingAverage, OptimSettings
+from waits import NoWaits
 
 CPU = torch.device("cpu")
 SETTINGS = OptimSettings(lr=1e-2, weight_decay=0.1, ema=True)

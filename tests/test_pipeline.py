@@ -7,11 +7,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from processes import run_here, start
 
 from autoregressive.data.opening import open_codes
 from autoregressive.runtime.checkpoint import read_checkpoint, save_checkpoint
 from autoregressive.runtime.rows import RowWriter
+from processes import run_here, start
 from tokenizer.tokenizer_image.images import center_crop, open_dataset, to_float
 from tokenizer.tokenizer_image.loading import load_vq
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel

@@ -14,6 +14,7 @@ import subprocess
 import sys
 
 import pytest
+
 from conftest import FIXTURES, ROOT
 
 TOP_LEVEL = {"autoregressive", "tokenizer", "evaluations", "balance_k_means.py", "pretrained_models", "scripts",

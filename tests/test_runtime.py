@@ -14,7 +14,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 
 from autoregressive.runtime.distributed import Session, open_session, seed_everything
 from autoregressive.runtime.entry import (
@@ -44,6 +43,7 @@ from autoregressive.runtime.log import MetricsFile, read_metrics
 from autoregressive.runtime.optim import OptimSettings, add_optim_args, build_optimizer, learning_rate
 from autoregressive.runtime.pictures import CAPTION_HEIGHT, GAP, LEGIBLE_SIDE, save_grid
 from autoregressive.runtime.run_settings import RunRequest, add_training_args, open_run_folder
+from conftest import ROOT
 
 ALONE = Session(rank=0, world_size=1, device=torch.device("cpu"))
 

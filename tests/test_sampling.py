@@ -8,15 +8,15 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
-from processes import ENVIRONMENT, command, run_here, start, start_and_kill
 
 from autoregressive.models.config import gpt_config
 from autoregressive.models.gpt import GPT
 from autoregressive.models.sampler import Sampler
 from autoregressive.runtime.checkpoint import save_checkpoint
 from autoregressive.sample import sample_c2i_ddp
+from conftest import ROOT
+from processes import ENVIRONMENT, command, run_here, start, start_and_kill
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 
 SAMPLE, LOOK = "autoregressive/sample/sample_c2i_ddp.py", "autoregressive/sample/sample_c2i.py"

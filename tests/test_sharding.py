@@ -4,8 +4,6 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT
-from processes import start
 
 from autoregressive.models.config import gpt_config
 from autoregressive.models.gpt import GPT
@@ -13,6 +11,8 @@ from autoregressive.runtime.checkpoint import read_checkpoint
 from autoregressive.runtime.distributed import Session, seed_everything
 from autoregressive.runtime.optim import ModelOptimizer, OptimSettings
 from autoregressive.runtime.parallel import device_to_build_on, wrap_for_training
+from conftest import ROOT
+from processes import start
 
 CPU = torch.device("cpu")
 CONFIG = gpt_config("GPT-tiny", grid=3, vocab_size=65, num_classes=4, dropout=0, token_dropout=0)   # odd rows: 65, 5

@@ -9,17 +9,16 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
-from processes import run_here, start_and_kill, without_time
-from processes import start as start_process
-from waits import NoWaits
 
 from autoregressive.runtime.checkpoint import read_checkpoint, save_checkpoint
 from autoregressive.runtime.distributed import Session, keyed_random
 from autoregressive.runtime.entry import run
 from autoregressive.runtime.loader import BatchOrder, read_ahead
 from autoregressive.runtime.optim import OptimSettings
+from conftest import ROOT
+from processes import run_here, start_and_kill, without_time
+from processes import start as start_process
 from tokenizer.tokenizer_image import vq_trainer
 from tokenizer.tokenizer_image.crops import TrainingCrops
 from tokenizer.tokenizer_image.discriminator import PatchDiscriminator
@@ -27,6 +26,7 @@ from tokenizer.tokenizer_image.images import center_crop, open_dataset, random_c
 from tokenizer.tokenizer_image.loading import load_vq
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 from tokenizer.validation.metrics import codebook_usage
+from waits import NoWaits
 
 SCRIPT = ROOT / "tokenizer" / "tokenizer_image" / "vq_train.py"
 SMALL = ["--dataset", "digits", "--data-path", "val", "--image-size", "8", "--vq-model", "VQ-4-small",
