@@ -10,7 +10,7 @@ Letters: B pictures, T tokens, P pixels.
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -74,9 +74,9 @@ class Pipeline:
         gpt, vq: on their device, in their precision.
         sampler: Sampler.
         image_size: side of the pictures in pixels, after the resize.
-        antialias: whether the resize filters.
         tile: pictures decoded together, always so many: a picture then has the same bits in every
             batch.
+        antialias: whether the resize filters.
         class_names: list of the names of all classes, or None if they are not known.
         hashes: dict of codebook_sha256, vq_sha256 and gpt_sha256.
         steps: how the decode steps run; None is one by one.
@@ -86,10 +86,10 @@ class Pipeline:
     vq: VQModel
     sampler: Sampler
     image_size: int
-    antialias: bool
     tile: int
-    class_names: list[str] | None
-    hashes: dict[str, str]
+    antialias: bool = False
+    class_names: list[str] | None = None
+    hashes: dict[str, str] = field(default_factory=dict)
     steps: Steps | None = None
 
     def draw_tokens(self, labels: np.ndarray, uniforms: np.ndarray) -> Tensor:
@@ -225,6 +225,11 @@ def check_fitting(file: GPTFile, settings: PipelineSettings, sampler: Sampler) -
                          f"without label dropout and knows no null label, got {sampler.cfg_scale}")
 
 
+def decoder_tile(vq_model: str, image_size: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Returns how many pictures of `image_size` pixels a VQ decoder is given together."""
+    return min(LARGEST_TILE, default_batch_size(vq_model, image_size, dtype, device))
+
+
 def load_pipeline(file: GPTFile, settings: PipelineSettings, sampler: Sampler, vq_config: VQConfig,
                   device: torch.device) -> Pipeline:
     """Loads what the settings describe, after comparing them with each other and with the files.
@@ -266,8 +271,7 @@ def load_pipeline(file: GPTFile, settings: PipelineSettings, sampler: Sampler, v
     elif can_pack(device, dtype):
         pack_linears(gpt)
     place_decoder(vq, vq_dtype, device, compiled)
-    tile = min(LARGEST_TILE,
-               default_batch_size(vq_config.vq_model, settings.image_size, vq_dtype, device))
+    tile = decoder_tile(vq_config.vq_model, settings.image_size, vq_dtype, device)
     return Pipeline(gpt, vq, sampler, image_size=settings.image_size_eval,
                     antialias=settings.resize == "antialias", tile=tile,
                     class_names=file.settings.get("class_names"), hashes=hashes, steps=steps)
@@ -288,8 +292,8 @@ def save_samples(path: Path, weights: dict[str, Tensor], *, config: GPTConfig, v
     """
     gpt = build_gpt(GPTFile(path, weights, {"grid": config.grid}, {}), config).to(device)
     pipeline = Pipeline(gpt, vq.to(device), Sampler(cfg_scale=SHOWN_GUIDANCE),
-                        image_size=config.grid * vq.downsampling, antialias=False,
-                        tile=NUM_SAMPLED, class_names=class_names, hashes={})
+                        image_size=config.grid * vq.downsampling, tile=NUM_SAMPLED,
+                        class_names=class_names)
     labels, uniforms = random_numbers(seed, range(NUM_SAMPLED), config.num_classes,
                                       config.num_tokens)
     save_grid(path, pipeline.draw(labels, uniforms), columns=4,

@@ -20,11 +20,13 @@ import numpy as np
 import torch
 
 from autoregressive.models.config import GPT_MODELS, gpt_config
+from autoregressive.models.gpt import GPT
 from autoregressive.models.recorded import RecordedSteps, compile_decoding
+from autoregressive.models.sampler import Sampler
+from autoregressive.pipeline import Pipeline, decoder_tile, place_decoder
 from autoregressive.runtime.compute import set_up_compiler
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.entry import Flags, Parser, at_least, checks, run
-from scripts.benchmarks.drawing import decoder_tile, make_decoding, make_model
 from scripts.benchmarks.turns import (
     NUM_CLASSES,
     VOCAB_SIZE,
@@ -35,7 +37,9 @@ from scripts.benchmarks.turns import (
     benchmark_parser,
     write_random_codes,
 )
+from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 
+VQ, DOWNSAMPLING = "VQ-16", 16
 TRAIN = Path(__file__).resolve().parents[2] / "autoregressive" / "train" / "train_c2i.py"
 STEPS = 2                                           # the second one has moments, but no more memory than that
 
@@ -71,9 +75,14 @@ def training_memory(name: str, grid: int, num_images: int, flags: list[str]) -> 
 def sampling_memory(name: str, grid: int, num_images: int, device: torch.device) -> Values:
     """Returns the peak of drawing pictures in bf16, compiled and recorded."""
     dtype = torch.bfloat16
-    model = make_model(gpt_config(name, grid=grid, vocab_size=VOCAB_SIZE, num_classes=NUM_CLASSES), dtype, device)
+    with device:                                    # a large one takes long to fill on a CPU
+        model = GPT(gpt_config(name, grid=grid, vocab_size=VOCAB_SIZE, num_classes=NUM_CLASSES))
+    model = model.to(device).eval().requires_grad_(False).cast(dtype)               # the rotary table, too
     steps = RecordedSteps(compile_decoding(model))
-    pipeline = make_decoding(model, steps, decoder_tile(grid, num_images, dtype, device), dtype, compiled=True)
+    vq = VQModel(VQConfig(VQ)).eval().requires_grad_(False)
+    place_decoder(vq, dtype, device, compiled=True)
+    image_size = grid * DOWNSAMPLING
+    pipeline = Pipeline(model, vq, Sampler(cfg_scale=2.0), image_size, tile=decoder_tile(VQ, image_size, dtype, device), steps=steps)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     pipeline.draw(np.zeros(num_images, np.int64), np.zeros((num_images, grid * grid)))

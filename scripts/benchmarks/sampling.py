@@ -35,11 +35,11 @@ from autoregressive.models.generate import generate
 from autoregressive.models.gpt import GPT
 from autoregressive.models.packed import can_pack, pack_linears
 from autoregressive.models.recorded import CUDARecorder, RecordedSteps, compile_decoding
-from autoregressive.models.sampler import guide
+from autoregressive.models.sampler import Sampler, guide
+from autoregressive.pipeline import Pipeline, decoder_tile, place_decoder
 from autoregressive.runtime.compute import PRECISIONS, set_up_compiler
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.entry import Flags, Parser, run
-from scripts.benchmarks.drawing import DOWNSAMPLING, SAMPLER, VQ, decoder_tile, make_decoding, make_model
 from scripts.benchmarks.turns import (
     NUM_CLASSES,
     DoesNotFit,
@@ -51,8 +51,10 @@ from scripts.benchmarks.turns import (
     compare,
     timed,
 )
-from tokenizer.tokenizer_image.vq_model import VQ_MODELS
+from tokenizer.tokenizer_image.vq_model import VQ_MODELS, VQConfig, VQModel
 
+SAMPLER = Sampler(cfg_scale=2.0)
+VQ, DOWNSAMPLING = "VQ-16", 16
 LIVE_MAPS = 8                                       # of the VQ decoder's widest feature maps, at once
 
 
@@ -190,6 +192,15 @@ def free_bytes(device: torch.device) -> float:
     return torch.cuda.mem_get_info(device)[0]
 
 
+def make_model(config: GPTConfig, dtype: torch.dtype, device: torch.device) -> GPT:
+    """Returns a GPT of random weights that can only be run."""
+    torch.manual_seed(0)
+    with device:                                    # a large one takes long to fill on a CPU
+        model = GPT(config).eval().requires_grad_(False)
+    torch.nn.init.normal_(model.output.weight, std=0.02)
+    return model.to(device).cast(dtype)
+
+
 def compare_ways(args: Flags, config: GPTConfig, batch_size: int, bandwidth: float, device: torch.device) -> Values:
     """Measures both ways for one size, prints their rates and returns them with the roofline's."""
     dtype = PRECISIONS[args.precision]
@@ -198,7 +209,7 @@ def compare_ways(args: Flags, config: GPTConfig, batch_size: int, bandwidth: flo
         shape = GPT(config)
     temporaries = temporary_bytes(config, batch_size, dtype)
     needed = {"weights": weight_bytes(shape, dtype), "cache": cache_bytes(config, batch_size, dtype)}
-    tile = decoder_tile(config.grid, batch_size, dtype, device)
+    tile = min(batch_size, decoder_tile(VQ, config.grid * DOWNSAMPLING, dtype, device))
     decoder = decoder_bytes(config.grid, tile, dtype) if args.decode else 0
     free = free_bytes(device)
     check_fits(free, **needed, temporaries=max(temporaries["ours"], decoder))
@@ -224,7 +235,9 @@ def compare_ways(args: Flags, config: GPTConfig, batch_size: int, bandwidth: flo
         print(f"{title}, published does not fit: {error}")
     ways["ours"] = functools.partial(generate, ours, labels, uniforms, SAMPLER, steps)
     if args.decode:
-        pipeline = make_decoding(ours, steps, tile, dtype, args.compile)
+        vq = VQModel(VQConfig(VQ)).eval().requires_grad_(False)
+        place_decoder(vq, dtype, device, args.compile)
+        pipeline = Pipeline(ours, vq, SAMPLER, image_size=config.grid * DOWNSAMPLING, tile=tile, steps=steps)
         ways["ours, decoded"] = lambda: pipeline.decode(ways["ours"]()).cpu()
 
     def measure(work):
