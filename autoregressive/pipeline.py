@@ -157,8 +157,8 @@ def device_flags(device: torch.device, defaults: dict[str, object]) -> dict[str,
         defaults: of all flags of the script.
     """
     is_gpu = device.type == "cuda"
-    # Pictures of bfloat16 differ from those of float32 by 55.6 dB, far more than a tokenizer's own
-    # 20 to 30 dB.
+    # Pictures decoded in bfloat16 match those of float32 at a PSNR of 55.6 dB, where a tokenizer
+    # matches its images at 20 to 30 dB.
     values = {"compile": is_gpu, "vq_precision": "bf16" if is_gpu else "none"}
     return {name: value for name, value in values.items() if defaults[name] is None}
 

@@ -1,7 +1,7 @@
 """Batches for training, each a pure function of the seed and the number of its step.
 
-Which images are in it, which of their crops, and which labels are dropped follows from (seed,
-epoch, row) alone.
+Which images are in it follows from the seed and the epoch, which of their crops is taken and which
+labels are dropped from (seed, epoch, row).
 
 Letters: N images, B batch, T tokens.
 """

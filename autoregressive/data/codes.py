@@ -63,9 +63,10 @@ class CodeStore:
 
     @property
     def crops_to_draw(self) -> np.ndarray:
-        """Crops (n,) that are equally likely in training.
+        """Indices of crops (n,), from which training draws uniformly.
 
-        Each of several stores comes as often as the others, whatever its number of crops.
+        They are repeated such that each of several stores is as likely as the others, whatever its
+        number of crops.
         """
         counts = [self.codes.shape[1]]
         if isinstance(self.codes, CombinedCodes):

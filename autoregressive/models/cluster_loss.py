@@ -144,19 +144,24 @@ def _loss_of_chunk(z: Tensor, targets: Tensor, cluster_size: int, lambda_cce: fl
     """
     rows = torch.arange(len(z), device=z.device)
     clusters = targets // cluster_size                              # (n,)
-    tile = z.unflatten(-1, (-1, cluster_size))[rows, clusters]      # (n, S), a copy: logits of c
-    z_t = tile[rows, targets % cluster_size]                        # (n,)
-    s_c = tile.logsumexp(-1)                                        # (n,)
+    # The target's cluster, copied before the logits are overwritten.
+    z_c = z.unflatten(-1, (-1, cluster_size))[rows, clusters]       # (n, S)
+    z_t = z_c[rows, targets % cluster_size]                         # (n,)
+    s_c = z_c.logsumexp(-1)                                         # (n,)
+
+    # The losses. From here on z holds exp(z - largest).
     largest, position = z.max(-1)
-    z.sub_(largest[:, None]).exp_()                                 # the one exponential of a logit
+    z.sub_(largest[:, None]).exp_()
     total = z.sum(-1)
     lse = largest + total.log()
     hits = position // cluster_size == clusters
     sums = torch.stack([(lse - z_t).sum(), (lse - s_c).sum(), hits.sum()])
     if not wants_gradient:
         return sums, None
+
+    # The gradient, in the place of z.
     gradient = z.mul_(((1 + lambda_cce) / total)[:, None])          # (1 + lambda) softmax(z)
-    inside = (tile - s_c[:, None]).exp()                            # (n, S)
+    inside = (z_c - s_c[:, None]).exp()                            # (n, S)
     gradient.view(len(z), -1, cluster_size)[rows, clusters] -= lambda_cce * inside
     gradient[rows, targets] -= 1
     return sums, gradient

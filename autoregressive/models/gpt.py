@@ -1,9 +1,9 @@
-"""The class-conditional GPT over codes, with the state-dict keys and shapes of the published files.
+"""The class-conditional GPT over tokens, with the state-dict keys and shapes of published files.
 
 Those are the files of LlamaGen and IAR: names of modules and parameters are theirs.
 
-Letters: B batch, T tokens, D width, H query heads, G key-value heads, V codes, L length of the
-cache.
+Letters: B batch, T tokens, D width, H query heads, G key-value heads, V values of a token, L
+length of the cache.
 """
 
 import torch
@@ -72,7 +72,7 @@ class Attention(nn.Module):
         Args:
             x: (B, 1, D).
             table: (1, head_dim / 2, 2), the rotary table's row of the token.
-            at: position of the token in the sequence.
+            at: the place in the sequence: 0 is that of the label, p that of token p - 1.
             keys, values: (B, G, L, head_dim), written in place.
 
         Returns:
@@ -252,12 +252,12 @@ class GPT(nn.Module):
         """Feeds one token each and returns the logits of the next.
 
         Args:
-            tokens: (B,) int64, the tokens before `at`.
-            at: position in the sequence, 1 .. T - 1; all before it are in the cache.
+            tokens: (B,) int64, the tokens p - 1.
+            at: the place p in the sequence, 1 .. T - 1; all before it are in the cache.
             cache: of B sequences, written in place.
 
         Returns:
-            (B, V) float32: logits of the token at the position.
+            (B, V) float32: logits of the tokens p.
         """
         return self._decode(self.tok_embeddings(tokens)[:, None], at, cache)
 

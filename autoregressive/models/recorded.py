@@ -21,7 +21,7 @@ BUCKET = 64                     # positions; a recorded step reads the cache up 
 
 
 class Graph(Protocol):
-    """What was recorded."""
+    """A recorded function, as torch.cuda.CUDAGraph is one."""
 
     def replay(self) -> None:
         """Runs it again, on the same tensors."""

@@ -6,7 +6,7 @@ Letters: B batch, T tokens (the condition token included), H heads.
 import torch
 from torch import Tensor
 
-BASE = 10000.0          # the largest wavelength, over 2 pi
+BASE = 10000.0          # wavelengths go from 2 pi up to nearly 2 pi BASE
 
 
 def rotary_table(grid: int, head_dim: int) -> Tensor:

@@ -173,8 +173,8 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], path: str | Path,
                   hint: str = "") -> None:
     """Loads a state dict into a module, after check_weights, whose arguments and errors these are.
 
-    A module on the meta device takes the tensors of the file themselves (no second copy of the
-    weights); others are filled in place.
+    A module on the meta device takes the tensors of the file themselves where they have its dtype
+    (no second copy of the weights); others are filled in place.
     """
     check_weights(module, state, path, hint)
     expected = module.state_dict()

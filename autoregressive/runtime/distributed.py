@@ -1,4 +1,4 @@
-"""Process group, device and seed: the only file, with parallel.py, that knows what a rank is.
+"""Process group, device and seed: with its neighbours in this folder all that knows of ranks.
 
 A plain `python script.py` is world size 1; `torchrun` sets the environment for more. Collectives of
 CPU tensors run over gloo, those of GPU tensors over nccl.

@@ -134,7 +134,8 @@ def find_run_folder(results_dir: str | Path, name: str, identity: dict[str, Any]
         new_run: whether to name a new folder even if one could be continued.
 
     Returns:
-        RunFolder: the newest of the same identity; if there is none, one that does not exist yet.
+        RunFolder: the newest of the same identity; if there is none, a new one, whose folder may
+        exist without a config.json.
     """
     numbered = []
     for path in Path(results_dir).iterdir():

@@ -85,9 +85,9 @@ def _ignore_signals(_worker: int) -> None:
 
 @atexit.register
 def _end_workers() -> None:
-    """Ends workers that are still there at the end of the process; Python would wait for them.
+    """Ends workers that are still there at the end of the process.
 
-    It sends them SIGTERM, which they ignore.
+    Python would also send them SIGTERM, which they ignore.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # torch's handler would call this an error
     for worker in multiprocessing.active_children():

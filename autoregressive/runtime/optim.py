@@ -52,7 +52,7 @@ def check_optim(ema: bool, ema_warmup: bool) -> None:
 
 @dataclass(frozen=True)
 class OptimSettings:
-    """Settings of AdamW: the flags of add_optim_args that stay as they are during a run.
+    """Settings of AdamW, the moving average and clipping: flags of add_optim_args.
 
     Attributes:
         lr: learning rate, until a step says another.
@@ -200,7 +200,7 @@ class ModelOptimizer:
         Args:
             step: number of the step, from 0.
             lr: its learning rate.
-            loss: of the step, a scalar on the device.
+            loss: what has to be finite with a scaler, a scalar on the device.
 
         Returns:
             the gradient's norm before clipping, and whether the step was bad, both scalars on the
@@ -226,7 +226,7 @@ class ModelOptimizer:
         return norm.detach(), is_bad
 
     def _step_with_scaler(self) -> Tensor:
-        """Applies the gradient unless it overflowed; returns whether it did, a float32 0 or 1."""
+        """Applies the gradient; returns 1, and does not, if it overflowed, else 0 (float32)."""
         one = torch.ones((), device=self.device)
         before = self.scaler.scale(one)             # on the device: get_scale would wait for it
         self.scaler.step(self.optimizer)

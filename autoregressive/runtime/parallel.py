@@ -1,6 +1,6 @@
 """Training by all processes, with all weights on each (DDP) or a shard of them (FSDP2).
 
-Shards are read from whole tensors of files, and gathered for them.
+Checkpoint files hold whole tensors: shards are read from them, and gathered to write them.
 """
 
 import contextlib
@@ -32,8 +32,7 @@ def wrap_for_training(module: nn.Module, session: Session, parallel: str = "ddp"
     """Prepares a module whose backward averages gradients over all processes.
 
     Args:
-        module: its forward returns the loss; built as device_to_build_on says, or already on the
-            session's device.
+        module: built as device_to_build_on says, or already on the session's device.
         session: Session.
         parallel: "ddp" keeps all weights on every process; "fsdp" (FSDP2) shards weights, gradients
             and the optimizer's moments.
@@ -81,7 +80,7 @@ def _shard(module: nn.Module, session: Session, blocks: Iterable[nn.Module],
 
 
 def take_weights(module: nn.Module) -> dict[str, Tensor]:
-    """Takes all parameters out of a module, leaving ones on the meta device; buffers stay.
+    """Takes all parameters out of a module, leaving meta tensors in their place; buffers stay.
 
     Returns:
         name -> parameter as it was.
@@ -127,9 +126,9 @@ def fill_shards(module: nn.Module, weights: dict[str, Tensor], session: Session)
 
 
 def sync_gradients(module: nn.Module, enabled: bool) -> contextlib.AbstractContextManager:
-    """Returns a context for a backward that averages gradients over processes only if `enabled`.
+    """Returns a context that averages gradients over processes only if `enabled`.
 
-    Only the last micro-batch of a step needs that.
+    It has to hold the forward and the backward pass of a micro-batch; the last of a step averages.
     """
     if hasattr(module, "set_requires_gradient_sync"):               # FSDP2
         module.set_requires_gradient_sync(enabled)

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import DTypeLike
 from torch import Tensor
 
 from autoregressive.runtime.files import read_json, write_json
@@ -39,7 +40,7 @@ FAILED = 2
 POLL_SECONDS = 1                                    # between two looks at the others' progress
 # What a file that is too large raises; EINVAL: too large for any disk.
 TOO_LARGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EINVAL)
-RowKind = tuple[np.dtype, tuple[int, ...]]          # dtype and shape of a row
+RowKind = tuple[DTypeLike, tuple[int, ...]]         # dtype and shape of a row
 
 
 class RowWriter:

@@ -119,7 +119,7 @@ class RunRequest:
     new_run: bool = False
 
     def find(self) -> RunFolder:
-        """Returns the run folder to continue, or one that does not exist yet."""
+        """Returns the run folder to continue, or a new one."""
         return find_run_folder(self.results_dir, self.name, self.identity, self.defaults,
                                new_run=self.new_run)
 
@@ -128,8 +128,8 @@ def open_run_folder(session: Session, request: RunRequest, num_steps: int,
                     check_start: Callable[[], None] | None = None) -> RunFolder:
     """Finds the run folder that a command continues, or makes a new one, and holds it.
 
-    It is held until the session ends. Of starts at one moment one looks after the other, so that no
-    two runs choose the same new folder. A run that is finished is left as it is.
+    It is held until the session ends. Commands that are started together take turns, so that no two
+    runs choose the same new folder. A run that is finished is left as it is.
 
     Args:
         session: Session.

@@ -1,4 +1,4 @@
-"""A verification of the data of a run that takes longer than its first steps may wait for it."""
+"""Verifies the data of a run in the background, while its first steps are taken."""
 
 import threading
 from collections.abc import Callable

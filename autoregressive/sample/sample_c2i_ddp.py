@@ -81,7 +81,7 @@ def build_parser() -> Parser:
 
 
 def run_name(args: Flags, gpt_path: Path) -> str:
-    """Returns the published name of a run's npz, without suffix, plus what is not as published."""
+    """Returns the published name of a run's npz, without suffix, plus flags it does not hold."""
     name = (f"{args.gpt_model}-{args.cluster_size}-{gpt_path.stem}-size-{args.image_size}"
             f"-size-{args.image_size_eval}-{args.vq_model}-topk-{args.top_k}-topp-{args.top_p}"
             f"-temperature-{args.temperature}-cfg-{args.cfg_scale}-seed-{args.global_seed}")

@@ -118,9 +118,10 @@ class GPTTrainer:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Returns LOSSES as means over the validation images, without dropout.
+        """Returns LOSSES as means over the whole batches of validation images, without dropout.
 
-        All processes call this. Without such images nothing is returned.
+        What does not fill a batch is left out, the same images every time. All processes call
+        this. Without such images nothing is returned.
         """
         batches = self.val_batches
         if batches is None:

@@ -125,7 +125,8 @@ def build_trainer(args: Flags, config: GPTConfig, start: GPTFile | None, data: T
     """Builds the model and everything that trains it."""
     device = session.device
 
-    # The same weights on every process: those of the start, or drawn from the seed.
+    # The same weights on every process: those of the start, or drawn from the seed. With FSDP those
+    # of rank 0 count.
     seed_everything(args.global_seed)
     place = device_to_build_on(session, args.parallel)
     with place:
@@ -160,7 +161,7 @@ def build_trainer(args: Flags, config: GPTConfig, start: GPTFile | None, data: T
 
 @torch.inference_mode()
 def save_first_rows(path: Path, data: TrainingData, vq: VQModel) -> None:
-    """Saves what the first rows of the training data look like when their tokens are decoded."""
+    """Saves what the first batch of the training data looks like when its tokens are decoded."""
     batches = data.batches
     tokens, labels = batches[0, range(min(NUM_SHOWN, batches.batch_size))]
     names = data.class_names or [f"class {label}" for label in range(batches.num_classes)]
@@ -181,7 +182,7 @@ def log_start(args: Flags, config: GPTConfig, data: TrainingData, num_parameters
     if num_failed:
         LOGGER.warning("%d images of %s could not be read and are left out", num_failed, store.path)
     if config.vocab_size == 16384:
-        LOGGER.info("ImageNet models end with a token loss of 7 to 8: that is healthy, not broken")
+        LOGGER.info("ImageNet models end with a token loss of 7 to 8, which is normal")
     LOGGER.info("%d steps of %d images, lambda %g; token loss begins at ln V = %.2f, cluster loss "
                 "at ln K = %.2f", num_steps, args.global_batch_size, args.lambda_cce,
                 math.log(args.vocab_size), math.log(args.vocab_size // args.cluster_size))
@@ -211,7 +212,9 @@ def main(args: Flags, session: Session) -> None:
         settings = RunSettings(**args.pick(RunSettings))
         num_steps = settings.num_steps(data.batches.per_epoch)
         identity = args.identity() | data.identity()
-        if start and not start.payload:         # a checkpoint to go on from may grow meanwhile
+        # Weights alone are part of the identity. A checkpoint to go on from is not: its run may
+        # have a newer one when the same command is given again.
+        if start and not start.payload:
             identity["start_sha256"] = weights_sha256(start.state)
 
     # Find the run that this command continues, or begin one.
