@@ -25,7 +25,7 @@ class Drawing:
         cache: KVCache of the pictures and, with guidance, of as many rows again for the null label.
         uniforms: (B, T) float64.
         tokens: (B, T) int64, drawn as far as `index`.
-        index: (1,) int64, the position of the next token.
+        index: (1,) int64, advanced in place by every step: the position of the next token.
     """
 
     def __init__(self, model: GPT, batch_size: int, is_guided: bool) -> None:

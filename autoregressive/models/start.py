@@ -20,7 +20,7 @@ from autoregressive.models.loading import (
     name_moments,
     read_gpt,
 )
-from autoregressive.runtime.checkpoint import check_weights
+from autoregressive.runtime.checkpoint import check_weights, model_state
 from autoregressive.runtime.entry import flag_of
 from autoregressive.runtime.identity import check_recorded
 from autoregressive.runtime.log import LOGGER
@@ -85,6 +85,8 @@ def read_start(path: Path | None, config: GPTConfig, settings: StartSettings, *,
     if "optimizer" in file.payload and not starts_anew:
         moments = name_moments(file.payload["optimizer"], file.state, file.path)
         payload = file.payload | {"model": file.state, "optimizer": moments}
+        if payload.get("ema"):
+            payload["ema"] = model_state({"model": payload["ema"]}, file.path)
     state = file.state
     if settings.init_from_original:
         state = move_rows_to_tokens(state, tokens, file.path)

@@ -203,7 +203,7 @@ def newest_whole_checkpoint(folder: str | Path,
             check_whole(path, kinds)
             return path, skipped
         except ValueError as error:
-            skipped.append(f"{error}; continuing from the checkpoint before it")
+            skipped.append(f"{error}; trying the checkpoint before it")
     return None, skipped
 
 
@@ -214,7 +214,11 @@ def check_whole(path: Path, kinds: dict[str, type]) -> None:
     if not zipfile.is_zipfile(path):                # an older format, without checksums
         return
     with zipfile.ZipFile(path) as archive:
-        if damaged := archive.testzip():            # compares every part with its checksum
+        try:
+            damaged = archive.testzip()             # compares every part with its checksum
+        except (RuntimeError, EOFError, zipfile.BadZipFile) as error:       # of damaged headers
+            damaged = f"({error})"
+        if damaged:
             raise ValueError(f"{path}: expected a whole checkpoint, found a damaged part {damaged}")
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from autoregressive.runtime.entry import Parser, at_least, share
 from autoregressive.runtime.parallel import (
+    check_names,
     copy_part,
     gather_state,
     gather_tensors,
@@ -272,5 +273,6 @@ class ModelOptimizer:
         if "scaler" in state:                       # public checkpoints hold none
             self.scaler.load_state_dict(state["scaler"])
         if self.ema:
+            check_names("averages", self.ema.weights, state["ema"])
             for name, weight in self.ema.weights.items():
                 copy_part(f"average of {name}", state["ema"][name], weight)

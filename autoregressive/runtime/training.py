@@ -153,12 +153,12 @@ class TrainingRun:
         batch_size = settings.global_batch_size
         first = self.steps
 
-        # Signals are handled before the workers start, which inherit this.
+        # Before the workers start: a signal in between would end the run unsaved.
         for number in STOP_SIGNALS:
             signal.signal(number, self._remember_signal)
 
         # Batches that workers read ahead of the steps, and what the steps are reported to.
-        part = session.share_of(batch_size)
+        part = session.share_of(batch_size)                 # places in the batch
         keys = ((step, part) for step in range(first, self.num_steps))
         batches = read_ahead(self.batches, keys, settings.num_workers,
                              pinned=session.device.type == "cuda")
