@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint and all tests, in at most 10 minutes on 2 cores. `--all` adds the long ones; other arguments go to pytest.
+# Lint and all tests, in about five minutes on 2 idle cores. `--all` adds the long ones; other arguments go to pytest.
 set -euo pipefail
 CDPATH="" cd "$(dirname "$0")/.."
 . scripts/environment.sh requirements.txt tests/requirements.txt

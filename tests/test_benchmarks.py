@@ -73,6 +73,7 @@ def test_the_published_way_computes_the_logits_of_the_model():
     assert torch.allclose(way.logits, expected, atol=1e-5)
 
 
+@pytest.mark.long
 def test_gpu_sh_fills_every_section_in_tiny_sizes(tmp_path):
     done = subprocess.run(["bash", ROOT / "scripts/benchmarks/gpu.sh", "--device", "cpu", "--smoke", "--out", "there",
                            "--minutes", "60"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)

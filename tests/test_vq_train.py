@@ -235,7 +235,7 @@ def rows_of(results):
     return [without_time(json.loads(line)) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(0, marks=pytest.mark.long)])
+@pytest.mark.parametrize("processes", [0, pytest.param(2, marks=pytest.mark.long)])
 def test_killed_and_resumed_training_with_a_discriminator_ends_bit_for_bit_like_a_straight_one(tmp_path, processes):
     script, common = "tokenizer/tokenizer_image/vq_train.py", [*SMALL, *GAN]
     straight = start_process(script, *common, "--results-dir", tmp_path / "straight", processes=processes)
