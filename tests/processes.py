@@ -17,7 +17,9 @@ from autoregressive.runtime.checkpoint import read_checkpoint
 from autoregressive.runtime.entry import run
 from conftest import ROOT
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+# Shell scripts call `python`: it is the one that runs the tests.
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1",
+                            "PATH": os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])}
 # A sitecustomize.py: a Python process that finds it stops for good at the moment that PAUSE_AT names, and says so by
 # making a file. Audit events come before what they announce: at os.rename the temporary file is there.
 PAUSE = """
