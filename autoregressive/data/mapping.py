@@ -1,5 +1,8 @@
 """The mapping of a codebook: which token a code becomes when similar codes are put side by side.
 
+A code is an index into the codebook as the tokenizer was trained, which stores of codes hold. A
+token is an index into the reordered codebook, which the GPT reads and predicts: mapping[code].
+
 Letters: V codes.
 """
 
