@@ -5,6 +5,7 @@ import errno
 import pickle
 import re
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -137,6 +138,12 @@ def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
+def name_differences(expected: Iterable[str], found: Iterable[str]) -> list[str]:
+    """Returns what the names of a state lack, and what they have too much, a text for each."""
+    missing = [f"missing {name}" for name in expected if name not in found]
+    return missing + [f"unexpected {name}" for name in found if name not in expected]
+
+
 def check_weights(module: nn.Module, state: dict[str, Tensor], path: str | Path,
                   hint: str = "") -> None:
     """Checks that a state dict can be loaded into a module.
@@ -151,8 +158,7 @@ def check_weights(module: nn.Module, state: dict[str, Tensor], path: str | Path,
         ValueError: keys or shapes differ, or a weight is not finite; the message names them.
     """
     expected = module.state_dict()
-    differences = [f"missing {name}" for name in expected if name not in state]
-    differences += [f"unexpected {name}" for name in state if name not in expected]
+    differences = name_differences(expected, state)
     for name, tensor in expected.items():
         if name in state and state[name].shape != tensor.shape:
             found = tuple(state[name].shape)

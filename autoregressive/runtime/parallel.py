@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from autoregressive.runtime.checkpoint import name_differences
 from autoregressive.runtime.distributed import Session, backend_of
 
 PARALLEL = ("ddp", "fsdp")
@@ -232,7 +233,5 @@ def scatter_state(model: nn.Module, model_state: dict[str, Tensor],
 
 def check_names(what: str, expected: Iterable[str], found: Iterable[str]) -> None:
     """Raises ValueError if the names of a state are not those of the model."""
-    differences = [f"missing {name}" for name in expected if name not in found]
-    differences += [f"unexpected {name}" for name in found if name not in expected]
-    if differences:
+    if differences := name_differences(expected, found):
         raise ValueError(f"expected the {what} of this model, found {'; '.join(differences[:4])}")
