@@ -206,12 +206,10 @@ def main(args: Flags, session: Session) -> None:
         set_up_compiler(session.device, "raise")
     comparisons = Comparisons(args, session.device)
     training = comparisons.loss_and_gradients
-    # Two almost equal choices may fall either way by the order of a sum, and all later tokens of a picture with them.
-    one_row = 1 / args.batch_size
     rows = [("logits, float32", comparisons.logits, 1e-4),
-            ("greedy tokens, float32", comparisons.greedy_tokens, one_row),
+            ("greedy tokens, float32", comparisons.greedy_tokens, 0.0),
             ("filters and draws, float64", comparisons.filters_and_draws, 0.0),
-            ("recorded steps and eager ones, float32", comparisons.recorded_and_eager_tokens, one_row / 2),
+            ("recorded steps and eager ones, float32", comparisons.recorded_and_eager_tokens, 0.0),
             ("recorded steps and the same called, bf16", comparisons.recorded_and_called_tokens, 0.0),
             ("plain loss and gradients, float32", functools.partial(training, False, False, "none"), 1e-3),
             ("fused loss and gradients, float32", functools.partial(training, True, False, "none"), 1e-3),

@@ -28,8 +28,10 @@ from autoregressive.runtime.compute import set_up_compiler
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.entry import Flags, Parser, at_least, checks, run
 from scripts.benchmarks.turns import (
+    DOWNSAMPLING,
     NUM_CLASSES,
     VOCAB_SIZE,
+    VQ,
     Report,
     Values,
     add_report_args,
@@ -39,7 +41,6 @@ from scripts.benchmarks.turns import (
 )
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 
-VQ, DOWNSAMPLING = "VQ-16", 16
 TRAIN = Path(__file__).resolve().parents[2] / "autoregressive" / "train" / "train_c2i.py"
 STEPS = 2                                           # the second one has moments, but no more memory than that
 
@@ -77,7 +78,7 @@ def sampling_memory(name: str, grid: int, num_images: int, device: torch.device)
     dtype = torch.bfloat16
     with device:                                    # a large one takes long to fill on a CPU
         model = GPT(gpt_config(name, grid=grid, vocab_size=VOCAB_SIZE, num_classes=NUM_CLASSES))
-    model = model.to(device).eval().requires_grad_(False).cast(dtype)               # the rotary table, too
+    model = model.to(device).eval().requires_grad_(False).cast(dtype)
     steps = RecordedSteps(compile_decoding(model))
     vq = VQModel(VQConfig(VQ)).eval().requires_grad_(False)
     place_decoder(vq, dtype, device, compiled=True)

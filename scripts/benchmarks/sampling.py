@@ -41,7 +41,9 @@ from autoregressive.runtime.compute import PRECISIONS, set_up_compiler
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.entry import Flags, Parser, run
 from scripts.benchmarks.turns import (
+    DOWNSAMPLING,
     NUM_CLASSES,
+    VQ,
     DoesNotFit,
     Report,
     Values,
@@ -54,7 +56,6 @@ from scripts.benchmarks.turns import (
 from tokenizer.tokenizer_image.vq_model import VQ_MODELS, VQConfig, VQModel
 
 SAMPLER = Sampler(cfg_scale=2.0)
-VQ, DOWNSAMPLING = "VQ-16", 16
 LIVE_MAPS = 8                                       # of the VQ decoder's widest feature maps, at once
 
 

@@ -19,6 +19,7 @@ from autoregressive.runtime.files import atomic_write, read_json, write_json
 
 RESULTS, TABLE = "results.json", "results.md"       # of a report
 VOCAB_SIZE, NUM_CLASSES = 16384, 1000              # of the published models
+VQ, DOWNSAMPLING = "VQ-16", 16                      # their tokenizer, and pixels of a token's side
 ROW_FAILED = 3                                      # exit code of a benchmark whose rows say what failed
 SKIPPED_FOR_TIME = "skipped for time"
 Values = dict[str, dict[str, float]]                # of a row: by way, then by name
