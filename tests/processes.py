@@ -1,13 +1,22 @@
-"""Runs entry scripts as users do, in processes of their own, and kills them as clusters do."""
+"""Runs entry scripts in processes of their own, and kills them as clusters do.
 
+Python takes two seconds to import torch, and two more to import its compiler, which every optimizer does. So processes
+are forked from one that has imported them (multiprocessing's fork server). `command` is what users type: tests that are
+about the launching itself start that.
+"""
+
+import contextlib
+import fnmatch
 import importlib
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
+import socket
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +27,13 @@ from autoregressive.runtime.entry import run
 from conftest import ROOT
 
 # Shell scripts call `python`: it is the one that runs the tests.
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1",
-                            "PATH": os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])}
-# A sitecustomize.py: a Python process that finds it stops for good at the moment that PAUSE_AT names, and says so by
-# making a file. Audit events come before what they announce: at os.rename the temporary file is there.
-PAUSE = """
-import fnmatch, json, os, sys, time
-event, pattern, count, mark = json.loads(os.environ["PAUSE_AT"])
-def pause(name, arguments):
-    global count
-    if name != event or not count:
-        return
-    paths = [os.fsdecode(item) for item in arguments if isinstance(item, (str, bytes, os.PathLike))]
-    if any(fnmatch.fnmatch(os.path.basename(path), pattern) for path in paths):
-        count -= 1
-        if not count:
-            os.close(os.open(mark, os.O_CREAT))
-            time.sleep(600)
-sys.addaudithook(pause)
-"""
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    "PATH": os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]),
+}
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "torchvision", "matplotlib.pyplot",
+                              "sklearn.datasets", "processes"])
 
 
 def command(script, *flags, processes=0):
@@ -47,29 +44,148 @@ def command(script, *flags, processes=0):
     return [*launcher, ROOT / script, *map(str, flags)]
 
 
+@dataclass(frozen=True)
+class Pause:
+    """Stops a process for good at an event of its files, and says so by making a file.
+
+    Audit events come before what they announce: at os.rename the temporary file is there.
+
+    Attributes:
+        event: an audit event of Python that names files, such as os.rename, os.remove, open.
+        pattern: of the name of the file.
+        count: which of the events it is, from 1.
+        mark: the file that is made.
+    """
+
+    event: str
+    pattern: str
+    count: int
+    mark: Path
+
+    def arm(self):
+        """Sets the trap in this process."""
+        left = self.count
+
+        def watch(name, arguments):
+            nonlocal left
+            if name != self.event or not left:
+                return
+            paths = [os.fsdecode(item) for item in arguments if isinstance(item, (str, bytes, os.PathLike))]
+            if any(fnmatch.fnmatch(os.path.basename(path), self.pattern) for path in paths):
+                left -= 1
+                if not left:
+                    os.close(os.open(self.mark, os.O_CREAT))
+                    time.sleep(600)
+
+        sys.addaudithook(watch)
+
+
+class Job:
+    """A function at work in new processes.
+
+    Args:
+        function: a function of a module, which the processes import.
+        arguments: of the function.
+        processes: number of ranks that find each other as under torchrun; 0 for a process without a rank.
+        cwd: the folder in which they work.
+        pause: where each of them stops for good.
+    """
+
+    def __init__(self, function, *arguments, processes=0, cwd=None, pause=None):
+        self.outputs = Path(tempfile.mkdtemp())
+        self.workers = []
+        port = free_port() if processes else 0
+        for rank in range(max(processes, 1)):
+            place = {}
+            if processes:
+                place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes,
+                         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            environment = ENVIRONMENT | {name: str(value) for name, value in place.items()}
+            worker = FORKS.Process(target=work, args=(function, arguments, environment, cwd or os.getcwd(), pause,
+                                                      str(self.outputs / str(rank))))
+            worker.start()
+            self.workers.append(worker)
+        while len(list(self.outputs.glob("*.err"))) < len(self.workers):
+            time.sleep(0.002)                                   # until all are ready to get signals
+
+    @property
+    def returncode(self):
+        """The first exit code that is not 0; None while a process is at work and none has failed."""
+        codes = [worker.exitcode for worker in self.workers]
+        failed = [code for code in codes if code]
+        if failed:
+            return failed[0]
+        return None if None in codes else 0
+
+    def send(self, number):
+        """Sends a signal to all processes and those that they started."""
+        for worker in self.workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(worker.pid, number)
+
+    def wait(self):
+        """Waits for the end, like torchrun: one that fails takes the others along. Returns the job."""
+        while self.returncode is None:
+            time.sleep(0.002)
+        if self.returncode:
+            self.send(signal.SIGTERM)
+        for worker in self.workers:
+            worker.join(timeout=30 if self.returncode else None)
+        self.send(signal.SIGKILL)
+        for worker in self.workers:
+            worker.join()
+        return self
+
+    def _printed(self, stream):
+        return "".join(path.read_text() for path in sorted(self.outputs.glob(f"*.{stream}")))
+
+    @property
+    def stdout(self):
+        return self._printed("out")
+
+    @property
+    def stderr(self):
+        return self._printed("err")
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def work(function, arguments, environment, cwd, pause, output):
+    """Is what a new process does: makes its surroundings those of a command, and calls the function."""
+    os.setsid()                                                 # a group, so that signals reach its children
+    for number, ending in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{output}.{ending}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    torch.set_num_threads(1)
+    if pause:
+        pause.arm()
+    sys.exit(function(*arguments))
+
+
 def start(script, *flags, processes=0, cwd=None):
-    """Runs an entry script to its end and returns the finished process."""
-    return subprocess.run(command(script, *flags, processes=processes), env=ENVIRONMENT, cwd=cwd, capture_output=True,
-                          text=True)
+    """Runs an entry script to its end; the job that is returned has its returncode, stdout and stderr."""
+    return Job(run_here, script, *flags, processes=processes, cwd=cwd).wait()
 
 
-def start_and_kill(script, *flags, processes=0, when, stop=signal.SIGKILL, cwd=None, environment=ENVIRONMENT):
+def start_and_kill(script, *flags, processes=0, when, stop=signal.SIGKILL, cwd=None, pause=None):
     """Starts an entry script and sends a signal to all its processes once `when()` is true.
 
     Returns:
         exit status; 0 if the script came to its end first.
     """
-    running = subprocess.Popen(command(script, *flags, processes=processes), env=environment, cwd=cwd,
-                               start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while running.poll() is None:
+    job = Job(run_here, script, *flags, processes=processes, cwd=cwd, pause=pause)
+    while job.returncode is None:
         if when():
-            workers = descendants(running.pid) if stop == signal.SIGKILL else []    # sessions of their own
-            os.killpg(running.pid, stop)
-            for pid in workers:
-                kill_and_wait(pid)
+            job.send(stop)
             break
         time.sleep(0.002)
-    return running.wait()
+    return job.wait().returncode
 
 
 def descendants(pid: int) -> list[int]:
@@ -99,29 +215,8 @@ def kill_and_wait(pid: int) -> None:
         time.sleep(0.002)
 
 
-def pausing(folder: Path, event: str, pattern: str, count: int) -> tuple[dict[str, str], Callable[[], bool]]:
-    """Prepares an environment in which a script stops for good at an event of its files.
-
-    Args:
-        folder: an existing folder for what this needs.
-        event: an audit event of Python that names files, such as os.rename, os.remove, open.
-        pattern: of the name of the file.
-        count: which of the events it is, from 1.
-
-    Returns:
-        the environment, and a function that says whether the script has stopped there.
-    """
-    mark = folder / "paused"
-    mark.unlink(missing_ok=True)
-    (folder / "sitecustomize.py").write_text(PAUSE)
-    environment = ENVIRONMENT | {"PYTHONPATH": str(folder),
-                                 "PAUSE_AT": json.dumps([event, pattern, count, str(mark)])}
-    return environment, mark.exists
-
-
-def run_here(script, *flags, processes=0):
+def run_here(script, *flags):
     """Runs an entry script in this process, which spares seconds of imports; returns its exit code."""
-    assert not processes
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     sys.argv[:] = [script, *map(str, flags)]
     try:

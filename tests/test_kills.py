@@ -12,9 +12,9 @@ import torch
 from autoregressive.runtime.checkpoint import save_checkpoint
 from processes import (
     ENVIRONMENT,
+    Pause,
     command,
     contents,
-    pausing,
     run_here,
     start,
     start_and_kill,
@@ -66,17 +66,18 @@ class Series:
 
     def kill(self, folder: Path, moment: float | tuple[str, str, int], scratch: Path) -> bool:
         """Starts the command and kills it after some seconds, or at an aim; says whether it came to that."""
+        pause = None
         if isinstance(moment, tuple):
-            environment, is_now = pausing(scratch, *moment)
+            pause = Pause(*moment, mark=scratch / "paused")
+            pause.mark.unlink(missing_ok=True)
+            is_now = pause.mark.exists
         else:
-            environment = ENVIRONMENT
             end = time.monotonic() + moment
 
             def is_now():
                 return time.monotonic() >= end
 
-        status = start_and_kill(*self.words(), processes=self.processes, when=is_now, cwd=folder,
-                                environment=environment)
+        status = start_and_kill(*self.words(), processes=self.processes, when=is_now, cwd=folder, pause=pause)
         assert status in (0, -9)
         return status == -9
 

@@ -2,8 +2,7 @@
 
 import json
 import re
-import subprocess
-import sys
+import resource
 
 import numpy as np
 import pytest
@@ -15,8 +14,7 @@ from autoregressive.models.gpt import GPT
 from autoregressive.models.sampler import Sampler
 from autoregressive.runtime.checkpoint import save_checkpoint
 from autoregressive.sample import sample_c2i_ddp
-from conftest import ROOT
-from processes import ENVIRONMENT, command, run_here, start, start_and_kill
+from processes import Job, run_here, start, start_and_kill
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 
 SAMPLE, LOOK = "autoregressive/sample/sample_c2i_ddp.py", "autoregressive/sample/sample_c2i.py"
@@ -170,23 +168,19 @@ def test_flags_that_the_checkpoint_records_need_not_be_given(folder, tmp_path, e
 
 def test_peak_memory_does_not_depend_on_the_number_of_samples(folder, tmp_path):
     peaks = []
-    for count in (500, 4000):
-        done = subprocess.run([sys.executable, "-c", PEAK, *map(str, command(SAMPLE, *ddp_flags(
-            folder, tmp_path / str(count), "--num-fid-samples", count, "--per-proc-batch-size", 250,
-            "--image-size-eval", 64))[1:])], env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)}, capture_output=True,
-            text=True)
+    for count in (200, 1200):
+        settings = ("--num-fid-samples", count, "--per-proc-batch-size", 100, "--image-size-eval", 128)
+        done = Job(sample_and_say_peak, *ddp_flags(folder, tmp_path / str(count), *settings)).wait()
         assert done.returncode == 0, done.stderr
         peaks.append(int(re.findall(r"PEAK (\d+)", done.stdout)[0]))
-    assert arrays_of(tmp_path / "4000")["arr_0"].shape == (4000, 64, 64, 3)         # 49 MB
+    assert arrays_of(tmp_path / "1200")["arr_0"].shape == (1200, 128, 128, 3)       # 59 MB
     assert peaks[1] - peaks[0] < 20 * 1024
 
 
-PEAK = """
-import resource, runpy, sys
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-"""
+def sample_and_say_peak(*flags):
+    code = run_here(SAMPLE, *flags)
+    print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    return code
 
 
 @pytest.mark.parametrize("script, more, words", [

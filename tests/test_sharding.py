@@ -7,50 +7,46 @@ import torch
 
 from autoregressive.models.config import gpt_config
 from autoregressive.models.gpt import GPT
-from autoregressive.runtime.checkpoint import read_checkpoint
-from autoregressive.runtime.distributed import Session, seed_everything
+from autoregressive.runtime.checkpoint import read_checkpoint, save_checkpoint
+from autoregressive.runtime.distributed import Session, open_session, seed_everything
+from autoregressive.runtime.entry import leave
 from autoregressive.runtime.optim import ModelOptimizer, OptimSettings
 from autoregressive.runtime.parallel import device_to_build_on, wrap_for_training
-from conftest import ROOT
-from processes import start
+from processes import Job
 
 CPU = torch.device("cpu")
 CONFIG = gpt_config("GPT-tiny", grid=3, vocab_size=65, num_classes=4, dropout=0, token_dropout=0)   # odd rows: 65, 5
 SETTINGS = OptimSettings(lr=1e-2, weight_decay=0.1, ema=True, max_grad_norm=0.5)
-# Trains a GPT for two steps, saves it and goes on for a third one, unless it finds such a file; then takes a third step
-# continuing from the file.
-TRAIN = """
-import sys
-from pathlib import Path
-sys.path[:0] = {paths}
-import torch
-from autoregressive.runtime.checkpoint import read_checkpoint, save_checkpoint
-from autoregressive.runtime.distributed import open_session
-from test_sharding import build, take_step, validate
 
-folder, parallel = Path(sys.argv[1]), sys.argv[2]
-def save(name, state):
+
+def train_and_save(folder, parallel):
+    """Trains a GPT for two steps, saves it and goes on for a third one, unless it finds such a file.
+
+    Then takes a third step continuing from the file.
+    """
+    with open_session("cpu") as session:
+        if not (folder / "2.pt").exists():
+            module, optimizer = build(session, parallel)
+            save(session, folder / "0.pt", optimizer.state())
+            for step in range(2):
+                take_step(module, optimizer, step, session)
+            validate(module)
+            save(session, folder / "2.pt", optimizer.state())
+            take_step(module, optimizer, 2, session)
+            save(session, folder / "3.pt", optimizer.state())
+        module, optimizer = build(session, parallel, seed=1)
+        optimizer.load(read_checkpoint(folder / "2.pt"))
+        take_step(module, optimizer, 2, session)
+        save(session, folder / "continued.pt", optimizer.state())
+    leave(0)
+
+
+def save(session, path, state):
     if session.is_main:
-        save_checkpoint(folder / name, state)
+        save_checkpoint(path, state)
     else:
         assert not state["model"] and not state["ema"] and not any(state["optimizer"]["state"].values()), state
     session.barrier()
-
-with open_session("cpu") as session:
-    if not (folder / "2.pt").exists():
-        module, optimizer = build(session, parallel)
-        save("0.pt", optimizer.state())
-        for step in range(2):
-            take_step(module, optimizer, step, session)
-        validate(module)
-        save("2.pt", optimizer.state())
-        take_step(module, optimizer, 2, session)
-        save("3.pt", optimizer.state())
-    module, optimizer = build(session, parallel, seed=1)
-    optimizer.load(read_checkpoint(folder / "2.pt"))
-    take_step(module, optimizer, 2, session)
-    save("continued.pt", optimizer.state())
-"""
 
 
 def build(session, parallel, seed=0):
@@ -89,9 +85,7 @@ def validate(module):
 
 def train(folder, parallel, processes):
     folder.mkdir(exist_ok=True)
-    script = folder / "train.py"
-    script.write_text(TRAIN.format(paths=[str(ROOT), str(ROOT / "tests")]))
-    done = start(script, folder, parallel, processes=processes)
+    done = Job(train_and_save, folder, parallel, processes=processes).wait()
     assert done.returncode == 0, done.stderr
     return folder
 

@@ -2,8 +2,6 @@
 
 import importlib
 import json
-import os
-import subprocess
 import sys
 
 import numpy as np
@@ -16,8 +14,7 @@ from autoregressive.runtime.distributed import Session, keyed_random
 from autoregressive.runtime.entry import run
 from autoregressive.runtime.loader import BatchOrder, read_ahead
 from autoregressive.runtime.optim import OptimSettings
-from conftest import ROOT
-from processes import run_here, start_and_kill, without_time
+from processes import Job, run_here, start_and_kill, without_time
 from processes import start as start_process
 from tokenizer.tokenizer_image import vq_trainer
 from tokenizer.tokenizer_image.crops import TrainingCrops
@@ -28,7 +25,7 @@ from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 from tokenizer.validation.metrics import codebook_usage
 from waits import NoWaits
 
-SCRIPT = ROOT / "tokenizer" / "tokenizer_image" / "vq_train.py"
+SCRIPT = "tokenizer/tokenizer_image/vq_train.py"
 SMALL = ["--dataset", "digits", "--data-path", "val", "--image-size", "8", "--vq-model", "VQ-4-small",
          "--codebook-size", "48", "--mixed-precision", "none", "--num-workers", "0", "--global-batch-size", "14",
          "--perceptual-weight", "0", "--disc-weight", "0"]
@@ -152,7 +149,7 @@ def photo_flags(photos, name):
 ])
 def test_training_goes_on_without_broken_pictures_up_to_a_share(photos, tmp_path, capsys, flags, code, words):
     flags = [str(flag).format(photos) for flag in ("--val-path", photos / "broken", *flags)]
-    found = run_here("tokenizer/tokenizer_image/vq_train.py", *photo_flags(photos, "broken"), "--max-steps", 4,
+    found = run_here(SCRIPT, *photo_flags(photos, "broken"), "--max-steps", 4,
                      "--results-dir", tmp_path, *flags)
     printed = capsys.readouterr()
     assert found == code and "Traceback" not in printed.err
@@ -179,10 +176,8 @@ def test_usage_and_perplexity_are_their_closed_forms():
 def trained(tmp_path_factory):
     """Trained by two processes: a folder with all that they left."""
     folder = tmp_path_factory.mktemp("a tokenizer")
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT,
-                           *SMALL, "--results-dir", folder, "--val-path", "val", "--max-steps", "18",
-                           "--lr", "2e-3", "--log-every", "1", "--output", folder / "vq.pt"],
-                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = start_process(SCRIPT, *SMALL, "--results-dir", folder, "--val-path", "val", "--max-steps", 18, "--lr", 2e-3,
+                         "--log-every", 1, "--output", folder / "vq.pt", processes=2)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -226,8 +221,8 @@ def test_one_process_trains_as_two_and_a_finished_run_is_left_alone(trained, tmp
 
 
 GAN = ("--image-size", "24", "--disc-weight", "0.5", "--disc-start", "3", "--disc-adaptive-weight", "--ema",
-       "--gradient-accumulation-steps", "2", "--global-batch-size", "12", "--revive-every", "4", "--log-every", "1",
-       "--ckpt-steps", "2", "--max-steps", "9", "--val-path", "val", "--val-every", "5")
+       "--gradient-accumulation-steps", "2", "--global-batch-size", "6", "--revive-every", "4", "--log-every", "1",
+       "--ckpt-steps", "2", "--max-steps", "7", "--val-path", "val", "--val-every", "5")
 
 
 def rows_of(results):
@@ -237,45 +232,40 @@ def rows_of(results):
 
 @pytest.mark.parametrize("processes", [0, pytest.param(2, marks=pytest.mark.long)])
 def test_killed_and_resumed_training_with_a_discriminator_ends_bit_for_bit_like_a_straight_one(tmp_path, processes):
-    script, common = "tokenizer/tokenizer_image/vq_train.py", [*SMALL, *GAN]
-    straight = start_process(script, *common, "--results-dir", tmp_path / "straight", processes=processes)
+    common = [*SMALL, *GAN]
+    straight = start_process(SCRIPT, *common, "--results-dir", tmp_path / "straight", processes=processes)
     assert straight.returncode == 0, straight.stderr
     killed = (*common, "--results-dir", tmp_path / "killed")
-    for goal in (3, 7):
+    for goal in (3, 6):
         def reached(goal=goal):
             found = list((tmp_path / "killed").glob("*/metrics.jsonl"))
             return bool(found) and len(found[0].read_text().splitlines()) >= goal
 
-        assert start_and_kill(script, *killed, processes=processes, when=reached) == -9
-    resumed = start_process(script, *killed, processes=processes)
+        assert start_and_kill(SCRIPT, *killed, processes=processes, when=reached) == -9
+    resumed = start_process(SCRIPT, *killed, processes=processes)
     assert resumed.returncode == 0, resumed.stderr
     assert rows_of(tmp_path / "straight") == rows_of(tmp_path / "killed")
-    ends = [read_checkpoint(next((tmp_path / name).glob("*/checkpoints/0000009.pt")))
+    ends = [read_checkpoint(next((tmp_path / name).glob("*/checkpoints/0000007.pt")))
             for name in ("straight", "killed")]
     for kind in ("model", "discriminator", "ema"):
         expected, found = (end[kind]["model"] if kind == "discriminator" else end[kind] for end in ends)
         assert all(torch.equal(expected[name], found[name]) for name in expected), kind
-    assert ends[0]["steps"] == 9
+    assert ends[0]["steps"] == 7
     assert max(row.get("discriminator", 0) for row in rows_of(tmp_path / "killed")) > 0
 
 
 # In float32 the rounding of another batch size puts one of the discriminator's 218,000 leaky ReLUs on the other side of
 # zero, and that changes gradients by 1e-4 at once.
-IN_DOUBLE = """
-import runpy, sys, torch
-torch.set_default_dtype(torch.float64)
-torch.Tensor.float = torch.Tensor.double
-sys.argv.pop(0)
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+def train_in_double(*flags):
+    torch.set_default_dtype(torch.float64)
+    torch.Tensor.float = torch.Tensor.double
+    return run_here(SCRIPT, *flags)
 
 
 def test_two_processes_train_both_networks_as_one(tmp_path):
-    common = [*SMALL, *GAN, "--gradient-accumulation-steps", "1"]
-    (tmp_path / "in_double.py").write_text(IN_DOUBLE)
+    common = [*SMALL, *GAN, "--gradient-accumulation-steps", 1]
     for processes in (0, 2):
-        done = start_process(tmp_path / "in_double.py", SCRIPT, *common, "--results-dir", tmp_path / f"{processes}",
-                             processes=processes)
+        done = Job(train_in_double, *common, "--results-dir", tmp_path / f"{processes}", processes=processes).wait()
         assert done.returncode == 0, done.stderr
     for one, two in zip(*(rows_of(tmp_path / name) for name in "02"), strict=True):
         for name in ("reconstruction", "codebook", "generator", "discriminator", "grad_norm", "val_psnr"):
@@ -393,7 +383,7 @@ def test_validation_that_cannot_end_does_not_begin(photos, small_vq, tmp_path, c
 
 def test_codebook_of_one_code_trains_and_is_validated(photos, tmp_path, capsys):
     flags = ("--codebook-size", 1)
-    assert run_here("tokenizer/tokenizer_image/vq_train.py", *SMALL, *flags, "--max-steps", 4, "--revive-every", 2,
+    assert run_here(SCRIPT, *SMALL, *flags, "--max-steps", 4, "--revive-every", 2,
                     "--entropy-ratio", 0.1, "--val-path", "val", "--results-dir", tmp_path, "--output",
                     tmp_path / "vq.pt") == 0
     assert json.loads((tmp_path / "vq.json").read_text())["perplexity"] == pytest.approx(1)
