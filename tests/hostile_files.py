@@ -1,4 +1,7 @@
-"""Files for test_hostile.py: a folder `good` with a small one of everything, and a folder `bad` of its relatives."""
+"""Files for wrong and odd command lines.
+
+A folder `good` holds a small one of everything, and a folder `bad` its relatives.
+"""
 
 import json
 import os
@@ -13,6 +16,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from autoregressive.models import gpt
+from autoregressive.models.config import gpt_config
 from autoregressive.runtime.checkpoint import read_checkpoint, save_checkpoint
 from processes import run_here
 from tokenizer.tokenizer_image.images import open_dataset
@@ -50,6 +55,9 @@ COMMANDS = {
     "quickstart report": ("scripts/quickstart_report.py", ""),
 }
 CODEBOOK = "quantize.embedding.weight"
+MAPPING = "mapping-kmeans+nearest-cluster_size=8.pt"             # as the right command names it
+SCORE = "good/reference.npz good/samples.npz"
+HUGE = 10**18
 
 
 def call(name: str, *more: str) -> int:
@@ -60,6 +68,17 @@ def call(name: str, *more: str) -> int:
         place = words.index("--code-path")
         del words[place:place + 2]
     return run_here(script, *words, *more)
+
+
+def files_of(folder: Path) -> dict[str, tuple[int, int]]:
+    """Returns size and time of every file below a folder, and the folders, all by their paths."""
+    found = {}
+    for path in folder.rglob("*"):
+        if path.is_dir() and not path.is_symlink():
+            found[str(path)] = (0, 0)
+        else:
+            found[str(path)] = (path.lstat().st_size, path.lstat().st_mtime_ns)
+    return found
 
 
 def make_good(folder: Path) -> None:
@@ -122,6 +141,10 @@ def make_bad_paths(good: Path, bad: Path) -> None:
     shutil.copy(good / "samples.npz", bad / "npz.pt")
     shutil.copy(good / "vq.pt", bad / "Tökenizer 模型 'a b'.pt")
     (bad / "link.pt").symlink_to("../good/vq.pt")
+    (bad / "made.npz").symlink_to("../new/reference.npz")
+    # Folders where a script would write a file.
+    for name in (MAPPING, "reference.npz", "x.json", "y.txt"):
+        (bad / "taken" / name).mkdir(parents=True)
 
 
 def make_bad_weights(good: Path, bad: Path) -> None:
@@ -131,6 +154,8 @@ def make_bad_weights(good: Path, bad: Path) -> None:
     (bad / "late.pt").write_bytes(b"\0" * 512 + content)         # moved by a block, as a bad copy leaves it
     vq = read_checkpoint(good / "vq.pt")["model"]
     codes = vq[CODEBOOK]
+    with_a_nan = codes.clone()
+    with_a_nan[3, 1] = torch.nan
     tokenizers = {
         "list": [vq], "number": {"model": 3}, "integers": dict(enumerate(vq.values())),
         "none": {"model": None}, "empty-state": {"model": {}},
@@ -140,20 +165,25 @@ def make_bad_weights(good: Path, bad: Path) -> None:
         "sparse": {"model": vq | {CODEBOOK: codes.to_sparse()}},
         "zeros": {"model": vq | {CODEBOOK: torch.zeros_like(codes)}},
         "half": {"model": {name: value.half() for name, value in vq.items()}},
+        "nan": {"model": vq | {CODEBOOK: with_a_nan}},
         "infinite": {"model": vq | {"decoder.conv_out.bias": torch.full((3,), torch.inf)}},
     }
     for name, payload in tokenizers.items():
         torch.save(payload, bad / f"vq-{name}.pt")
     whole = read_checkpoint(good / "gpt.pt")
     settings = whole["settings"]
+    smaller = gpt.GPT(gpt_config("GPT-tiny", grid=4, vocab_size=32, num_classes=10))
     gpts = {
         "settings-list": whole | {"settings": [1, 2]},
         "settings-text": whole | {"settings": settings | {"grid": "four"}},
         "settings-zero-grid": whole | {"settings": settings | {"grid": 0}},
         "settings-names": whole | {"settings": settings | {"class_names": 7}},
         "few-names": whole | {"settings": settings | {"class_names": ["0", "1"]}},
+        "unguided": whole | {"settings": settings | {"label_dropout": 0}},
+        "bare": whole["model"],
+        "other-size": {"model": smaller.state_dict()},
         "steps-text": whole | {"steps": "four"},
-        "other-moments": whole | {"optimizer": {"state": {}, "param_groups": []}},
+        "other-moments": whole | {"steps": 2, "optimizer": {"state": {0: {}}, "param_groups": []}},
         "infinite": whole | {"model": whole["model"] | {
             "output.weight": torch.full_like(whole["model"]["output.weight"], -torch.inf)}},
     }
@@ -161,6 +191,8 @@ def make_bad_weights(good: Path, bad: Path) -> None:
         torch.save(payload, bad / f"gpt-{name}.pt")
     classifier = read_checkpoint(good / "classifier.pt")
     classifiers = {
+        "bare": {"model": {}},
+        "names-none": {"model": {}, "settings": classifier["settings"] | {"class_names": None}},
         "names-number": classifier | {"settings": classifier["settings"] | {"class_names": 10}},
         "size-text": classifier | {"settings": classifier["settings"] | {"image_size": "16"}},
         "size-zero": classifier | {"settings": classifier["settings"] | {"image_size": 0}},
@@ -173,11 +205,15 @@ def make_bad_weights(good: Path, bad: Path) -> None:
 def make_bad_mappings(good: Path, bad: Path) -> None:
     tokens = read_checkpoint(good / "mapping.pt")
     mappings = {"int8": tokens.to(torch.int8), "complex": tokens.to(torch.complex64), "one-based": tokens + 1,
-                "column": tokens[:, None], "text": {"mapping": tokens}, "side-numbers": tokens, "side-empty": tokens}
+                "text": {"mapping": tokens}, "side-numbers": tokens, "side-empty": tokens,
+                "short": torch.arange(63), "foreign": tokens}
     for name, payload in mappings.items():
         torch.save(payload, bad / f"mapping-{name}.pt")
     (bad / "mapping-side-numbers.pt.json").write_text(json.dumps({"mapping_sha256": 5}))
     (bad / "mapping-side-empty.pt.json").write_text("")
+    hashes = json.loads((good / "mapping.pt.json").read_text())
+    hashes["original_codebook_sha256"] = "0" * 64               # as if made for another codebook
+    (bad / "mapping-foreign.pt.json").write_text(json.dumps(hashes))
 
 
 def make_bad_stores(good: Path, bad: Path) -> None:
@@ -193,18 +229,21 @@ def make_bad_stores(good: Path, bad: Path) -> None:
             np.save(path / f"{array_name}.npy", array)
 
     store("names-text", manifest | {"class_names": "0123456789"})
-    store("names-few", manifest | {"class_names": ["0", "1"]})
     store("crops-unknown", manifest | {"crops": ["upside down", "inside out"]})
+    store("crops-none", manifest | {"crops": []})
+    store("crop-range", manifest | {"crop_range": 0.5})
+    store("vq-model-none", manifest | {"vq_model": None})
+    store("vq-model-unknown", manifest | {"vq_model": "VQ-2"})
+    store("codebook-huge", manifest | {"codebook_size": HUGE})
+    store("unfinished", manifest | {"complete": False})
     store("failed-text", manifest | {"failed": [{"row": "first"}]})
     store("failed-far", manifest | {"failed": [{"row": 10**12, "path": "x", "reason": "y"}]})
     store("negative", manifest | {"num_tokens": -16})
-    store("grid-text", manifest | {"grid": "4"})
     store("size-zero", manifest | {"image_size": 0})
     store("checksums-none", manifest | {"codes_sha256": []})
     store("labels-float", manifest, labels=labels + 0.5)
     store("labels-far", manifest, labels=labels + 10)
     store("codes-float", manifest, codes=codes.astype(np.float64))
-    store("codes-fortran", manifest, codes=np.asfortranarray(codes))
     for name, change in (("codes-text", lambda path: path.write_text("codes")),
                          ("codes-cut", lambda path: os.truncate(path, 999))):
         store(name, manifest)
@@ -219,12 +258,10 @@ def make_bad_stores(good: Path, bad: Path) -> None:
 def make_bad_runs(good: Path, bad: Path) -> None:
     """Makes results folders, each with one run whose end was taken away and which something happened to."""
 
-    def results(name: str, change: Callable[[Path], Any], run: str = "run") -> None:
-        usual = "000-GPT-tiny-lambda=1-cluster_size=8" if run == "run" else "000-VQ-4-small"
-        path = bad / f"results-{name}" / usual
-        shutil.copytree(good / run, path)
-        if run == "run":                                        # its last checkpoint is good/gpt.pt
-            shutil.copy(good / "gpt.pt", path / "checkpoints" / "0000004.pt")
+    def results(name: str, change: Callable[[Path], Any]) -> None:
+        path = bad / f"results-{name}" / "000-GPT-tiny-lambda=1-cluster_size=8"
+        shutil.copytree(good / "run", path)
+        shutil.copy(good / "gpt.pt", path / "checkpoints" / "0000004.pt")
         change(path)
 
     def unfinish(path: Path) -> Path:
@@ -244,21 +281,10 @@ def make_bad_runs(good: Path, bad: Path) -> None:
         "optimizer": {"state": [], "param_groups": {}}}, unfinish(path)))
     results("checkpoint-tokenizer", lambda path: shutil.copy(good / "tokenizer.pt", unfinish(path)))
     results("log-folder", lambda path: (unfinish(path), (path / "log.txt").unlink(), (path / "log.txt").mkdir()))
-    results("checkpoints-file", lambda path: (unfinish(path), shutil.rmtree(path / "checkpoints"),
-                                              (path / "checkpoints").write_text("")))
-    results("vq-gpt", lambda path: shutil.copy(good / "gpt.pt", unfinish(path)), "tokenizer_run")
-    results("vq-flipped", lambda path: flip(unfinish(path)), "tokenizer_run")
 
 
 def unfinish_folder(path: Path) -> None:
     (path / "checkpoints" / "0000004.pt").mkdir()
-
-
-def flip(path: Path) -> None:
-    """Flips one bit in the middle of a file."""
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 16
-    path.write_bytes(content)
 
 
 def make_bad_archives(good: Path, bad: Path) -> None:
@@ -285,6 +311,9 @@ def make_bad_archives(good: Path, bad: Path) -> None:
     archive("sigma-skew", mu=np.zeros(64), sigma=np.triu(np.ones((64, 64))))
     np.save(bad / "array.npy", pictures)
     shutil.move(bad / "array.npy", bad / "array.npz")
+    content = (good / "samples.npz").read_bytes()
+    (bad / "renamed.zip").write_bytes(content)
+    (bad / "cut.npz").write_bytes(content[:len(content) // 2])
     with zipfile.ZipFile(bad / "huge.npz", "w") as file:        # 10^18 pictures, it says
         header = repr({"descr": "|u1", "fortran_order": False, "shape": (10**18, 16, 16, 3)}).ljust(117) + "\n"
         file.writestr("arr_0.npy", b"\x93NUMPY\x01\0" + struct.pack("<H", len(header)) + header.encode() + b"\0" * 768)
@@ -326,10 +355,13 @@ def make_bad_pictures(good: Path, bad: Path) -> None:
         picture.convert("L" if mode == "I;16" else mode).convert(mode).save(strange / "-rf" / name)
     picture.save(strange / "Größe 大 \n b" / "two\nlines.png")
     (bad / "hollow\nclass" / "a\nb").mkdir(parents=True)
+    for name in ("classless/1.jpg", "hollow/a/1.jpg", "hollow/b/readme.txt"):
+        path = bad / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    (bad / "empty").mkdir()
     (bad / "looping").mkdir()
     (bad / "looping" / "round").symlink_to(".")
-    (bad / "one-class" / "only").mkdir(parents=True)
-    (bad / "one-class" / "only" / "1.png").write_bytes(first)
 
 
 def make_bad_sweeps(good: Path, bad: Path) -> None:

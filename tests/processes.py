@@ -218,11 +218,14 @@ def kill_and_wait(pid: int) -> None:
 def run_here(script, *flags):
     """Runs an entry script in this process, which spares seconds of imports; returns its exit code."""
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-    sys.argv[:] = [script, *map(str, flags)]
+    before = sys.argv
+    sys.argv = [script, *map(str, flags)]
     try:
         run(module.main, module.build_parser())
     except SystemExit as stop:
-        return stop.code
+        return stop.code or 0
+    finally:
+        sys.argv = before
     return 0
 
 

@@ -235,27 +235,6 @@ def test_check_removes_what_a_killed_one_left(folder, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [".other.png.host.7.tmp", "check.png"]
 
 
-@pytest.mark.parametrize("change, more, words", [
-    ({}, ("--output", "{0}"), "expected the name of a file to write, found a folder"),
-    ({}, ("--output", "{0}/codes/codes.npy/check.png"), "codes.npy: expected a writable folder"),
-    ({"vq_model": None}, (), "expected vq_model as str, found NoneType"),
-    ({"vq_model": "VQ-2"}, (), "manifest.json: --vq-model: expected VQ-16 or VQ-8 or VQ-4-small, got VQ-2"),
-    ({"crops": ["middle"] * 10}, (), "expected 10 crops by name"),
-    ({"crops": []}, (), "expected 10 crops by name"),
-    ({"crop_range": 0.5}, (), "expected a crop_range of at least 1, found 0.5"),
-    ({"codebook_size": 10**18}, (), "expected 1 to 2147483648, got 1000000000000000000 x 8"),
-])
-def test_check_that_cannot_end_does_not_begin(folder, tmp_path, capsys, change, more, words):
-    shutil.copytree(folder / "codes", tmp_path / "codes")
-    manifest = json.loads((tmp_path / "codes/manifest.json").read_text())
-    (tmp_path / "codes/manifest.json").write_text(json.dumps(manifest | change))
-    code = run_here(CHECK, "--code-path", tmp_path / "codes", "--data-path", folder / "images", "--vq-ckpt",
-                    folder / "vq.pt", *(flag.format(tmp_path) for flag in more))
-    error = capsys.readouterr().err
-    assert code == 2 and words in error and len(error.strip().splitlines()) == 1, error
-    assert not (tmp_path / "codes/check.png").exists()
-
-
 def test_check_of_labels_and_codes_out_of_range_says_so_instead_of_failing(folder, tmp_path, capsys):
     shutil.copytree(folder / "codes", tmp_path / "codes")
     np.save(tmp_path / "codes/labels.npy", np.full(41, -1))
@@ -265,24 +244,3 @@ def test_check_of_labels_and_codes_out_of_range_says_so_instead_of_failing(folde
     printed = capsys.readouterr().out
     for line in ("WRONG  codes are below 64: 0 different ones", "WRONG  0 classes with images: 0 to 0 each"):
         assert line in printed
-
-
-@pytest.mark.parametrize("more, words", [
-    (("--image-size", 36), "expected a store with image_size 36, found one with 32"),
-    (("--image-size", 30), "--image-size: expected a multiple of 4"),
-    (("--crop-range", 0.9), "--crop-range: expected at least 1"),
-    (("--crop-range", 4.5), "--crop-range: expected 1 to 4"),
-    (("--batch-size", -1), "--batch-size: expected 0 to 65536, got -1"),
-    (("--max-failures", 2), "--max-failures: expected a share"),
-    (("--data-path", "{0}/without/classes"), "expected one folder a class, found 1 files and no folder"),
-    (("--data-path", "{0}/hollow"), "hollow/b: expected images"),
-])
-def test_wrong_input_is_one_line_and_exit_code_2(folder, tmp_path, capsys, more, words):
-    for name in ("without/classes/1.jpg", "hollow/a/1.jpg", "hollow/b/readme.txt"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("")
-    before = contents(folder / "codes")
-    assert run_here(EXTRACT, *flags(folder, "codes", *(str(flag).format(tmp_path) for flag in more))) == 2
-    error = capsys.readouterr().err
-    assert words in error and len(error.strip().splitlines()) == 1, error
-    assert contents(folder / "codes") == before

@@ -20,14 +20,10 @@ import pytest
 from PIL import Image
 
 from conftest import ROOT
-from hostile_files import COMMANDS, PIPELINE, make_bad, make_good
-from processes import ENVIRONMENT
-from test_hostile import (
-    FEWEST_OF_A_SCRIPT,
-    MOST_OF_A_KIND,
+from hostile_files import COMMANDS, PIPELINE, files_of, make_bad, make_good
+from odd_inputs import (
     check_is_drawn,
     codes_are_right,
-    files_of,
     mapping_is_right,
     picture_is_right,
     reconstructions_are_right,
@@ -35,8 +31,11 @@ from test_hostile import (
     scores_are_right,
     training_is_right,
 )
+from processes import ENVIRONMENT
 
 TIMEOUT = 300           # seconds
+MOST_OF_A_KIND = 5
+FEWEST_OF_A_SCRIPT = 6
 TORCHRUN = {"extract", "sample many", "train", "tokenizer", "sweep"}
 OF_SEVERAL_STEPS = {"sweep", "own images"}
 OWN_STEPS = "TOKENIZER_STEPS=60 GPT_STEPS=20"
@@ -165,7 +164,6 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hostile calls")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("sys.argv", [])
         make_good(folder)
         make_bad(folder)
     for number in range(80):

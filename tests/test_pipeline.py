@@ -1,8 +1,6 @@
 """The entry scripts one after the other, with real processes, on a tokenizer of random weights."""
 
 import json
-import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -11,7 +9,7 @@ import torch
 from autoregressive.data.opening import open_codes
 from autoregressive.runtime.checkpoint import read_checkpoint, save_checkpoint
 from autoregressive.runtime.rows import RowWriter
-from processes import run_here, start
+from processes import start
 from tokenizer.tokenizer_image.images import center_crop, open_dataset, to_float
 from tokenizer.tokenizer_image.loading import load_vq
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
@@ -161,45 +159,3 @@ def test_sampling_continues_from_the_rows_of_a_killed_run(pipeline, tmp_path):
     found = only_npz(tmp_path)["arr_0"]
     assert np.array_equal(found[8:16], marked) and not rows.path.exists()
     assert np.array_equal(found[:8], images[:8]) and np.array_equal(found[16:], images[16:])
-
-
-WRONG_INPUTS = [                                    # what users get wrong: command, flags, words of the error
-    (extract, "--dataset imagenet --data-path /no/such", "/no/such: expected a folder"),
-    (extract, "--dataset imagenet --data-path {0}/empty", "empty: expected one folder a class"),
-    (extract, "--vq-ckpt {0}/none.pt", "none.pt: expected a file, found none"),
-    (extract, "--codebook-size 128", "quantize.embedding.weight expected (128, 8), got (64, 8)"),
-    (train, "--cluster-size 7", "expected a divisor of the 64 codes, got 7"),
-    (train, "--mapping-path {0}/short.pt", "expected a mapping of 64 codes, got shape (63,)"),
-    (train, "--mapping-path {0}/foreign.pt", "foreign.pt: expected the codebook"),
-    (train, "--num-classes 9", "--num-classes: expected 10"),
-    (train, "--code-path {0}/empty", "expected a code store"),
-    (train, "--epochs 0", "got 0"),
-    (train, "--global-batch-size 9999", "lower --global-batch-size"),
-    (train, "--vq-ckpt {0}/vq.pt", "come from different runs"),
-    (sample, "--gpt-model GPT-B", "the file holds GPT-tiny with 64 codes and 10 classes"),
-    (sample, "--num-fid-samples 0", "--num-fid-samples: expected at least 1, got 0"),
-    (sample, "--vq-ckpt {0}/vq.pt", "come from different runs"),
-    (sample, "--cluster-size 16", "--cluster-size: expected 8"),
-    (sample, "--per-proc-batch-size 1000000000000000000", "--per-proc-batch-size: expected 1 to 65536"),
-    (sample, "--temperature 0", "--temperature: expected more than 0"),
-    (sample, "--image-size 32", "expected weights trained on a grid of 8, got 4"),
-    (sample, "--gpt-type t2i", "--gpt-type: invalid choice: 't2i'"),
-]
-
-
-@pytest.mark.parametrize("command, flags, words", WRONG_INPUTS)
-def test_wrong_input_is_one_line_and_exit_code_2_and_leaves_nothing(
-        pipeline, tmp_path, monkeypatch, capsys, command, flags, words):
-    (tmp_path / "empty").mkdir()
-    torch.save(torch.arange(63), tmp_path / "short.pt")
-    shutil.copy(pipeline / "vq.pt", tmp_path)
-    shutil.copy(pipeline / MAPPING, tmp_path / "foreign.pt")     # the same permutation, made for another codebook
-    hashes = json.loads((pipeline / f"{MAPPING}.json").read_text()) | {"original_codebook_sha256": "0" * 64}
-    (tmp_path / "foreign.pt.json").write_text(json.dumps(hashes))
-    before = sorted(tmp_path.iterdir())
-    monkeypatch.setattr(sys.modules[__name__], "start", run_here)
-    monkeypatch.setattr(sys, "argv", [])
-    code = command(pipeline, tmp_path / "new", *flags.format(tmp_path).split())
-    error = capsys.readouterr().err
-    assert code == 2 and words in error and len(error.strip().splitlines()) == 1, error
-    assert sorted(tmp_path.iterdir()) == before

@@ -582,43 +582,6 @@ def test_flops_are_six_a_weight_and_those_of_causal_attention():
     assert config.flops_per_token(sum(p.numel() for p in model.parameters())) == 6 * multiplied + attention
 
 
-def unfinished(folder, tmp_path):
-    shutil.copytree(folder / "codes", tmp_path / "codes")
-    manifest = json.loads((tmp_path / "codes/manifest.json").read_text())
-    (tmp_path / "codes/manifest.json").write_text(json.dumps(manifest | {"complete": False}))
-
-
-@pytest.mark.parametrize("more, words", [
-    (("--epochs", 0), "--epochs: expected at least 1, got 0"),
-    (("--global-batch-size", 9, "--gradient-accumulation-steps", 2), "for example 8 or 10, got 9"),
-    (("--num-classes", 2), "--num-classes: expected 3"),
-    (("--mapping-path", "{0}/short.pt"), "expected a mapping of 64 codes"),
-    (("--code-path", "{0}/codes"), "found an unfinished one"),
-    (("--gpt-ckpt", "{0}/other.pt"), "the file holds GPT-tiny with 32 codes and 3 classes"),
-    (("--gpt-ckpt", "{0}/short.pt"), "expected a state dict"),
-    (("--init-from-original",), "expected --gpt-ckpt"),
-    (("--weights-only",), "expected --gpt-ckpt"),
-    (("--ema-warmup",), "expected --ema"),
-    (("--results-dir", "/proc/results"), "expected a writable folder"),
-    (("--dropout-p", 1), "--dropout-p: expected 0 to below 1"),
-    (("--parallel", "fsdp", "--mixed-precision", "fp16"), "got fp16"),
-    (("--val-every", 5, "--val-share", 0), "--val-share: expected more than 0"),
-])
-def test_wrong_input_is_one_line_and_exit_code_2(folder, tmp_path, capsys, more, words):
-    unfinished(folder, tmp_path)
-    torch.save(torch.arange(63), tmp_path / "short.pt")
-    other = GPT(gpt_config("GPT-tiny", grid=4, vocab_size=32, num_classes=3))
-    save_checkpoint(tmp_path / "other.pt", {"model": other.state_dict()})
-    more = [str(flag).format(tmp_path) for flag in more]
-    arguments = list(flags(folder, tmp_path / "results"))
-    if "--code-path" in more:                                    # it would add to the other one
-        arguments = arguments[2:]
-    assert run_here(TRAIN, *arguments, *more) == 2
-    error = capsys.readouterr().err
-    assert words in error and len(error.strip().splitlines()) == 1, error
-    assert not list(tmp_path.glob("results/*"))
-
-
 @pytest.mark.parametrize("world_size, batch_size", [(1, 5), (2, 4), (3, 3), (6, None)])
 def test_validation_gives_every_process_as_many_of_its_5_images(folder, world_size, batch_size):
     settings = DataSettings(code_path=[folder / "codes"], mapping_path=folder / "mapping.pt", vocab_size=64,
