@@ -1,6 +1,7 @@
 """The entry scripts one after the other, with real processes, on a tokenizer of random weights."""
 
 import json
+import subprocess
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from autoregressive.data.opening import open_codes
 from autoregressive.runtime.checkpoint import read_checkpoint, save_checkpoint
 from autoregressive.runtime.rows import RowWriter
-from processes import start
+from processes import ENVIRONMENT, command, start
 from tokenizer.tokenizer_image.images import center_crop, open_dataset, to_float
 from tokenizer.tokenizer_image.loading import load_vq
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
@@ -19,36 +20,45 @@ GPT = "--gpt-model GPT-tiny --num-classes 10 --image-size 16 --downsample-size 4
 REORDERED, MAPPING = "vq-reorder-kmeans+nearest-cluster_size=8.pt", "mapping-kmeans+nearest-cluster_size=8.pt"
 
 
-def extract(folder, name, *more, processes=0):
-    return start("autoregressive/train/extract_codes_c2i.py", *VQ, "--dataset", "digits", "--data-path", "val",
-                 "--image-size", 16, "--vq-ckpt", folder / "vq.pt", "--code-path", folder / name, *more,
-                 processes=processes)
+def extract(folder, name, *more):
+    """Returns the words of a command; so do the next two."""
+    return ("autoregressive/train/extract_codes_c2i.py", *VQ, "--dataset", "digits",
+            "--data-path", "val", "--image-size", 16, "--vq-ckpt", folder / "vq.pt",
+            "--code-path", folder / name, *more)
 
 
-def train(folder, results, *more, processes=0):
-    return start("autoregressive/train/train_c2i.py", *GPT, *VQ, "--vocab-size", 64, "--code-path", folder / "codes",
-                 "--mapping-path", folder / MAPPING, "--vq-ckpt", folder / REORDERED, "--results-dir", results,
-                 "--mixed-precision", "none", "--epochs", 2, "--ckpt-every", 1, "--global-batch-size", 80,
-                 "--log-every", 2, *more, processes=processes)
+def train(folder, results, *more):
+    return ("autoregressive/train/train_c2i.py", *GPT, *VQ, "--vocab-size", 64,
+            "--code-path", folder / "codes", "--mapping-path", folder / MAPPING,
+            "--vq-ckpt", folder / REORDERED, "--results-dir", results, "--mixed-precision", "none",
+            "--epochs", 2, "--ckpt-every", 1, "--global-batch-size", 80, "--log-every", 2, *more)
 
 
-def sample(folder, out, *more, processes=0):
-    return start("autoregressive/sample/sample_c2i_ddp.py", *GPT, *VQ, "--vq-ckpt", folder / REORDERED, "--gpt-ckpt",
-                 folder / "gpt" / "000-GPT-tiny-lambda=1-cluster_size=8", "--image-size-eval", 16, "--precision",
-                 "none", "--num-fid-samples", 21, "--per-proc-batch-size", 8, "--sample-dir", out, *more,
-                 processes=processes)
+def sample(folder, out, *more):
+    run = folder / "gpt" / "000-GPT-tiny-lambda=1-cluster_size=8"
+    return ("autoregressive/sample/sample_c2i_ddp.py", *GPT, *VQ, "--vq-ckpt", folder / REORDERED,
+            "--gpt-ckpt", run, "--image-size-eval", 16, "--precision", "none",
+            "--num-fid-samples", 21, "--per-proc-batch-size", 8, "--sample-dir", out, *more)
+
+
+def call(*words, processes=0):
+    """Types a command and returns the process that has finished."""
+    words = command(*words, processes=processes)
+    return subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory):
-    """Extraction with two processes, reordering, training with two: a folder with all they left."""
-    folder = tmp_path_factory.mktemp("a pipeline")               # with a space in its path
+    """Extraction, training and sampling under torchrun with two processes: all they left."""
+    folder = tmp_path_factory.mktemp("a pipeline")              # with a space in its path
     torch.manual_seed(0)
-    save_checkpoint(folder / "vq.pt", {"model": VQModel(VQConfig("VQ-4-small", 64, 8)).state_dict()})
-    for done in (extract(folder, "codes", processes=2),
-                 start("balance_k_means.py", "--vq-ckpt", folder / "vq.pt", "--cluster-size", 8, "--output-dir",
-                       folder),
-                 train(folder, folder / "gpt", processes=2), sample(folder, folder / "samples", processes=2)):
+    model = VQModel(VQConfig("VQ-4-small", 64, 8))
+    save_checkpoint(folder / "vq.pt", {"model": model.state_dict()})
+    balance = ("balance_k_means.py", "--vq-ckpt", folder / "vq.pt", "--cluster-size", 8,
+               "--output-dir", folder)
+    for done in (call(*extract(folder, "codes"), processes=2), call(*balance),
+                 call(*train(folder, folder / "gpt"), processes=2),
+                 call(*sample(folder, folder / "samples"), processes=2)):
         assert done.returncode == 0, done.stderr
     return folder
 
@@ -59,7 +69,7 @@ def only_npz(folder):
 
 
 def test_codes_equal_encoding_each_image_alone_and_do_not_depend_on_the_number_of_processes(pipeline):
-    done = extract(pipeline, "alone")
+    done = start(*extract(pipeline, "alone"))
     assert done.returncode == 0, done.stderr
     for name in ("codes.npy", "labels.npy", "manifest.json"):
         assert (pipeline / "codes" / name).read_bytes() == (pipeline / "alone" / name).read_bytes()
@@ -74,8 +84,8 @@ def test_codes_equal_encoding_each_image_alone_and_do_not_depend_on_the_number_o
 
 
 def test_extraction_says_that_it_is_finished_and_refuses_to_change_a_store(pipeline):
-    assert "is finished" in extract(pipeline, "codes").stdout
-    other = extract(pipeline, "codes", "--image-size", 32)
+    assert "is finished" in start(*extract(pipeline, "codes")).stdout
+    other = start(*extract(pipeline, "codes", "--image-size", 32))
     assert other.returncode == 2 and "expected a store with image_size 32, found one with 16" in other.stderr
 
 
@@ -107,7 +117,7 @@ def test_checkpoint_carries_hashes_classes_and_the_grid(pipeline):
 
 
 def test_the_same_command_says_that_the_run_is_finished(pipeline):
-    again = train(pipeline, pipeline / "gpt")
+    again = start(*train(pipeline, pipeline / "gpt"))
     assert again.returncode == 0 and "is finished" in again.stdout
     assert len(list((pipeline / "gpt").iterdir())) == 1
 
@@ -116,14 +126,14 @@ def test_a_run_that_only_lacks_its_end_is_finished_by_the_same_command(pipeline)
     finished = pipeline / "gpt" / "000-GPT-tiny-lambda=1-cluster_size=8" / "finished.json"
     before = finished.read_bytes()
     finished.unlink()                                            # killed between its last checkpoint and this file
-    again = train(pipeline, pipeline / "gpt")
+    again = start(*train(pipeline, pipeline / "gpt"))
     assert again.returncode == 0, again.stderr
     assert finished.read_bytes() == before
 
 
 @pytest.mark.parametrize("processes", [3])
 def test_samples_do_not_depend_on_the_number_of_processes(pipeline, tmp_path, processes):
-    done = sample(pipeline, tmp_path, processes=processes)
+    done = start(*sample(pipeline, tmp_path), processes=processes)
     assert done.returncode == 0, done.stderr
     expected, found = only_npz(pipeline / "samples"), only_npz(tmp_path)
     assert found["arr_0"].shape == (21, 16, 16, 3) and found["arr_0"].dtype == np.uint8
@@ -136,14 +146,14 @@ def test_samples_do_not_depend_on_the_number_of_processes(pipeline, tmp_path, pr
 def test_finished_samples_are_kept_and_never_taken_for_those_of_other_settings(pipeline):
     path, = (pipeline / "samples").glob("*.npz")
     before = path.stat().st_mtime_ns
-    assert "is finished" in sample(pipeline, pipeline / "samples").stdout
-    other = sample(pipeline, pipeline / "samples", "--num-fid-samples", 20)
+    assert "is finished" in start(*sample(pipeline, pipeline / "samples")).stdout
+    other = start(*sample(pipeline, pipeline / "samples", "--num-fid-samples", 20))
     assert other.returncode == 2 and "expected samples with num_fid_samples 20, found one with 21" in other.stderr
     assert path.stat().st_mtime_ns == before
 
 
 def test_sampling_continues_from_the_rows_of_a_killed_run(pipeline, tmp_path):
-    done = sample(pipeline, tmp_path)
+    done = start(*sample(pipeline, tmp_path))
     assert done.returncode == 0, done.stderr
     npz, = tmp_path.glob("*.npz")
     with np.load(npz) as arrays:
@@ -154,7 +164,7 @@ def test_sampling_continues_from_the_rows_of_a_killed_run(pipeline, tmp_path):
     rows.create()
     marked = np.full_like(images[8:16], 7)                       # not what would be drawn: taken from disk, or not?
     rows.write(range(8, 16), arr_0=marked, labels=labels[8:16])
-    done = sample(pipeline, tmp_path)
+    done = start(*sample(pipeline, tmp_path))
     assert done.returncode == 0, done.stderr
     found = only_npz(tmp_path)["arr_0"]
     assert np.array_equal(found[8:16], marked) and not rows.path.exists()
