@@ -94,18 +94,20 @@ class TrainingData:
                 "tokenizer_sha256": self.store.manifest["tokenizer_sha256"]}
 
 
-def open_data(settings: DataSettings, grid: int, world_size: int) -> TrainingData:
+def open_training_data(settings: DataSettings, grid: int, world_size: int,
+                       older_stores: dict[str, CodeStore] | None = None) -> TrainingData:
     """Opens codes and mapping, and compares them with each other and with the flags.
 
     Args:
         settings: DataSettings.
         grid: side of a picture in tokens.
         world_size: number of processes; it divides a micro-batch.
+        older_stores: of opening.open_older_stores, so that one process alone had to open them.
 
     Raises:
         ValueError: files are missing or damaged, or do not fit each other or the flags.
     """
-    store = open_codes(*settings.code_path)
+    store = open_codes(*settings.code_path, opened=older_stores)
     mapping_path = settings.mapping_path or default_mapping_path(settings.cluster_size)
     mapping = read_mapping(mapping_path, settings.vocab_size)
     check_store(store, mapping, ExpectedCodes(

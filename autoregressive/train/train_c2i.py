@@ -26,8 +26,14 @@ from typing import Any
 import torch
 
 from autoregressive.data.codes import add_code_args
+from autoregressive.data.opening import open_older_stores
 from autoregressive.data.store_checks import verify_codes
-from autoregressive.data.training_data import DataSettings, TrainingData, add_data_args, open_data
+from autoregressive.data.training_data import (
+    DataSettings,
+    TrainingData,
+    add_data_args,
+    open_training_data,
+)
 from autoregressive.models.cluster_loss import check_cluster_size
 from autoregressive.models.config import (
     GPTConfig,
@@ -192,6 +198,7 @@ def main(args: Flags, session: Session) -> None:
     """Trains a GPT, or continues the run that the same command began."""
     open_logger(session)
     start_path = on_main(session, find_checkpoint, args.gpt_ckpt) if args.gpt_ckpt else None
+    older_stores = on_main(session, open_older_stores, args.code_path, session)
 
     # Open and compare all that the run depends on, before any work.
     with checks(session):
@@ -199,7 +206,8 @@ def main(args: Flags, session: Session) -> None:
         check_flags(args, session)
         start_settings = StartSettings(**args.pick(StartSettings))
         start_settings.check()
-        data = open_data(DataSettings(**args.pick(DataSettings)), grid, session.world_size)
+        data = open_training_data(DataSettings(**args.pick(DataSettings)), grid,
+                                  session.world_size, older_stores)
         mapping = data.mapping
         vq = open_decoder(args.vq_ckpt, VQConfig(**args.pick(VQConfig)), mapping,
                           args.cluster_size)
