@@ -18,7 +18,7 @@ import torch
 from autoregressive.data.batches import TokenBatches, split_store
 from autoregressive.data.code_writer import CodeWriter
 from autoregressive.data.opening import open_codes
-from autoregressive.data.training_data import DataSettings, open_training_data
+from autoregressive.data.training_data import DataSettings, open_data
 from autoregressive.models.cluster_loss import fused_head_loss
 from autoregressive.models.config import GPT_MODELS, GPTSize, gpt_config
 from autoregressive.models.generate import generate
@@ -626,9 +626,9 @@ def test_validation_gives_every_process_as_many_of_its_5_images(folder, world_si
                             gradient_accumulation_steps=2, val_every=1, val_share=0.1, global_seed=0)
     if batch_size is None:
         with pytest.raises(ValueError, match="--val-share: expected at least one validation image for each of 6 "):
-            open_training_data(settings, 4, world_size)
+            open_data(settings, 4, world_size)
     else:
-        assert open_training_data(settings, 4, world_size).val_batches.batch_size == batch_size
+        assert open_data(settings, 4, world_size).val_batches.batch_size == batch_size
 
 
 def test_codes_out_of_range_name_their_rows(folder, tmp_path):

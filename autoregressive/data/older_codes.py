@@ -22,7 +22,8 @@ import numpy as np
 from tqdm import tqdm
 
 from autoregressive.data.arrays import read_integers
-from autoregressive.runtime.log import LOGGER
+from autoregressive.runtime.distributed import Session
+from autoregressive.runtime.log import LOGGER, progress
 
 LONGEST_PADDING = 1024          # images; as many processes as anybody wrote this layout with
 HINT = ("write the older layout again, or extract the codes with "
@@ -30,14 +31,14 @@ HINT = ("write the older layout again, or extract the codes with "
 
 
 def open_older_codes(path: Path,
-                     bar: tqdm | None = None) -> tuple[OlderCodes, np.ndarray] | None:
+                     session: Session | None = None) -> tuple[OlderCodes, np.ndarray] | None:
     """Reads the labels, and prepares to read the codes, of the older layout in folder `path`.
 
     A million images are a million small files of labels, which takes minutes.
 
     Args:
         path: the folder that the two folders lie in.
-        bar: progress bar of the images whose labels are read.
+        session: for a progress bar; None shows none.
 
     Returns:
         the codes, and labels (N,) int64; None if no folder of codes lies there.
@@ -63,7 +64,7 @@ def open_older_codes(path: Path,
     if num_labels != count:
         raise ValueError(f"{labels_folder}: expected {count} files as in {codes_folder}, found "
                          f"{num_labels}")
-    labels = _read_labels(labels_folder, count, bar)
+    labels = _read_labels(labels_folder, count, session)
     codes = OlderCodes(codes_folder, count)
     codes.check_sizes()
 
@@ -80,18 +81,17 @@ def open_older_codes(path: Path,
     return codes, labels[:num_images]
 
 
-def _read_labels(folder: Path, count: int, bar: tqdm | None) -> np.ndarray:
+def _read_labels(folder: Path, count: int, session: Session | None) -> np.ndarray:
     """Returns the labels (count,) int64 of a folder with a file for each."""
-    if bar is not None:
-        bar.reset(total=count)
     labels = np.empty(count, np.int64)
-    for row in range(count):
-        path = folder / f"{row}.npy"
-        label = read_integers(path, HINT)
-        if label.size != 1:
-            raise ValueError(f"{path}: expected one label, found shape {label.shape}; {HINT}")
-        labels[row] = label.item()
-        if bar is not None:
+    bar = progress(session, count, folder.name, "image") if session else tqdm(disable=True)
+    with bar:
+        for row in range(count):
+            path = folder / f"{row}.npy"
+            label = read_integers(path, HINT)
+            if label.size != 1:
+                raise ValueError(f"{path}: expected one label, found shape {label.shape}; {HINT}")
+            labels[row] = label.item()
             bar.update()
     return labels
 

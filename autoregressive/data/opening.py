@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from autoregressive.data.arrays import read_integers
 from autoregressive.data.checksums import CHECKSUM_ROWS, checksum_of_labels
@@ -16,7 +15,6 @@ from autoregressive.data.older_codes import OlderCodes, open_older_codes
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.files import read_json
 from autoregressive.runtime.identity import find_difference
-from autoregressive.runtime.log import progress
 
 SAME_IN_COMBINED = ("num_images", "num_tokens", "dataset", "class_names", "images_sha256",
                     "image_size", "grid", "codebook_size", "codebook_sha256", "tokenizer_sha256")
@@ -44,10 +42,8 @@ def open_older_stores(paths: Sequence[str], session: Session) -> dict[str, CodeS
     """
     stores = {}
     for path in paths:
-        if has_manifest(path):
-            continue
-        with progress(session, None, f"labels of {path}", "image") as bar:
-            stores[path] = _open_one(Path(path), bar)
+        if not has_manifest(path):
+            stores[path] = _open_one(Path(path), session)
     return stores
 
 
@@ -92,10 +88,10 @@ def has_manifest(path: str | Path) -> bool:
     return (Path(path) / "manifest.json").is_file()
 
 
-def _open_one(path: Path, bar: tqdm | None = None) -> CodeStore:
+def _open_one(path: Path, session: Session | None = None) -> CodeStore:
     if has_manifest(path):
         return _open_finished(path)
-    older = open_older_codes(path, bar)
+    older = open_older_codes(path, session)
     if older is None:
         found = "none in this folder" if path.is_dir() else "no such folder"
         raise ValueError(f"{path}: expected a code store with a manifest.json, found {found}; "

@@ -94,8 +94,8 @@ class TrainingData:
                 "tokenizer_sha256": self.store.manifest["tokenizer_sha256"]}
 
 
-def open_training_data(settings: DataSettings, grid: int, world_size: int,
-                       older_stores: dict[str, CodeStore] | None = None) -> TrainingData:
+def open_data(settings: DataSettings, grid: int, world_size: int,
+              older_stores: dict[str, CodeStore] | None = None) -> TrainingData:
     """Opens codes and mapping, and compares them with each other and with the flags.
 
     Args:

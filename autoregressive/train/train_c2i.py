@@ -28,12 +28,7 @@ import torch
 from autoregressive.data.codes import add_code_args
 from autoregressive.data.opening import open_older_stores
 from autoregressive.data.store_checks import verify_codes
-from autoregressive.data.training_data import (
-    DataSettings,
-    TrainingData,
-    add_data_args,
-    open_training_data,
-)
+from autoregressive.data.training_data import DataSettings, TrainingData, add_data_args, open_data
 from autoregressive.models.cluster_loss import check_cluster_size
 from autoregressive.models.config import (
     GPTConfig,
@@ -206,8 +201,8 @@ def main(args: Flags, session: Session) -> None:
         check_flags(args, session)
         start_settings = StartSettings(**args.pick(StartSettings))
         start_settings.check()
-        data = open_training_data(DataSettings(**args.pick(DataSettings)), grid,
-                                  session.world_size, older_stores)
+        data = open_data(DataSettings(**args.pick(DataSettings)), grid, session.world_size,
+                         older_stores)
         mapping = data.mapping
         vq = open_decoder(args.vq_ckpt, VQConfig(**args.pick(VQConfig)), mapping,
                           args.cluster_size)
