@@ -30,7 +30,7 @@ from autoregressive.runtime.entry import (
     at_least,
     check_one_process,
     checks,
-    free,
+    may_vary,
     run,
 )
 from autoregressive.runtime.files import check_output, codebook_sha256, write_json
@@ -54,10 +54,10 @@ from tokenizer.reordering import (
     PUBLISHED_METHOD,
     check_mapping_file,
     check_reordered_file,
-    describe,
     name_outputs,
     order_of,
     permute_codebooks,
+    record_of,
 )
 
 METHODS = ("optimal", "greedy", "random")
@@ -84,8 +84,8 @@ def build_parser() -> Parser:
                         help="take this mapping, and write the reordered checkpoint only")
     parser.add_argument("--output-dir",
                         help="where the files go; default: the folder of the checkpoint")
-    free(parser.add_argument("--overwrite", action="store_true",
-                             help="replace files of another tokenizer, method or seed"))
+    may_vary(parser.add_argument("--overwrite", action="store_true",
+                                 help="replace files of another tokenizer, method or seed"))
     return parser
 
 
@@ -204,7 +204,7 @@ def reorder_by(given: Mapping, payload: dict[str, Any], state: dict[str, Tensor]
                 "num_clusters": len(codebook) // args.cluster_size,
                 "method": None, "seed": None}                   # None: unknown
     identity |= {key: given.hashes[key] for key in OF_CLUSTERING if key in given.hashes}
-    record = describe(identity, codebook, mapping)
+    record = record_of(identity, codebook, mapping)
     outputs = name_outputs(args.vq_ckpt, args.output_dir, args.cluster_size, identity["method"])
     with checks(session):
         check_output(outputs.reordered)
@@ -261,7 +261,7 @@ def main(args: Flags, session: Session) -> None:
     found, sse_by_seed = cluster(codes, num_clusters, args, session)
     order = order_clusters(codes, found.assignment, num_clusters)
     mapping = torch.from_numpy(mapping_of(order))
-    record = describe(identity, codebook, mapping)
+    record = record_of(identity, codebook, mapping)
     report = record | {"vq_ckpt": args.vq_ckpt, "codebook": list(codebook.shape),
                        "restarts": args.restarts, "sse_by_seed": sse_by_seed}
     report |= judge(codes, num_clusters, found)

@@ -32,7 +32,7 @@ from autoregressive.runtime.compute import (
     set_up_compiler,
     to_device,
 )
-from autoregressive.runtime.entry import Parser, free, pixels
+from autoregressive.runtime.entry import Parser, may_vary, pixels
 from autoregressive.runtime.files import weights_sha256
 from autoregressive.runtime.identity import check_codebook, check_recorded
 from autoregressive.runtime.log import LOGGER
@@ -145,8 +145,8 @@ def add_pipeline_args(parser: Parser) -> None:
                        help="pixels of a stored picture's side")
     group.add_argument("--resize", default="bicubic", choices=("bicubic", "antialias"),
                        help="bicubic as published, or with antialiasing")
-    # Free, since a preset only sets flags, and those that are given win.
-    free(parser.add_argument("--preset", choices=PRESETS, help="settings of a published row"))
+    # It may vary, since a preset only sets flags, and those that are given win.
+    may_vary(parser.add_argument("--preset", choices=PRESETS, help="settings of a published row"))
 
 
 def device_flags(device: torch.device, defaults: dict[str, object]) -> dict[str, object]:

@@ -85,7 +85,7 @@ class TrainingData:
             "mapping_sha256": self.mapping.hashes["mapping_sha256"],
             "num_training_images": len(self.batches.store.rows)}
 
-    def record(self) -> dict[str, Any]:
+    def checkpoint_settings(self) -> dict[str, Any]:
         """Returns what a checkpoint says of the data that it was trained on."""
         return {"class_names": self.class_names, "grid": self.store.grid,
                 "label_dropout": self.batches.label_dropout,

@@ -7,7 +7,7 @@ import re
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -196,12 +196,20 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.stem))
 
 
-def newest_whole_checkpoint(folder: str | Path,
-                            kinds: dict[str, type] = OWN_KINDS) -> tuple[Path | None, list[str]]:
+class Skipped(NamedTuple):
+    """A file that is named like a checkpoint and is none, and why: a line for the log."""
+
+    path: Path
+    reason: str
+
+
+def newest_whole_checkpoint(
+        folder: str | Path,
+        kinds: dict[str, type] = OWN_KINDS) -> tuple[Path | None, list[Skipped]]:
     """Finds the newest checkpoint of a folder with the keys of `kinds`, every byte intact.
 
     Returns:
-        its path, None if there is none, and a line on every newer file that is no such checkpoint.
+        its path, None if there is none, and the newer files that are no such checkpoints.
     """
     skipped = []
     for path in reversed(list_checkpoints(folder)):
@@ -209,7 +217,7 @@ def newest_whole_checkpoint(folder: str | Path,
             check_whole(path, kinds)
             return path, skipped
         except ValueError as error:
-            skipped.append(f"{error}; trying the checkpoint before it")
+            skipped.append(Skipped(path, f"{error}; trying the checkpoint before it"))
     return None, skipped
 
 
@@ -251,8 +259,8 @@ def find_checkpoint(path: str | Path) -> Path:
         for kinds in (OWN_KINDS, {}):               # the rule of training; then whatever is whole
             newest, skipped = newest_whole_checkpoint(folder, kinds)
             if newest is not None:
-                for line in skipped:
-                    LOGGER.warning("%s", line)
+                for damaged in skipped:
+                    LOGGER.warning("%s", damaged.reason)
                 return newest
     folders = [folder for folder in (path, *path.iterdir()) if (folder / CONSOLIDATED).is_file()]
     if not folders:

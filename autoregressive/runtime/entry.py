@@ -42,7 +42,7 @@ class Flags(argparse.Namespace):
     """
 
     _given: set[str]                # those on the command line
-    _free: set[str]                 # those declared by `free`
+    _varying: set[str]              # those declared by `may_vary`
     _defaults: dict[str, Any]       # of all flags
 
     def plain(self) -> dict[str, Any]:
@@ -50,8 +50,8 @@ class Flags(argparse.Namespace):
         return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
     def identity(self) -> dict[str, Any]:
-        """Returns the flags that tell runs apart: all that are not declared by `free`."""
-        return {name: value for name, value in self.plain().items() if name not in self._free}
+        """Returns the flags that tell runs apart: all that are not declared by `may_vary`."""
+        return {name: value for name, value in self.plain().items() if name not in self._varying}
 
     def pick(self, fields_of: type) -> dict[str, Any]:
         """Returns the flags that are named as the fields of a dataclass, to build it from."""
@@ -95,13 +95,13 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False,
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         group = self.add_argument_group("runtime")
-        free(group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"),
-                                help="where to compute; auto takes the GPU if there is one"))
+        may_vary(group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"),
+                                    help="where to compute; auto takes the GPU if there is one"))
         if draws:
             group.add_argument("--global-seed", type=seed_number, default=0,
                                help="the seed that every random choice derives from")
-        free(group.add_argument("--debug", action="store_true",
-                                help="one process only, errors keep their traceback"))
+        may_vary(group.add_argument("--debug", action="store_true",
+                                    help="one process only, errors keep their traceback"))
 
     def parse_args(self, words: list[str] | None = None) -> Flags:
         """Parses a command line, by default that of the process, which ends at a mistake."""
@@ -110,7 +110,8 @@ class Parser(argparse.ArgumentParser):
         unset = argparse.Namespace(**dict.fromkeys(flags.plain()))
         given = super().parse_args(words, unset)
         flags._given = {name for name, value in vars(given).items() if value is not None}
-        flags._free = {action.dest for action in self._actions if getattr(action, "is_free", False)}
+        flags._varying = {action.dest for action in self._actions
+                          if getattr(action, "may_vary", False)}
         flags._defaults = {name: self.get_default(name) for name in flags.plain()}
         return flags
 
@@ -119,12 +120,12 @@ class Parser(argparse.ArgumentParser):
         exit_with(message.removeprefix("argument "))
 
 
-def free(action: argparse.Action) -> None:
+def may_vary(action: argparse.Action) -> None:
     """Declares a flag as one that may differ between two starts of the same run.
 
     It is no part of Flags.identity.
     """
-    action.is_free = True
+    action.may_vary = True
 
 
 def flag_of(name: str) -> str:
@@ -189,7 +190,7 @@ def checks(session: Session) -> Iterator[None]:
     except (ValueError, OSError) as error:
         if session.debug:
             raise
-        mistake = describe(error)
+        mistake = message_of(error)
     mistakes = [text for text in session.gather(mistake) if text]
     if mistakes:
         exit_with(mistakes[0])
@@ -214,7 +215,7 @@ def check_one_process(session: Session) -> None:
                          "instead of torchrun")
 
 
-def describe(error: Exception) -> str:
+def message_of(error: Exception) -> str:
     """Returns an exception's text for a user: `path: reason` for the operating system's."""
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"

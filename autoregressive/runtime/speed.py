@@ -1,8 +1,10 @@
 """How fast a training runs, and how much of its machine it uses."""
 
+import contextlib
 import resource
 import sys
 import time
+from collections.abc import Iterator
 
 import torch
 
@@ -40,6 +42,16 @@ class Speedometer:
         self._peak = peaks[0] * 1e12 * world_size if peaks and flops else None
         self._images = 0
         self._started = time.perf_counter()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves the time of the block out of the rates: validation, pictures, checkpoints.
+
+        It does not wait for a GPU, so steps that are still queued count as part of the block.
+        """
+        began = time.perf_counter()
+        yield
+        self._started += time.perf_counter() - began
 
     def add(self, num_images: int) -> None:
         """Counts images, of all processes together."""

@@ -45,7 +45,7 @@ from autoregressive.runtime.entry import (
     at_least,
     between,
     checks,
-    free,
+    may_vary,
     on_main,
     run,
 )
@@ -54,7 +54,7 @@ from autoregressive.runtime.identity import find_difference
 from autoregressive.runtime.log import LOGGER, open_logger, progress
 from autoregressive.runtime.pictures import save_grid
 from autoregressive.runtime.rows import BackgroundWriter, RowWriter
-from autoregressive.sample.labels import labels_in_turn, read_labels
+from autoregressive.sample.labels import labels_in_turn, parse_labels
 from autoregressive.sample.presets import preset_flags
 from tokenizer.tokenizer_image.vq_model import VQConfig
 
@@ -67,7 +67,7 @@ def build_parser() -> Parser:
     """Returns the parser of this script's command line."""
     parser = Parser("Draw pictures for scoring and pack them into one npz.")
     add_pipeline_args(parser)
-    free(parser.add_argument("--sample-dir", default="samples", help="folder of the npz"))
+    may_vary(parser.add_argument("--sample-dir", default="samples", help="folder of the npz"))
     parser.add_argument("--per-proc-batch-size", type=between(1, 2**16), default=32,
                         help="pictures drawn together by a process")
     parser.add_argument("--num-fid-samples", type=at_least(1), default=50000,
@@ -176,7 +176,7 @@ def main(args: Flags, session: Session) -> None:
         gpt_file = read_gpt(gpt_path, args.weights, args.from_fsdp)
         by_device = device_flags(session.device, args.defaults())
         args.resolve(gpt_file.flags(), gpt_file.path, by_device | preset_flags(args.preset))
-        classes = read_labels(args.labels, args.num_classes)
+        classes = parse_labels(args.labels, args.num_classes)
 
         # Load the parts, which must belong together.
         pipeline = load_pipeline(gpt_file, PipelineSettings(**args.pick(PipelineSettings)),

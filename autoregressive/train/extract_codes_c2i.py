@@ -24,7 +24,7 @@ from autoregressive.data.opening import open_codes
 from autoregressive.data.store_checks import verify_checksums
 from autoregressive.runtime.compute import PRECISIONS, add_compile_errors_arg, set_up_compiler
 from autoregressive.runtime.distributed import Session, seed_everything
-from autoregressive.runtime.entry import Flags, Parser, at_least, between, checks, free, run
+from autoregressive.runtime.entry import Flags, Parser, at_least, between, checks, may_vary, run
 from autoregressive.runtime.files import check_writable_folder
 from autoregressive.runtime.log import LOGGER, open_logger, progress
 from tokenizer.tokenizer_image.crops import Failures, add_failure_args, load_crops
@@ -63,18 +63,18 @@ def build_parser() -> Parser:
                         help="leave out the mirrored crops (digits, text)")
     parser.add_argument("--precision", default="none", choices=tuple(PRECISIONS),
                         help="of the encoder; the nearest code is always searched in float32")
-    free(parser.add_argument("--batch-size", type=between(0, 2**16), default=0,
-                             help="crops encoded together; 0: found from the memory"))
-    free(parser.add_argument("--num-workers", type=at_least(0), default=24,
-                             help="processes that decode and crop images, at most as many as "
-                                  "there are cores"))
-    free(parser.add_argument("--no-compile", action="store_true",
-                             help="do not compile (a GPU compiles by default)"))
+    may_vary(parser.add_argument("--batch-size", type=between(0, 2**16), default=0,
+                                 help="crops encoded together; 0: found from the memory"))
+    may_vary(parser.add_argument("--num-workers", type=at_least(0), default=24,
+                                 help="processes that decode and crop images, at most as many as "
+                                      "there are cores"))
+    may_vary(parser.add_argument("--no-compile", action="store_true",
+                                 help="do not compile (a GPU compiles by default)"))
     add_compile_errors_arg(parser)
     add_failure_args(parser)
-    free(parser.add_argument("--overwrite", action="store_true",
-                             help="replace a finished store, or one of another extraction, at "
-                                  "--code-path"))
+    may_vary(parser.add_argument("--overwrite", action="store_true",
+                                 help="replace a finished store, or one of another extraction, at "
+                                      "--code-path"))
     return parser
 
 

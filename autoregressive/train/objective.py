@@ -139,7 +139,7 @@ class GPTTrainer:
         means = session.sum(sums) / batches.per_epoch
         return dict(zip(LOSSES, means.tolist(), strict=True))
 
-    def draw(self, path: Path) -> None:
+    def save_pictures(self, path: Path) -> None:
         """Saves pictures drawn with the present weights, averaged ones if there are any."""
         if self.draw_samples is None:
             return

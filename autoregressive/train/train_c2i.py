@@ -51,7 +51,7 @@ from autoregressive.runtime.compute import (
     set_up_gpu,
 )
 from autoregressive.runtime.distributed import Session, seed_everything
-from autoregressive.runtime.entry import Flags, Parser, at_least, checks, free, on_main, run
+from autoregressive.runtime.entry import Flags, Parser, at_least, checks, may_vary, on_main, run
 from autoregressive.runtime.files import weights_sha256
 from autoregressive.runtime.log import LOGGER, open_logger
 from autoregressive.runtime.optim import ModelOptimizer, OptimSettings, add_optim_args, check_optim
@@ -84,20 +84,20 @@ def build_parser() -> Parser:
     add_training_args(parser)
     add_compute_args(parser)
     add_data_args(parser)
-    free(parser.add_argument("--validation_step", type=at_least(0), default=0,
-                             help="steps between sample pictures; 0: none"))
+    may_vary(parser.add_argument("--validation_step", type=at_least(0), default=0,
+                                 help="steps between sample pictures; 0: none"))
     group = parser.add_argument_group("loss and regularisation")
     group.add_argument("--lambda-cce", type=at_least(0.0), default=1.0,
                        help="weight of the cluster loss; 0 is LlamaGen")
     add_regularisation_args(group)
     add_start_args(group)
     group = parser.add_argument_group("memory")
-    free(group.add_argument("--parallel", default="ddp", choices=PARALLEL,
-                            help="ddp: every process holds all weights; fsdp: shards them, for XL "
-                                 "and larger"))
-    free(group.add_argument("--checkpoint-activations", action="store_true",
-                            help="compute each block's activations again in the backward pass: "
-                                 "slower, less memory"))
+    may_vary(group.add_argument("--parallel", default="ddp", choices=PARALLEL,
+                                help="ddp: every process holds all weights; fsdp: shards them, for "
+                                     "XL and larger"))
+    may_vary(group.add_argument("--checkpoint-activations", action="store_true",
+                                help="compute each block's activations again in the backward pass: "
+                                     "slower, less memory"))
     add_loss_memory_args(group)
     return parser
 
@@ -114,11 +114,11 @@ def check_flags(args: Flags, session: Session) -> None:
                          "scaler does not see shards")
 
 
-def describe(args: Flags, data: TrainingData) -> dict[str, Any]:
+def checkpoint_settings(args: Flags, data: TrainingData) -> dict[str, Any]:
     """Returns what a reader of a checkpoint must know of it."""
     names = ("gpt_model", "vocab_size", "num_classes", "image_size", "cluster_size", "lambda_cce",
              "global_batch_size", "ema", "ema_warmup")
-    return {name: getattr(args, name) for name in names} | data.record()
+    return {name: getattr(args, name) for name in names} | data.checkpoint_settings()
 
 
 def build_trainer(args: Flags, config: GPTConfig, start: GPTFile | None, data: TrainingData,
@@ -217,7 +217,7 @@ def main(args: Flags, session: Session) -> None:
         identity = args.identity() | data.identity()
         # Weights alone are part of the identity. A checkpoint to go on from is not: its run may
         # have a newer one when the same command is given again.
-        if start and not start.payload:
+        if start and not start.continues:
             identity["start_sha256"] = weights_sha256(start.state)
 
     # Find the run that this command continues, or begin one.
@@ -238,14 +238,14 @@ def main(args: Flags, session: Session) -> None:
     num_parameters = sum(parameter.numel() for parameter in parameters)
     speed = Speedometer(session.device, session.world_size, config.num_tokens,
                         config.flops_per_token(num_parameters))
-    training = TrainingRun(folder, trainer, data.batches, settings, session,
-                           record=describe(args, data), speed=speed, curves=trainer.meter.names,
-                           result=RESULT, draw_every=args.validation_step)
+    training = TrainingRun(folder, trainer, data.batches, settings, session, speed=speed,
+                           checkpoint_settings=checkpoint_settings(args, data), result=RESULT,
+                           curves=trainer.meter.names, pictures_every=args.validation_step)
 
     # Look at the data once more, load the newest checkpoint, and train.
     with checks(session):
         training.verify_data(functools.partial(verify_codes, args.code_path))
-    training.resume(start)
+    training.resume(start, can_start)
     if session.is_main and vq:
         save_first_rows(folder.path / "data.png", data, vq)
     log_start(args, config, data, num_parameters, num_steps)

@@ -24,7 +24,7 @@ from autoregressive.runtime.entry import (
     at_least,
     check_one_process,
     checks,
-    free,
+    may_vary,
     run,
 )
 from autoregressive.runtime.files import check_writable_folder, read_json, write_json
@@ -45,8 +45,8 @@ def build_parser() -> Parser:
                                        "results/experiments/NAME")
     parser.add_argument("--commit", help="the commit that new runs are made with; default: that of "
                                          "the first start")
-    free(parser.add_argument("--jobs", type=at_least(1), default=2,
-                             help="runs at a time; with GPUs, each has its own"))
+    may_vary(parser.add_argument("--jobs", type=at_least(1), default=2,
+                                 help="runs at a time; with GPUs, each has its own"))
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--status", action="store_true",
                        help="say what is done, running and missing")

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from autoregressive.runtime.distributed import Session, keyed_random
-from autoregressive.runtime.entry import Parser, free, share_up_to_1
+from autoregressive.runtime.entry import Parser, may_vary, share_up_to_1
 from autoregressive.runtime.loader import BatchOrder, read_ahead
 from autoregressive.runtime.log import LOGGER
 from tokenizer.tokenizer_image.images import ImageSet, center_crop, random_crop
@@ -24,9 +24,9 @@ NUM_LISTED = 10                                     # broken images that the log
 
 def add_failure_args(parser: Parser | argparse._ArgumentGroup) -> None:
     """Declares how many images may be broken: the same in every script that reads images."""
-    free(parser.add_argument("--max-failures", type=share_up_to_1, default=0.001,
-                             help="share of images that may be broken; more end with exit code 1 "
-                                  "and a list"))
+    may_vary(parser.add_argument("--max-failures", type=share_up_to_1, default=0.001,
+                                 help="share of images that may be broken; more end with exit code "
+                                      "1 and a list"))
 
 
 class Failures:

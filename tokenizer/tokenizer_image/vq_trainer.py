@@ -247,7 +247,7 @@ class TokenizerTrainer:
             return {}
         return self.validation.measure(self.best_model(), self.session)
 
-    def draw(self, path: Path) -> None:
+    def save_pictures(self, path: Path) -> None:
         """Saves validation pictures above their reconstructions (all processes call this)."""
         model = self.best_model()
         if self.validation and self.session.is_main:
