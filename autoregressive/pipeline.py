@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from autoregressive.data.mapping import Mapping
+from autoregressive.models.captured import CapturedSteps, compile_decoding
 from autoregressive.models.config import GPTConfig, add_gpt_args, gpt_config, grid_of
 from autoregressive.models.generate import Steps, generate
 from autoregressive.models.gpt import GPT
 from autoregressive.models.loading import GPTFile, build_gpt
 from autoregressive.models.packed import can_pack, pack_linears
 from autoregressive.models.random_numbers import random_numbers
-from autoregressive.models.recorded import RecordedSteps, compile_decoding
 from autoregressive.models.sampler import Sampler, add_sampler_args
 from autoregressive.runtime.compute import (
     PRECISIONS,
@@ -264,7 +264,7 @@ def load_pipeline(file: GPTFile, settings: PipelineSettings, sampler: Sampler, v
     dtype = PRECISIONS[settings.precision]
     vq_dtype = PRECISIONS[settings.vq_precision]
     gpt = gpt.to(device).cast(dtype)
-    steps = RecordedSteps(gpt) if settings.compile else None
+    steps = CapturedSteps(gpt) if settings.compile else None
     compiled = settings.compile and set_up_compiler(device, settings.compile_errors)
     if compiled:
         compile_decoding(gpt)

@@ -393,7 +393,7 @@ def test_fewer_pictures_are_spread_evenly_and_equal_commands_give_equal_files(fo
     (("--classifier", "classifier.pt", "--image-size", "16"), "--image-size: expected 12"),
     (("--output", "taken.npz"), "taken.npz: expected the name of a file to write, found a folder"),
     (("--output", "ref.npz/made.npz"), "ref.npz: expected a writable folder"),
-    (("--max-failures", "2"), "--max-failures: expected a share"),
+    (("--max-failures", "2"), "--max-failures: expected a fraction"),
 ])
 def test_make_reference_refuses_bad_arguments(folder, capsys, words, message):
     (folder.parent / "taken.npz").mkdir()

@@ -273,7 +273,7 @@ def test_check_of_labels_and_codes_out_of_range_says_so_instead_of_failing(folde
     (("--crop-range", 0.9), "--crop-range: expected at least 1"),
     (("--crop-range", 4.5), "--crop-range: expected 1 to 4"),
     (("--batch-size", -1), "--batch-size: expected 0 to 65536, got -1"),
-    (("--max-failures", 2), "--max-failures: expected a share"),
+    (("--max-failures", 2), "--max-failures: expected a fraction"),
     (("--data-path", "{0}/without/classes"), "expected one folder a class, found 1 files and no folder"),
     (("--data-path", "{0}/hollow"), "hollow/b: expected images"),
 ])

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from autoregressive.models import recorded
+from autoregressive.models import captured
 from autoregressive.models.cache import DecodePosition
+from autoregressive.models.captured import CapturedSteps, compile_decoding
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import GPT
 from autoregressive.models.packed import can_pack, pack_linears
 from autoregressive.models.random_numbers import random_numbers
-from autoregressive.models.recorded import RecordedSteps, compile_decoding
 from autoregressive.models.sampler import Sampler, add_sampler_args, draw, filter_logits, guide, probabilities
 from autoregressive.runtime.entry import Parser
 from autoregressive.sample.labels import labels_in_turn
@@ -182,9 +182,9 @@ class ReplayedFunction:
 
 @pytest.mark.parametrize("scale, interval", [(1.0, -1), (2.0, -1), (2.0, 3)])
 def test_recorded_steps_draw_the_tokens_of_eager_ones(model, monkeypatch, scale, interval):
-    monkeypatch.setattr(recorded, "BUCKET", 4)
+    monkeypatch.setattr(captured, "BUCKET", 4)
     sampler = Sampler(scale, interval, temperature=0.9, top_k=15)
-    steps = RecordedSteps(model, ReplayedFunction)
+    steps = CapturedSteps(model, ReplayedFunction)
     for seed in range(4):                           # later batches find the tensors as an earlier one left them
         labels, uniforms = (torch.from_numpy(array) for array in random_numbers(seed, range(30), 4, 9))
         expected = generate(model, labels, uniforms, sampler)
@@ -192,14 +192,14 @@ def test_recorded_steps_draw_the_tokens_of_eager_ones(model, monkeypatch, scale,
 
 
 def test_a_step_is_recorded_once_for_every_bucket_batch_size_and_way_of_drawing(model, monkeypatch):
-    monkeypatch.setattr(recorded, "BUCKET", 4)
+    monkeypatch.setattr(captured, "BUCKET", 4)
     graphs = []
 
     def record(function):
         graphs.append(ReplayedFunction(function))
         return graphs[-1]
 
-    steps = RecordedSteps(model, record)
+    steps = CapturedSteps(model, record)
     cases = [(3, Sampler(2.0, 3)), (3, Sampler(2.0, 3)), (2, Sampler(2.0, 3)), (3, Sampler(3.0))]
     kept = []
     for batch_size, sampler in cases:
@@ -214,23 +214,23 @@ def test_a_step_is_recorded_once_for_every_bucket_batch_size_and_way_of_drawing(
 
 
 def test_what_an_earlier_batch_left_in_the_cache_reaches_no_later_one(model):
-    steps = RecordedSteps(model)
+    steps = CapturedSteps(model)
     labels, uniforms = (torch.from_numpy(array) for array in random_numbers(0, range(3), 4, 9))
     expected = generate(model, labels, uniforms, Sampler(2.0))
-    for values in steps.drawing(3, Sampler(2.0)).cache.values:
+    for values in steps.state_for(3, Sampler(2.0)).cache.values:
         values.fill_(torch.nan)
     assert torch.equal(generate(model, labels, uniforms, Sampler(2.0), steps), expected)
 
 
 def test_recorded_steps_keep_the_tensors_of_one_batch_size(model):
-    steps = RecordedSteps(model)
-    drawings = weakref.WeakSet()
+    steps = CapturedSteps(model)
+    states = weakref.WeakSet()
     for batch_size in (3, 2, 4):
         labels, uniforms = (torch.from_numpy(array) for array in random_numbers(0, range(batch_size), 4, 9))
         generate(model, labels, uniforms, Sampler(2.0), steps)
-        drawings.add(steps.drawing(batch_size, Sampler(2.0)))
+        states.add(steps.state_for(batch_size, Sampler(2.0)))
     gc.collect()
-    assert len(drawings) == 1
+    assert len(states) == 1
 
 
 @pytest.fixture

@@ -22,11 +22,11 @@ from autoregressive.runtime.entry import (
     at_least,
     checks,
     finite,
+    fraction,
+    fraction_above_0,
+    fraction_up_to_1,
     may_vary,
     seed_number,
-    share,
-    share_above_0,
-    share_up_to_1,
 )
 from autoregressive.runtime.files import (
     atomic_write,
@@ -260,8 +260,8 @@ def test_unknown_flags_and_values_are_one_line_and_exit_code_2(words, capsys):
 NOT_FINITE = ("nan", "inf", "-inf", "NaN", "infinity", "1e999")
 
 
-@pytest.mark.parametrize("kind", [at_least(0), at_least(0.0), at_least(-1.0), above(0.0), above(-1.0), finite, share,
-                                  share_above_0, share_up_to_1, seed_number])
+@pytest.mark.parametrize("kind", [at_least(0), at_least(0.0), at_least(-1.0), above(0.0), above(-1.0), finite, fraction,
+                                  fraction_above_0, fraction_up_to_1, seed_number])
 @pytest.mark.parametrize("text", NOT_FINITE)
 def test_numbers_that_are_not_finite_are_one_line_and_exit_code_2(kind, text, capsys):
     parser = Parser("test")
@@ -275,8 +275,8 @@ def test_numbers_that_are_not_finite_are_one_line_and_exit_code_2(kind, text, ca
 
 @pytest.mark.parametrize("kind, accepted, refused", [
     (at_least(1), "1 2", "0 -3 1.5 x"), (at_least(0.5), "0.5 1 1e9", "0.49 x"), (above(0.0), "1e-300 3", "0 -1"),
-    (finite, "-1.5 0 1e300", "x"), (share, "0 0.999", "-0.1 1"), (share_above_0, "0.001 1", "0 1.001"),
-    (share_up_to_1, "0 1", "-0.001 1.001"), (seed_number, f"0 {2**64 - 1}", f"-1 {2**64} 0.5")])
+    (finite, "-1.5 0 1e300", "x"), (fraction, "0 0.999", "-0.1 1"), (fraction_above_0, "0.001 1", "0 1.001"),
+    (fraction_up_to_1, "0 1", "-0.001 1.001"), (seed_number, f"0 {2**64 - 1}", f"-1 {2**64} 0.5")])
 def test_numbers_are_accepted_in_their_range_alone(kind, accepted, refused):
     assert [kind(text) for text in accepted.split()] == [float(text) if "e" in text or "." in text else int(text)
                                                          for text in accepted.split()]
@@ -341,7 +341,7 @@ def test_reading_ahead_leaves_the_global_random_numbers_alone(workers):
 
 @pytest.mark.parametrize("count, world_size", [(7, 3), (2, 3), (9, 1)])
 def test_shares_of_processes_cover_everything_once(count, world_size):
-    shares = [Session(rank, world_size, torch.device("cpu")).share_of(count) for rank in range(world_size)]
+    shares = [Session(rank, world_size, torch.device("cpu")).part_of(count) for rank in range(world_size)]
     assert [row for share in shares for row in share] == list(range(count))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 

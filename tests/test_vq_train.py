@@ -426,10 +426,10 @@ def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(tmp_p
     (["--global-batch-size", "5000"], "lower --global-batch-size"),
     (["--epochs", "0"], "--epochs: expected at least 1, got 0"),
     (["--lr", "nan"], "--lr: expected at least 0, got nan"),
-    (["--smallest-crop", "1.5"], "--smallest-crop: expected a share"),
+    (["--smallest-crop", "1.5"], "--smallest-crop: expected a fraction"),
     (["--codebook-size", "1" + 18 * "0"], "expected 1 to 2147483648, got 1000000000000000000 x 8"),
     (["--data-path", "train", "--output", "."], "expected the name of a file to write, found a folder"),
-    (["--max-failures", "nan"], "--max-failures: expected a share, 0 to 1, got nan"),
+    (["--max-failures", "nan"], "--max-failures: expected a fraction, 0 to 1, got nan"),
     (["--codebook-size", "0"], "--codebook-size: expected at least 1"),
 ])
 def test_wrong_input_is_one_line_and_exit_code_2_and_leaves_nothing(tmp_path, monkeypatch, capsys, flags, message):

@@ -23,18 +23,18 @@ LABEL_DROPOUT = 2
 VAL = 3
 
 
-def split_store(store: CodeStore, share: float, seed: int) -> tuple[CodeStore, CodeStore]:
+def split_store(store: CodeStore, fraction: float, seed: int) -> tuple[CodeStore, CodeStore]:
     """Divides the images of a store at random, always in the same way.
 
     Args:
         store: CodeStore.
-        share: share of the images to validate with, 0 to below 1; above 0, at least one.
+        fraction: of the images to validate with, 0 to below 1; above 0, at least one.
         seed: the run's seed.
 
     Returns:
         the store without these images, and the store of them alone.
     """
-    count = max(1, round(share * len(store.rows))) if share else 0
+    count = max(1, round(fraction * len(store.rows))) if fraction else 0
     order = keyed_random(seed, 0, VAL).permutation(store.rows)
     training = dataclasses.replace(store, rows=np.sort(order[count:]))
     val = dataclasses.replace(store, rows=np.sort(order[:count]))

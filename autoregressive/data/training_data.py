@@ -8,7 +8,7 @@ from autoregressive.data.codes import CodeStore
 from autoregressive.data.mapping import Mapping, default_mapping_path, read_mapping
 from autoregressive.data.opening import open_codes
 from autoregressive.data.store_checks import ExpectedCodes, check_store
-from autoregressive.runtime.entry import Parser, at_least, pixels, share
+from autoregressive.runtime.entry import Parser, at_least, fraction, pixels
 
 LABEL_DROPOUT = 0.1             # classifier-free guidance learns the null label from these
 
@@ -23,8 +23,8 @@ def add_data_args(parser: Parser) -> None:
     group.add_argument("--vocab-size", type=at_least(1), default=16384, help="number of codes, V")
     group.add_argument("--mapping-path",
                        help="mapping of the codebook; default: the published one's")
-    group.add_argument("--val-share", type=share, default=0.01,
-                       help="share of the images that --val-every holds out")
+    group.add_argument("--val-share", type=fraction, default=0.01,
+                       help="fraction of the images that --val-every holds out")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class DataSettings:
         global_batch_size: images of a step, over all processes and micro-batches.
         gradient_accumulation_steps: micro-batches of a step.
         val_every: steps between two validations; 0 holds out nothing.
-        val_share: share of the images to validate with.
+        val_share: fraction of the images to validate with.
         global_seed: the run's seed.
     """
 

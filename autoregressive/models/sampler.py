@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from autoregressive.runtime.entry import at_least, between, share_above_0
+from autoregressive.runtime.entry import at_least, between, fraction_above_0
 
 SMALLEST_TEMPERATURE = 1e-5
 
@@ -58,7 +58,7 @@ def add_sampler_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--temperature", type=at_least(0.0), default=1.0, help="divides the logits")
     group.add_argument("--top-k", type=at_least(0), default=0,
                        help="keep this many of the largest logits; 0 keeps all")
-    group.add_argument("--top-p", type=share_above_0, default=1.0,
+    group.add_argument("--top-p", type=fraction_above_0, default=1.0,
                        help="keep the most likely tokens of this mass; 1 keeps all")
     group.add_argument("--greedy", action="store_true",
                        help="take the most likely token instead of drawing")

@@ -29,7 +29,7 @@ def add_compute_args(parser: Parser) -> None:
                             "mantissa")
     may_vary(group.add_argument("--cudnn-attention", action="store_true",
                                 help="let torch take cuDNN's attention where it prefers it, as on "
-                                     "an H100; else it is the flash attention that has been tested"))
+                                     "an H100; else it is flash attention, which has been tested"))
 
 
 def add_compile_errors_arg(parser: argparse._ActionsContainer) -> None:

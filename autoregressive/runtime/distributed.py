@@ -100,7 +100,7 @@ class Session:
         dist.all_gather(received, sent)
         return [tuple(numbers.tolist()) for numbers in received]
 
-    def share_of(self, count: int) -> range:
+    def part_of(self, count: int) -> range:
         """Returns the part of 0 .. count - 1 that belongs to this process.
 
         The parts are contiguous, and their sizes differ by at most one.

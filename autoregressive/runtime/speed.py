@@ -62,7 +62,7 @@ class Speedometer:
 
         Returns:
             images_per_second and memory_mib, the peak of this process; tokens_per_second if tokens
-            are counted; mfu, the model's operations as a share of the peak of all GPUs, if it is
+            are counted; mfu, the model's operations as a fraction of the peak of all GPUs, if it is
             known.
         """
         now = time.perf_counter()

@@ -162,7 +162,7 @@ class TrainingRun:
             signal.signal(number, self._remember_signal)
 
         # Batches that workers read ahead of the steps, and what the steps are reported to.
-        part = session.share_of(batch_size)                 # places in the batch
+        part = session.part_of(batch_size)                 # places in the batch
         keys = ((step, part) for step in range(first, self.num_steps))
         batches = read_ahead(self.batches, keys, settings.num_workers,
                              pinned=session.device.type == "cuda")

@@ -141,12 +141,12 @@ def draw_rows(rows: range, pipeline: Pipeline, args: Flags,
 
 def draw_missing(rows: RowWriter, pipeline: Pipeline, args: Flags, classes: list[int] | None,
                  session: Session) -> None:
-    """Draws this process's share of the rows that are not written yet."""
+    """Draws this process's part of the rows that are not written yet."""
     # Batches are cut by absolute index, so any process may draw any of them.
     batches = rows.missing(args.per_proc_batch_size)
     num_done = rows.num_done            # before another process may remove the rows
     session.barrier()                   # all have seen the same rows missing
-    mine = [batches[number] for number in session.share_of(len(batches))]
+    mine = [batches[number] for number in session.part_of(len(batches))]
     with progress(session, rows.num_rows, "sample", "image", initial=num_done) as bar:
         with BackgroundWriter(rows) as writer:
             for batch in mine:

@@ -136,7 +136,7 @@ def main(args: Flags, session: Session) -> None:
 
 def extract(args: Flags, dataset: ImageSet, vq: VQModel, writer: CodeWriter,
             session: Session) -> None:
-    """Encodes this process's share of the images whose codes are not written yet."""
+    """Encodes this process's part of the images whose codes are not written yet."""
     size = args.image_size
     names = writer.manifest["crops"]
 
@@ -152,7 +152,7 @@ def extract(args: Flags, dataset: ImageSet, vq: VQModel, writer: CodeWriter,
     batches = writer.rows.missing(max(1, batch_size // len(names)))
     num_done = writer.rows.num_done     # before another process may remove the rows
     session.barrier()                   # all have seen the same rows missing
-    mine = [batches[number] for number in session.share_of(len(batches))]
+    mine = [batches[number] for number in session.part_of(len(batches))]
 
     # Read and crop ahead, encode, write.
     side = enlarged_side(size, writer.manifest["crop_range"])
@@ -176,7 +176,7 @@ def finish(writer: CodeWriter, max_failures: float, session: Session) -> None:
 
     Args:
         writer: of the store.
-        max_failures: share of the images that may be broken.
+        max_failures: fraction of the images that may be broken.
         session: Session.
     """
     count = writer.manifest["num_images"]

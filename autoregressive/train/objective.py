@@ -127,7 +127,7 @@ class GPTTrainer:
         if batches is None:
             return {}
         session = self.session
-        part = session.share_of(batches.batch_size)
+        part = session.part_of(batches.batch_size)
         sums = torch.zeros(len(LOSSES), device=session.device)
         self.wrapped.eval()
         for index in range(batches.per_epoch):

@@ -145,7 +145,7 @@ def build_trainer(args: Flags, config: GPTConfig, start: GPTFile | None, data: T
         head_loss = torch.compile(head_loss)
         compiler = BlockCompiler(model.layers)
 
-    # Share the work among processes; from here on the model is on its device.
+    # Divide the work among processes; from here on the model is on its device.
     wrapped = wrap_for_training(Objective(model, head_loss), session, args.parallel, model.layers,
                                 PRECISIONS[args.mixed_precision])
     optimizer = ModelOptimizer(model, OptimSettings(**args.pick(OptimSettings)), device,

@@ -19,9 +19,9 @@ import tempfile
 import numpy as np
 import torch
 
+from autoregressive.models.captured import CapturedSteps, compile_decoding
 from autoregressive.models.config import GPT_MODELS, gpt_config
 from autoregressive.models.gpt import GPT
-from autoregressive.models.recorded import RecordedSteps, compile_decoding
 from autoregressive.models.sampler import Sampler
 from autoregressive.pipeline import Pipeline, decoder_tile, place_decoder
 from autoregressive.runtime.compute import set_up_compiler
@@ -79,7 +79,7 @@ def sampling_memory(name: str, grid: int, num_images: int, device: torch.device)
     with device:                                    # a large one takes long to fill on a CPU
         model = GPT(gpt_config(name, grid=grid, vocab_size=VOCAB_SIZE, num_classes=NUM_CLASSES))
     model = model.to(device).eval().requires_grad_(False).cast(dtype)
-    steps = RecordedSteps(compile_decoding(model))
+    steps = CapturedSteps(compile_decoding(model))
     vq = VQModel(VQConfig(VQ)).eval().requires_grad_(False)
     place_decoder(vq, dtype, device, compiled=True)
     image_size = grid * DOWNSAMPLING

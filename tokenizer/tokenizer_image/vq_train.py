@@ -30,9 +30,9 @@ from autoregressive.runtime.entry import (
     Parser,
     at_least,
     checks,
+    fraction_above_0,
     may_vary,
     run,
-    share_above_0,
 )
 from autoregressive.runtime.files import check_output, read_json, write_json
 from autoregressive.runtime.loader import BatchOrder
@@ -75,8 +75,8 @@ def build_parser() -> Parser:
     group = parser.add_argument_group("data")
     group.add_argument("--val-path", help="like --data-path: pictures to judge the tokenizer by, "
                                           "none by default")
-    group.add_argument("--smallest-crop", type=share_above_0, default=0.8,
-                       help="least share of the shorter side in a random crop; 1 shows all of it")
+    group.add_argument("--smallest-crop", type=fraction_above_0, default=0.8,
+                       help="least fraction of the shorter side in a random crop; 1 shows all")
     group.add_argument("--no-flip", action="store_true", help="mirror no pictures (digits, text)")
     add_failure_args(group)
     add_loss_args(parser)
