@@ -48,7 +48,7 @@ from tokenizer.clustering import (
     order_clusters,
     start_codes,
 )
-from tokenizer.codebook_picture import draw_codebooks
+from tokenizer.codebook_picture import plot_codebooks
 from tokenizer.reordering import (
     CODEBOOK,
     PUBLISHED_METHOD,
@@ -67,7 +67,7 @@ OF_CLUSTERING = ("method", "seed", "restarts", "keep_best")     # flags of no us
 def build_parser() -> Parser:
     """Returns the parser of this script's command line."""
     parser = Parser("Rearrange a codebook so that a cluster of similar codes is a run of "
-                    "neighbouring indices.", draws=False)
+                    "neighbouring indices.", has_seed=False)
     parser.add_argument("--vq-ckpt", default="pretrained_models/vq_ds16_c2i.pt",
                         help="checkpoint with the codebook")
     parser.add_argument("--cluster-size", type=at_least(1), default=128,
@@ -276,7 +276,7 @@ def main(args: Flags, session: Session) -> None:
         outputs.mapping.unlink(missing_ok=True)
     write_json(outputs.record, record)          # first: a mapping without it counts as others' own
     save_checkpoint(outputs.mapping, mapping)
-    draw_codebooks(outputs.picture, codes, order)
+    plot_codebooks(outputs.picture, codes, order)
     write_json(outputs.report, report)
     save_checkpoint(outputs.reordered, permute_codebooks(payload, order) | {"reordering": record})
     LOGGER.info("codebook %s -> %s; SSE %.2f -> %.2f in %.1f s",

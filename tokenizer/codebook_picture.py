@@ -11,8 +11,8 @@ MOST_CODES = 512        # a side of the picture; larger codebooks are thinned ou
 NUM_GAPS = 40           # points of a curve
 
 
-def draw_codebooks(path: Path, codes: np.ndarray, order: np.ndarray) -> None:
-    """Draws the distances between codes, before and after, and how they grow with the index.
+def plot_codebooks(path: Path, codes: np.ndarray, order: np.ndarray) -> None:
+    """Plots the distances between codes, before and after, and how they grow with the index.
 
     Args:
         path: of the PNG.

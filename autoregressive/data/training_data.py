@@ -116,13 +116,13 @@ def open_data(settings: DataSettings, grid: int, world_size: int,
         cluster_size=settings.cluster_size))
     val_share = settings.val_share if settings.val_every else 0
     training, val = split_store(store, val_share, settings.global_seed)
-    drawing = {"seed": settings.global_seed, "num_classes": settings.num_classes}
+    common = {"seed": settings.global_seed, "num_classes": settings.num_classes}
     batches = TokenBatches(training, mapping.tokens, settings.global_batch_size,
-                           label_dropout=LABEL_DROPOUT, **drawing)
+                           label_dropout=LABEL_DROPOUT, **common)
     val_batches = None
     if settings.val_every:
         batch_size = _val_batch_size(settings, len(val.rows), world_size)
-        val_batches = TokenBatches(val, mapping.tokens, batch_size, label_dropout=0, **drawing)
+        val_batches = TokenBatches(val, mapping.tokens, batch_size, label_dropout=0, **common)
     return TrainingData(store, mapping, batches, val_batches)
 
 

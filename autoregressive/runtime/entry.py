@@ -86,18 +86,18 @@ class Flags(argparse.Namespace):
 class Parser(argparse.ArgumentParser):
     """An argument parser with the flags of every script; its errors are one line, from rank 0."""
 
-    def __init__(self, description: str, draws: bool = True) -> None:
+    def __init__(self, description: str, has_seed: bool = True) -> None:
         """
         Args:
             description: what the script does.
-            draws: whether it draws anything at random, and so has a --global-seed.
+            has_seed: whether it makes random choices, and so has a --global-seed.
         """
         super().__init__(description=description, allow_abbrev=False,
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         group = self.add_argument_group("runtime")
         may_vary(group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"),
                                     help="where to compute; auto takes the GPU if there is one"))
-        if draws:
+        if has_seed:
             group.add_argument("--global-seed", type=seed_number, default=0,
                                help="the seed that every random choice derives from")
         may_vary(group.add_argument("--debug", action="store_true",

@@ -113,16 +113,16 @@ def progress(session: "Session", total: int | None, description: str, unit: str,
                 dynamic_ncols=is_watched)
 
 
-def draw_curves(path: str | Path, panels: dict[str, dict[str, Points]], ylabel: str = "loss",
+def plot_curves(path: str | Path, panels: dict[str, dict[str, Points]], ylabel: str = "loss",
                 xlabel: str = "steps") -> None:
-    """Draws named curves into one PNG.
+    """Plots named curves into one PNG.
 
     Args:
         path: the PNG.
         panels: title of a panel -> legend -> points.
         ylabel, xlabel: labels of the axes.
     """
-    import matplotlib  # here: it takes half a second, and only rank 0 draws
+    import matplotlib  # here: it takes half a second, and only rank 0 plots
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -142,9 +142,9 @@ def draw_curves(path: str | Path, panels: dict[str, dict[str, Points]], ylabel: 
     pyplot.close(figure)
 
 
-def draw_metrics(path: str | Path, runs: dict[str, Path],
+def plot_metrics(path: str | Path, runs: dict[str, Path],
                  names: tuple[str, ...] = ("token_loss", "cluster_loss")) -> None:
-    """Draws what was logged in runs, a panel for each name, into one PNG.
+    """Plots what was logged in runs, a panel for each name, into one PNG.
 
     Args:
         path: the PNG.
@@ -158,4 +158,4 @@ def draw_metrics(path: str | Path, runs: dict[str, Path],
         for legend, rows in logged.items():
             curves[legend] = [(row["step"], row[name]) for row in rows if name in row]
         panels[name.replace("_", " ")] = curves
-    draw_curves(path, panels, ylabel="")
+    plot_curves(path, panels, ylabel="")

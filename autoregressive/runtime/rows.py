@@ -186,9 +186,9 @@ class HostCopy:
 
 
 class BackgroundWriter:
-    """Writes rows in a thread, so that a GPU draws the next batch meanwhile.
+    """Writes rows in a thread, so that a GPU samples the next batch meanwhile.
 
-    One batch at most is being written while the next one is drawn. At the end of the context
+    One batch at most is being written while the next one is sampled. At the end of the context
     everything is written. What goes wrong in the thread is raised by the next `write`, or at the
     end; it is logged if the context ends with another error.
     """

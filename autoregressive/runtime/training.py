@@ -26,7 +26,7 @@ from autoregressive.runtime.loader import read_ahead
 from autoregressive.runtime.log import LOGGER, cut_log, open_logger
 from autoregressive.runtime.optim import learning_rate
 from autoregressive.runtime.process_state import load_process_states, process_state
-from autoregressive.runtime.run_log import RunLog, as_text, draw_run, last_values
+from autoregressive.runtime.run_log import RunLog, as_text, last_values, plot_run
 from autoregressive.runtime.run_settings import RunSettings
 from autoregressive.runtime.speed import Speedometer, peak_memory_mib
 from autoregressive.runtime.trainable import Batches, Start, Trainable
@@ -63,7 +63,7 @@ class TrainingRun:
         session: Session.
         checkpoint_settings: plain dict, in every checkpoint: what a reader must know of it.
         speed: measures rates.
-        curves: values of the metrics that are drawn; the first two stand beside the progress bar.
+        curves: values of the metrics that are plotted; the first two stand beside the progress bar.
         result: values of the metrics that the end of the run records.
         pictures_every: steps between two pictures of what it has learned; 0 is never.
         num_steps: length of the run.
@@ -247,13 +247,13 @@ class TrainingRun:
         return last_values(self.folder, self.result)
 
     def finish(self) -> None:
-        """Draws the curves and records that the run came to its end, with its last numbers.
+        """Plots the curves and records that the run came to its end, with its last numbers.
 
         Rank 0 alone does so.
         """
         if not self.session.is_main:
             return
-        draw_run(self.folder, self.curves)
+        plot_run(self.folder, self.curves)
         result = self.read_result()
         self.folder.mark_finished({"steps": self.steps} | result)
         LOGGER.info("%s; results in %s", as_text(result, ".3f"), self.folder.path)

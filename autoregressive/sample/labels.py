@@ -1,4 +1,4 @@
-"""Which classes are drawn: the value of --labels, and the label of every sample.
+"""Which classes are sampled: the value of --labels, and the label of every sample.
 
 Letters: B batch.
 """

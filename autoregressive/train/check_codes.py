@@ -10,8 +10,8 @@ On a CPU, after scripts/quickstart.sh:
     python autoregressive/train/check_codes.py --code-path results/quickstart/codes \
         --dataset digits --data-path train --vq-ckpt results/quickstart/vq.pt
 
-Prints one line a check, draws random rows beside what their codes decode to, and ends with exit
-code 1 if a check fails.
+Prints one line a check, saves a picture of random rows beside what their codes decode to, and ends
+with exit code 1 if a check fails.
 """
 
 import sys

@@ -151,13 +151,13 @@ def build_trainer(args: Flags, config: GPTConfig, start: GPTFile | None, data: T
     optimizer = ModelOptimizer(model, OptimSettings(**args.pick(OptimSettings)), device,
                                uses_scaler=args.mixed_precision == "fp16")
     seed_everything(args.global_seed, 1 + session.rank)     # dropout differs between processes
-    draw = None
+    save_pictures = None
     if vq is not None:
-        draw = functools.partial(save_samples, config=config, vq=vq, device=device,
-                                 seed=args.global_seed, class_names=data.class_names)
+        save_pictures = functools.partial(save_samples, config=config, vq=vq, device=device,
+                                          seed=args.global_seed, class_names=data.class_names)
     return GPTTrainer(wrapped, optimizer, session, precision=args.mixed_precision,
                       accumulation=args.gradient_accumulation_steps, val_batches=data.val_batches,
-                      draw_samples=draw, compiler=compiler)
+                      save_samples=save_pictures, compiler=compiler)
 
 
 @torch.inference_mode()

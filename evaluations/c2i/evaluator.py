@@ -62,7 +62,7 @@ def metric_names(text: str) -> set[str]:
 def build_parser() -> Parser:
     """Returns the parser of this script's command line."""
     parser = Parser("Score samples against a reference: Inception score, FID, sFID, precision, "
-                    "recall.", draws=False)
+                    "recall.", has_seed=False)
     parser.add_argument("ref_batch",
                         help="npz of the reference: pictures and perhaps ready statistics")
     parser.add_argument("sample_batch", help="npz of the samples")

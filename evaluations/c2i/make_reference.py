@@ -39,7 +39,7 @@ BATCH_IMAGES = 256      # pictures that are in memory together
 def build_parser() -> Parser:
     """Returns the parser of this script's command line."""
     parser = Parser("Make a reference npz out of an image folder, the digits, or an npz "
-                    "(--data-path X.npz).", draws=False)
+                    "(--data-path X.npz).", has_seed=False)
     add_image_args(parser)
     add_failure_args(parser)
     parser.add_argument("--output", required=True, help="the npz to write")

@@ -27,7 +27,7 @@ from autoregressive.models.cluster_loss import fused_head_loss, plain_head_loss
 from autoregressive.models.config import GPT_MODELS, gpt_config
 from autoregressive.models.generate import Steps, generate
 from autoregressive.models.gpt import GPT
-from autoregressive.models.sampler import Sampler, draw, filter_logits
+from autoregressive.models.sampler import Sampler, filter_logits, invert_cdf
 from autoregressive.runtime.checkpoint import read_checkpoint
 from autoregressive.runtime.compute import autocast, set_up_compiler
 from autoregressive.runtime.distributed import Session
@@ -132,8 +132,8 @@ class Comparisons:
             expected = filter_logits(logits.double(), top_k, top_p)
             found = filter_logits(logits.double().to(self.device), top_k, top_p)
             unequal.append(share_unequal(found, expected))
-            unequal.append(share_unequal(draw(found.softmax(-1), uniforms.to(self.device)),
-                                         draw(expected.softmax(-1), uniforms)))
+            unequal.append(share_unequal(invert_cdf(found.softmax(-1), uniforms.to(self.device)),
+                                         invert_cdf(expected.softmax(-1), uniforms)))
         return max(unequal)
 
     def recorded_and_eager_tokens(self) -> float:

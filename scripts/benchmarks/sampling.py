@@ -36,7 +36,7 @@ from autoregressive.models.generate import generate
 from autoregressive.models.gpt import GPT
 from autoregressive.models.packed import can_pack, pack_linears
 from autoregressive.models.sampler import Sampler, guide
-from autoregressive.pipeline import Pipeline, decoder_tile, place_decoder
+from autoregressive.pipeline import Pipeline, decoder_batch_size, place_decoder
 from autoregressive.runtime.compute import PRECISIONS, set_up_compiler
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.entry import Flags, Parser, run
@@ -210,7 +210,7 @@ def compare_ways(args: Flags, config: GPTConfig, batch_size: int, bandwidth: flo
         shape = GPT(config)
     temporaries = temporary_bytes(config, batch_size, dtype)
     needed = {"weights": weight_bytes(shape, dtype), "cache": cache_bytes(config, batch_size, dtype)}
-    tile = min(batch_size, decoder_tile(VQ, config.grid * DOWNSAMPLING, dtype, device))
+    tile = min(batch_size, decoder_batch_size(VQ, config.grid * DOWNSAMPLING, dtype, device))
     decoder = decoder_bytes(config.grid, tile, dtype) if args.decode else 0
     free = free_bytes(device)
     check_fits(free, **needed, temporaries=max(temporaries["ours"], decoder))
@@ -238,7 +238,8 @@ def compare_ways(args: Flags, config: GPTConfig, batch_size: int, bandwidth: flo
     if args.decode:
         vq = VQModel(VQConfig(VQ)).eval().requires_grad_(False)
         place_decoder(vq, dtype, device, args.compile)
-        pipeline = Pipeline(ours, vq, SAMPLER, image_size=config.grid * DOWNSAMPLING, tile=tile, steps=steps)
+        pipeline = Pipeline(ours, vq, SAMPLER, image_size=config.grid * DOWNSAMPLING, decode_batch_size=tile,
+                            steps=steps)
         ways["ours, decoded"] = lambda: pipeline.decode(ways["ours"]()).cpu()
 
     def measure(work):

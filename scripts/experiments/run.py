@@ -37,7 +37,7 @@ from scripts.experiments.table import make_table
 
 def build_parser() -> Parser:
     """Returns the parser of this script's command line."""
-    parser = Parser("Run what is missing of an experiment, and make its table.", draws=False)
+    parser = Parser("Run what is missing of an experiment, and make its table.", has_seed=False)
     parser.set_defaults(device="cpu")               # this script computes nothing, its jobs do
     parser.add_argument("experiment", help="the experiment file")
     parser.add_argument("--data", help="what the experiment file calls {data}")

@@ -35,7 +35,7 @@ NUM_IMAGES = {"train": 50_000, "val": 10_000}
 
 def build_parser() -> Parser:
     """Returns the parser of this script's command line."""
-    parser = Parser("Write CIFAR-10 as folders of class folders.", draws=False)
+    parser = Parser("Write CIFAR-10 as folders of class folders.", has_seed=False)
     parser.add_argument("data", help="folder of torchvision's CIFAR10, or of mosaics")
     parser.add_argument("out", help="folder to write")
     return parser
