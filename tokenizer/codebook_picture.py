@@ -16,7 +16,7 @@ def plot_codebooks(path: Path, codes: np.ndarray, order: np.ndarray) -> None:
 
     Args:
         path: of the PNG.
-        codes: (V, E) float32, normalized.
+        codes: (V, E) float32, normalised.
         order: (V,) int64, the old index of the code at each new index.
     """
     # Imported here: it takes half a second.

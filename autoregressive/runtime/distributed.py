@@ -68,7 +68,7 @@ class Session:
 
     def barrier(self) -> None:
         """Waits for all processes."""
-        self.gather_integers(0)                     # over gloo: it does not synchronize the GPU
+        self.gather_integers(0)                     # over gloo: it does not synchronise the GPU
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Adds `tensor` over all processes in place and returns it (all processes call this)."""
@@ -90,7 +90,7 @@ class Session:
     def gather_integers(self, *own: int) -> list[tuple[int, ...]]:
         """Returns every process's integers, equally many of each, in order of rank.
 
-        All processes call this. It runs over gloo, so it does not synchronize the GPU, and pickles
+        All processes call this. It runs over gloo, so it does not synchronise the GPU, and pickles
         nothing.
         """
         if self.world_size == 1:

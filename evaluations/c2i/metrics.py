@@ -63,10 +63,10 @@ class StreamingStatistics:
             return
         weight = len(features) / (self.count + len(features))
         batch_mean = features.mean(axis=0)                                          # (D,)
-        centered = features - batch_mean                                            # (n, D)
+        centred = features - batch_mean                                            # (n, D)
         step = batch_mean - self.mean                                               # (D,)
         between = np.outer(step, step) * (self.count * weight)                       # (D, D)
-        self._scatter = self._scatter + centered.T @ centered + between
+        self._scatter = self._scatter + centred.T @ centred + between
         self.mean = self.mean + step * weight
         self.count += len(features)
 
