@@ -193,7 +193,7 @@ def main(args: Flags, session: Session) -> None:
     """Trains a GPT, or continues the run that the same command began."""
     open_logger(session)
     start_path = on_main(session, find_checkpoint, args.gpt_ckpt) if args.gpt_ckpt else None
-    older_stores = on_main(session, open_older_stores, args.code_path, session)
+    older = on_main(session, open_older_stores, args.code_path, session)
 
     # Open and compare all that the run depends on, before any work.
     with checks(session):
@@ -201,8 +201,7 @@ def main(args: Flags, session: Session) -> None:
         check_flags(args, session)
         start_settings = StartSettings(**args.pick(StartSettings))
         start_settings.check()
-        data = open_data(DataSettings(**args.pick(DataSettings)), grid, session.world_size,
-                         older_stores)
+        data = open_data(DataSettings(**args.pick(DataSettings)), grid, session.world_size, older)
         mapping = data.mapping
         vq = open_decoder(args.vq_ckpt, VQConfig(**args.pick(VQConfig)), mapping,
                           args.cluster_size)
@@ -234,8 +233,7 @@ def main(args: Flags, session: Session) -> None:
     # Build what is trained, and the loop that trains it.
     set_up_gpu(args.tf32, args.cudnn_attention)
     trainer = build_trainer(args, config, start=start, data=data, vq=vq, session=session)
-    parameters = trainer.optimizer.model.parameters()
-    num_parameters = sum(parameter.numel() for parameter in parameters)
+    num_parameters = sum(parameter.numel() for parameter in trainer.optimizer.model.parameters())
     speed = Speedometer(session.device, session.world_size, config.num_tokens,
                         config.flops_per_token(num_parameters))
     training = TrainingRun(folder, trainer, data.batches, settings, session, speed=speed,
