@@ -23,7 +23,7 @@ class RunLog:
             folder: RunFolder.
             session: Session.
             curves: values that are plotted; the first two stand beside the progress bar.
-            steps: that were applied; rows of metrics.jsonl that are of later ones, which a killed
+            steps: that were applied; lines of metrics.jsonl that are of later ones, which a killed
                 start has left, are removed.
             num_steps: length of the run.
             batch_size: images of a step.
@@ -69,8 +69,8 @@ def plot_run(folder: RunFolder, curves: tuple[str, ...]) -> None:
 def last_values(folder: RunFolder, names: tuple[str, ...]) -> dict[str, float]:
     """Returns the last of each named value in a run's metrics, without those never written."""
     last = {}
-    for row in read_metrics(folder.metrics):
-        last |= row
+    for values in read_metrics(folder.metrics):
+        last |= values
     return {name: last[name] for name in names if name in last}
 
 

@@ -86,7 +86,7 @@ def show_status(experiment: Experiment, jobs: Jobs) -> None:
         if script := jobs.alive(each.name):
             steps = [0]
             for path in folder.glob("*/metrics.jsonl"):
-                steps += [row["step"] for row in read_metrics(path)]
+                steps += [values["step"] for values in read_metrics(path)]
             state = f"{script}, step {max(steps)}"
         elif experiment.result(each).exists():
             state = "done"
