@@ -98,9 +98,10 @@ class TokenBatches(Dataset):
         Raises:
             ValueError: a code is out of range.
         """
-        epoch, chosen = self.order.rows(*key)
+        step, part = key
+        epoch, chosen = self.order.rows(step, part)
         if epoch != self._epoch:
-            self._draw_crops_and_drops(epoch)
+            self._choose_crops_and_drops(epoch)
         rows = self.store.rows[chosen]
         codes = self.store.codes[rows, self._crops[chosen]]                         # (B, T)
         if codes.max() >= len(self.mapping) or codes.min() < 0:
@@ -110,8 +111,8 @@ class TokenBatches(Dataset):
         labels = np.where(self._drops[chosen], self.num_classes, self.store.labels[rows])
         return torch.from_numpy(self.mapping[codes]), torch.from_numpy(labels)
 
-    def _draw_crops_and_drops(self, epoch: int) -> None:
-        """Draws for every image of an epoch its crop, and whether its label is dropped."""
+    def _choose_crops_and_drops(self, epoch: int) -> None:
+        """Draws a crop of every image of an epoch, and whether its label is dropped."""
         count = len(self.store.rows)
         crops = self.store.crops_to_draw
         places = keyed_random(self.seed, epoch, CROP).integers(len(crops), size=count)

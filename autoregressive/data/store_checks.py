@@ -34,7 +34,7 @@ class ExpectedCodes:
 
 
 def check_store(store: CodeStore, mapping: Mapping, expected: ExpectedCodes) -> None:
-    """Raises ValueError if a store, its mapping and the flags of a training contradict another."""
+    """Raises ValueError if a store, its mapping and the flags of a training do not agree."""
     manifest = store.manifest
     num_classes = None if manifest["class_names"] is None else len(manifest["class_names"])
     codebook_size = manifest["codebook_size"]

@@ -1,4 +1,4 @@
-"""Process group, device and seed: with its neighbours in this folder all that knows of ranks.
+"""Process group, device and seed. Only this file and its neighbours know of ranks.
 
 A plain `python script.py` is world size 1; `torchrun` sets the environment for more. Collectives of
 CPU tensors run over gloo, those of GPU tensors over nccl.
@@ -86,6 +86,10 @@ class Session:
         items: list[Item | None] = [None] * self.world_size
         dist.all_gather_object(items, item)
         return items
+
+    def from_main(self, item: Item) -> Item:
+        """Returns rank 0's `item` on every process (all processes call this)."""
+        return self.gather(item)[0]
 
     def gather_integers(self, *own: int) -> list[tuple[int, ...]]:
         """Returns every process's integers, equally many of each, in order of rank.
@@ -206,7 +210,7 @@ def backend_of(device: torch.device) -> str:
 
 
 def _leave_with_parent() -> None:
-    """Ends this process, which torchrun started, once torchrun is gone: nobody else would."""
+    """Ends this process, which torchrun started, once torchrun is gone: nothing else would."""
     while os.getppid() == PARENT:
         time.sleep(PARENT_POLL_SECONDS)
     os.kill(os.getpid(), signal.SIGTERM)            # training saves and leaves

@@ -205,7 +205,7 @@ def on_main(session: Session, work: Callable[..., Result], *arguments: object) -
     with checks(session):
         if session.is_main:
             result = work(*arguments)
-    return session.gather(result)[0]
+    return session.from_main(result)
 
 
 def check_one_process(session: Session) -> None:

@@ -32,7 +32,7 @@ from autoregressive.runtime.speed import Speedometer, peak_memory_mib
 from autoregressive.runtime.trainable import Batches, Start, Trainable
 from autoregressive.runtime.verification import Verification
 
-VERIFY_SECONDS = 30             # of looking at the data before the first step
+VERIFY_SECONDS = 30             # that the first step waits for the verification of the data
 # A run saves and leaves on these: clusters send the first two before they take a node; Ctrl-C.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -118,7 +118,7 @@ class TrainingRun:
             path, skipped = newest_whole_checkpoint(self.folder.checkpoints)
             for damaged in skipped:                 # or --keep-checkpoints would keep them
                 damaged.path.rename(damaged.path.with_suffix(".damaged"))
-        path, skipped = self.session.gather((path, skipped))[0]
+        path, skipped = self.session.from_main((path, skipped))
         payload = read_checkpoint(path) if path else None
         own_settings = self.checkpoint_settings
         hashes = [name for name in own_settings if name.endswith("sha256")]
@@ -243,7 +243,7 @@ class TrainingRun:
             raise SystemExit(128 + received)
 
     def read_result(self) -> dict[str, float]:
-        """Returns the last values in the metrics of what the end of the run records."""
+        """Returns the last value of each of `result` in the metrics."""
         return last_values(self.folder, self.result)
 
     def finish(self) -> None:
@@ -293,5 +293,5 @@ class TrainingRun:
                 delete_old_checkpoints(self.folder.checkpoints, settings.keep_checkpoints)
             except OSError as failure:                      # a full disk
                 error = message_of(failure)
-        if error := self.session.gather(error)[0]:
+        if error := self.session.from_main(error):
             exit_with(error)

@@ -44,8 +44,8 @@ from evaluations.c2i.pairing import check_class_names, check_pair
 from evaluations.c2i.scores import (
     MANIFOLDS,
     TITLES,
-    compute,
-    extract,
+    compute_scores,
+    extract_with_bar,
     needs_reference_features,
     read_statistics,
 )
@@ -196,11 +196,11 @@ def main(args: Flags, session: Session) -> None:
 
     # Compute features of both files, then the numbers.
     with checks(session):                           # damage inside a file shows when it is read
-        sample_features = extract(network, samples, args.batch_size, session)
+        sample_features = extract_with_bar(network, samples, args.batch_size, session)
         reference_features = None
         if needs_reference_features(args.metrics, stored):
-            reference_features = extract(network, reference, args.batch_size, session)
-        scores = compute(args.metrics, sample_features, reference_features, stored, session)
+            reference_features = extract_with_bar(network, reference, args.batch_size, session)
+        scores = compute_scores(args.metrics, sample_features, reference_features, stored, session)
     numbers = scores.numbers
     if labels is not None:
         found = sample_features.probabilities.argmax(axis=1)                        # (N,)

@@ -1,7 +1,7 @@
 """Runs what is missing of an experiment, every arm with every seed, and prints its table.
 
-    python scripts/experiments/run.py scripts/experiments/cifar10/experiment.json --data
-    /path/to/cifar10
+    python scripts/experiments/run.py scripts/experiments/cifar10/experiment.json \
+        --data /path/to/cifar10
 
 Everything runs with nice 15, one thread each, from a clone of a commit, so that edits in the tree
 do not reach running jobs. Stop it anywhere: the same command goes on. `--status` and `--table` look

@@ -121,7 +121,8 @@ class TrainingCrops(Dataset):
 
     def rows(self, step: int) -> np.ndarray:
         """Returns the rows (batch_size,) in the batch of a step, from 0."""
-        return self.order.rows(step)[1]
+        _, rows = self.order.rows(step)
+        return rows
 
     def __getitem__(self, key: tuple[int, range]) -> np.ndarray:
         """Returns a part of the batch of a step, (B, P, P, 3) uint8.
@@ -132,7 +133,8 @@ class TrainingCrops(Dataset):
         Raises:
             ValueError: more files are broken than may be.
         """
-        epoch, rows = self.order.rows(*key)
+        step, part = key
+        epoch, rows = self.order.rows(step, part)
         return np.stack([self.crop(epoch, row) for row in rows.tolist()])
 
     def crop(self, epoch: int, row: int) -> np.ndarray:

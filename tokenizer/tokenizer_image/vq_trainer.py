@@ -195,7 +195,7 @@ class TokenizerTrainer:
         last = self.model.decoder.conv_out.weight
         means = []          # over the whole batch: sums would outweigh the epsilon in the ratio
         for term in (loss, generator):
-            gradient, = torch.autograd.grad(term, last, retain_graph=True)
+            (gradient,) = torch.autograd.grad(term, last, retain_graph=True)
             means.append(self.session.sum(gradient) / self.session.world_size)
         return adaptive_weight(*means)
 

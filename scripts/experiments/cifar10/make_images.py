@@ -4,8 +4,7 @@
 
 OUT/train gets 50,000 images, OUT/val 10,000. DATA is a folder for torchvision's CIFAR10, which
 downloads what is missing (170 MB) and compares it with its checksum; or a folder of lossless
-mosaics
-of 100 x 100 pictures: train_0.webp to train_4.webp, test.webp, and labels.npz.
+mosaics of 100 x 100 pictures: train_0.webp to train_4.webp, test.webp, and labels.npz.
 """
 
 import sys
