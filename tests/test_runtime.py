@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from autoregressive.runtime import speed
 from autoregressive.runtime.distributed import Session, open_session, seed_everything
 from autoregressive.runtime.entry import (
     Parser,
@@ -314,7 +315,7 @@ def test_preset_that_contradicts_the_file_is_refused_unless_the_flag_is_given():
     assert settled("--top-k", "0", **both)[:2] == [0, 4]         # the default, but given
 
 
-def test_identity_holds_every_flag_that_is_not_declared_free():
+def test_identity_holds_every_flag_that_may_not_vary():
     parser = Parser("test")
     parser.add_argument("--lr", type=float, default=0.1)
     may_vary(parser.add_argument("--log-every", type=int, default=100))
@@ -340,10 +341,24 @@ def test_reading_ahead_leaves_the_global_random_numbers_alone(workers):
 
 
 @pytest.mark.parametrize("count, world_size", [(7, 3), (2, 3), (9, 1)])
-def test_shares_of_processes_cover_everything_once(count, world_size):
-    shares = [Session(rank, world_size, torch.device("cpu")).part_of(count) for rank in range(world_size)]
-    assert [row for share in shares for row in share] == list(range(count))
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+def test_parts_of_processes_cover_everything_once(count, world_size):
+    parts = [Session(rank, world_size, torch.device("cpu")).part_of(count) for rank in range(world_size)]
+    assert [row for part in parts for row in part] == list(range(count))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_speed_leaves_out_what_it_is_paused_for(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: now)
+    speedometer = speed.Speedometer(torch.device("cpu"), 1, tokens=4)
+    speedometer.add(6)
+    now = 2.0
+    with speedometer.paused():
+        now = 100.0
+    speedometer.add(6)
+    now = 102.0
+    rates = speedometer.read()
+    assert rates["images_per_second"] == 3 and rates["tokens_per_second"] == 12
 
 
 def test_seeds_of_ranks_differ_and_repeat():
