@@ -58,8 +58,9 @@ def anneal(codes: np.ndarray, start: np.ndarray,
 
         # Move the prices towards equal sizes. One block of the codes, another in each round, is
         # enough for the direction of the step.
-        sample = soft_assignment(blocks[num_rounds % len(blocks)], slopes)          # (R, K)
-        prices += temperature * _price_step(sample, soft_sizes, size)
+        block = blocks[num_rounds % len(blocks)]
+        weights = soft_assignment(block, slopes)                                    # (R, K)
+        prices += temperature * _price_step(weights, soft_sizes, size)
         prices -= prices.mean()                     # only their differences count
         num_rounds += 1
         rounds_at_rest += 1
@@ -75,7 +76,7 @@ def anneal(codes: np.ndarray, start: np.ndarray,
         centres += OVER_RELAXATION * (means - centres)
         temperature = COOLING ** rounds_at_rest * temperature
         rounds_at_rest = 0
-        is_sharp = sample.max(axis=1).mean() > SHARPNESS
+        is_sharp = weights.max(axis=1).mean() > SHARPNESS
         if is_sharp:
             break
     return centres, prices
@@ -115,15 +116,17 @@ def critical_temperature(codes: np.ndarray) -> float:
     return critical if is_more_than_rounding else 0.0
 
 
-def _price_step(sample: np.ndarray, soft_sizes: np.ndarray, size: float) -> np.ndarray:
+def _price_step(weights: np.ndarray, soft_sizes: np.ndarray, size: float) -> np.ndarray:
     """Returns a Newton step of the prices to equal soft sizes, (K,) in units of the temperature.
 
     Args:
-        sample: (R, K) soft assignment of some of the codes, for the Hessian.
+        weights: (R, K), soft assignment of some of the codes, for the Hessian.
         soft_sizes: (K,) of all codes.
         size: S, the size that every cluster is to have.
     """
-    overlap = (sample.T @ sample).astype(np.float64) * (soft_sizes.sum() / len(sample))  # (K, K)
+    # How much weight two clusters have in the same codes, scaled from these codes to all of them.
+    overlap = (weights.T @ weights).astype(np.float64)                              # (K, K)
+    overlap *= soft_sizes.sum() / len(weights)
     np.fill_diagonal(overlap, 0)
     hessian = np.diag(overlap.sum(axis=1) + DAMPING * size) - overlap
     step = np.linalg.solve(hessian, size - soft_sizes)
