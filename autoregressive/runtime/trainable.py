@@ -72,7 +72,4 @@ class Start(Protocol):
 
     path: Path
     payload: dict[str, Any]
-
-    @property
-    def continues(self) -> bool:
-        """See the attribute."""
+    continues: bool
