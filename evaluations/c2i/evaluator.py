@@ -158,7 +158,7 @@ def read_numbers(output: Path, identity: dict[str, Any],
     if not says_how_they_were_made or not is_same:
         return None
     wanted_titles = {TITLES[metric] for metric in metrics}
-    # Besides the metrics a record may hold numbers of the classifier, which nobody asks for.
+    # A record may also hold numbers of the classifier, which are no choice of --metrics.
     found_titles = {title for title in record["numbers"] if title in TITLES.values()}
     return record["numbers"] if found_titles == wanted_titles else None
 
