@@ -30,7 +30,7 @@ from autoregressive.runtime.entry import (
     at_least,
     check_one_process,
     checks,
-    free,
+    may_vary,
     run,
 )
 from autoregressive.runtime.files import check_output, codebook_sha256, write_json
@@ -44,20 +44,20 @@ from tokenizer.clustering import (
     cluster_optimal,
     cluster_random,
     mapping_of,
-    normalize_codes,
+    normalise_codes,
     order_clusters,
     start_codes,
 )
-from tokenizer.codebook_picture import draw_codebooks
+from tokenizer.codebook_picture import plot_codebooks
 from tokenizer.reordering import (
     CODEBOOK,
     PUBLISHED_METHOD,
     check_mapping_file,
     check_reordered_file,
-    describe,
     name_outputs,
     order_of,
     permute_codebooks,
+    record_of,
 )
 
 METHODS = ("optimal", "greedy", "random")
@@ -67,7 +67,7 @@ OF_CLUSTERING = ("method", "seed", "restarts", "keep_best")     # flags of no us
 def build_parser() -> Parser:
     """Returns the parser of this script's command line."""
     parser = Parser("Rearrange a codebook so that a cluster of similar codes is a run of "
-                    "neighbouring indices.", draws=False)
+                    "neighbouring indices.", has_seed=False)
     parser.add_argument("--vq-ckpt", default="pretrained_models/vq_ds16_c2i.pt",
                         help="checkpoint with the codebook")
     parser.add_argument("--cluster-size", type=at_least(1), default=128,
@@ -84,8 +84,8 @@ def build_parser() -> Parser:
                         help="take this mapping, and write the reordered checkpoint only")
     parser.add_argument("--output-dir",
                         help="where the files go; default: the folder of the checkpoint")
-    free(parser.add_argument("--overwrite", action="store_true",
-                             help="replace files of another tokenizer, method or seed"))
+    may_vary(parser.add_argument("--overwrite", action="store_true",
+                                 help="replace files of another tokenizer, method or seed"))
     return parser
 
 
@@ -204,7 +204,7 @@ def reorder_by(given: Mapping, payload: dict[str, Any], state: dict[str, Tensor]
                 "num_clusters": len(codebook) // args.cluster_size,
                 "method": None, "seed": None}                   # None: unknown
     identity |= {key: given.hashes[key] for key in OF_CLUSTERING if key in given.hashes}
-    record = describe(identity, codebook, mapping)
+    record = record_of(identity, codebook, mapping)
     outputs = name_outputs(args.vq_ckpt, args.output_dir, args.cluster_size, identity["method"])
     with checks(session):
         check_output(outputs.reordered)
@@ -213,7 +213,7 @@ def reorder_by(given: Mapping, payload: dict[str, Any], state: dict[str, Tensor]
             check_reordered_file(outputs.reordered, state, record)
     order = order_of(mapping)
     save_checkpoint(outputs.reordered, permute_codebooks(payload, order) | {"reordering": record})
-    codes = normalize_codes(codebook)
+    codes = normalise_codes(codebook)
     num_clusters = identity["num_clusters"]
     as_they_were = np.arange(len(codes)) // args.cluster_size
     sse_before = balanced_sse(codes, as_they_were, num_clusters)
@@ -256,12 +256,12 @@ def main(args: Flags, session: Session) -> None:
     # Cluster the codes, order them, and describe the outcome.
     started = time.perf_counter()
     cpu_started = time.process_time()
-    codes = normalize_codes(codebook)
+    codes = normalise_codes(codebook)
     num_clusters = len(codebook) // args.cluster_size
     found, sse_by_seed = cluster(codes, num_clusters, args, session)
     order = order_clusters(codes, found.assignment, num_clusters)
     mapping = torch.from_numpy(mapping_of(order))
-    record = describe(identity, codebook, mapping)
+    record = record_of(identity, codebook, mapping)
     report = record | {"vq_ckpt": args.vq_ckpt, "codebook": list(codebook.shape),
                        "restarts": args.restarts, "sse_by_seed": sse_by_seed}
     report |= judge(codes, num_clusters, found)
@@ -276,7 +276,7 @@ def main(args: Flags, session: Session) -> None:
         outputs.mapping.unlink(missing_ok=True)
     write_json(outputs.record, record)          # first: a mapping without it counts as others' own
     save_checkpoint(outputs.mapping, mapping)
-    draw_codebooks(outputs.picture, codes, order)
+    plot_codebooks(outputs.picture, codes, order)
     write_json(outputs.report, report)
     save_checkpoint(outputs.reordered, permute_codebooks(payload, order) | {"reordering": record})
     LOGGER.info("codebook %s -> %s; SSE %.2f -> %.2f in %.1f s",

@@ -1,11 +1,11 @@
-"""A GPT and the VQ model that decodes its tokens, as one pipeline that draws.
+"""A GPT and the VQ model that decodes its tokens, as one pipeline that samples.
 
 Parts of different runs are refused, by a chain of hashes: the codes' manifest names the codebook
 they index (original order); the mapping's side file names that codebook and the reordered one; a
 GPT checkpoint names the reordered one; the VQ checkpoint that decodes is hashed when it is read.
 Published files carry no hashes: what is unknown is a warning, what differs is an error.
 
-Letters: B pictures, T tokens, P pixels.
+Letters: B pictures, T tokens, P pixels, D pictures decoded together.
 """
 
 import argparse
@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from autoregressive.data.mapping import Mapping
+from autoregressive.models.captured import CapturedSteps, compile_decoding
 from autoregressive.models.config import GPTConfig, add_gpt_args, gpt_config, grid_of
 from autoregressive.models.generate import Steps, generate
 from autoregressive.models.gpt import GPT
 from autoregressive.models.loading import GPTFile, build_gpt
 from autoregressive.models.packed import can_pack, pack_linears
 from autoregressive.models.random_numbers import random_numbers
-from autoregressive.models.recorded import RecordedSteps, compile_decoding
 from autoregressive.models.sampler import Sampler, add_sampler_args
 from autoregressive.runtime.compute import (
     PRECISIONS,
@@ -32,7 +32,7 @@ from autoregressive.runtime.compute import (
     set_up_compiler,
     to_device,
 )
-from autoregressive.runtime.entry import Parser, free, pixels
+from autoregressive.runtime.entry import Parser, may_vary, pixels
 from autoregressive.runtime.files import weights_sha256
 from autoregressive.runtime.identity import check_codebook, check_recorded
 from autoregressive.runtime.log import LOGGER
@@ -43,9 +43,9 @@ from tokenizer.tokenizer_image.images import to_uint8
 from tokenizer.tokenizer_image.loading import default_vq_path, load_vq
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel, add_vq_args
 
-LARGEST_TILE = 32               # pictures decoded together
-NUM_SAMPLED = 8                 # pictures that a training draws of its model
-SHOWN_GUIDANCE = 2.0            # strength of the guidance that it draws them with
+MOST_DECODED = 32               # pictures decoded together
+NUM_SAMPLED = 8                 # pictures that a training samples from its model
+SHOWN_GUIDANCE = 2.0            # strength of the guidance of these
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,14 @@ class PipelineSettings:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A GPT and the VQ model that decodes its tokens, ready to draw.
+    """A GPT and the VQ model that decodes its tokens, ready to sample.
 
     Attributes:
         gpt, vq: on their device, in their precision.
         sampler: Sampler.
         image_size: side of the pictures in pixels, after the resize.
-        tile: pictures decoded together, always so many: a picture then has the same bits in every
-            batch.
+        decode_batch_size: pictures decoded together, always so many: a picture then has the same
+            bits whatever stands beside it.
         antialias: whether the resize filters.
         class_names: list of the names of all classes, or None if they are not known.
         hashes: dict of codebook_sha256, vq_sha256 and gpt_sha256.
@@ -86,13 +86,13 @@ class Pipeline:
     vq: VQModel
     sampler: Sampler
     image_size: int
-    tile: int
+    decode_batch_size: int
     antialias: bool = False
     class_names: list[str] | None = None
     hashes: dict[str, str] = field(default_factory=dict)
     steps: Steps | None = None
 
-    def draw_tokens(self, labels: np.ndarray, uniforms: np.ndarray) -> Tensor:
+    def sample_tokens(self, labels: np.ndarray, uniforms: np.ndarray) -> Tensor:
         """Returns tokens (B, T) int64 on the device, of labels (B,) and uniforms (B, T)."""
         device = self.gpt.norm.weight.device
         return generate(self.gpt, to_device(labels, device), to_device(uniforms, device),
@@ -102,17 +102,17 @@ class Pipeline:
     def decode(self, tokens: Tensor) -> Tensor:
         """Returns the pictures (B, P, P, 3) uint8 of tokens (B, T) int64, both on the device."""
         pictures = []
-        for tile in tokens.split(self.tile):                        # (at most tile, T)
-            num_missing = self.tile - len(tile)
-            full = torch.cat([tile, tile[:1].expand(num_missing, -1)])
-            images = self.vq.decode_codes(full, self.gpt.config.grid)       # (tile, 3, P, P)
-            decoded = to_uint8(images, self.image_size, self.antialias)     # (tile, P, P, 3)
-            pictures.append(decoded[:len(tile)])
+        for part in tokens.split(self.decode_batch_size):                   # (b, T)
+            num_missing = self.decode_batch_size - len(part)
+            full = torch.cat([part, part[:1].expand(num_missing, -1)])      # (D, T)
+            images = self.vq.decode_codes(full, self.gpt.config.grid)       # (D, 3, P, P)
+            decoded = to_uint8(images, self.image_size, self.antialias)     # (D, P, P, 3)
+            pictures.append(decoded[:len(part)])
         return torch.cat(pictures)
 
-    def draw(self, labels: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
+    def sample(self, labels: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
         """Returns the pictures (B, P, P, 3) uint8 of labels (B,) and uniforms (B, T)."""
-        return self.decode(self.draw_tokens(labels, uniforms)).cpu().numpy()
+        return self.decode(self.sample_tokens(labels, uniforms)).cpu().numpy()
 
     def label_names(self, labels: Sequence[int] | np.ndarray) -> list[str]:
         """Returns what to call the labels (B,): names where they are known."""
@@ -122,11 +122,11 @@ class Pipeline:
 
 
 def add_pipeline_args(parser: Parser) -> None:
-    """Declares the flags of drawing with a GPT and a VQ model: shared by the sampling scripts."""
+    """Declares the flags of sampling with a GPT and a VQ model: shared by the sampling scripts."""
     add_gpt_args(parser)
     add_vq_args(parser)
     add_sampler_args(parser)
-    group = parser.add_argument_group("drawing")
+    group = parser.add_argument_group("sampling")
     group.add_argument("--weights", default="raw", choices=("raw", "ema"),
                        help="of the GPT: as trained, or averaged")
     group.add_argument("--from-fsdp", action="store_true",
@@ -136,7 +136,7 @@ def add_pipeline_args(parser: Parser) -> None:
     group.add_argument("--vq-precision", choices=tuple(PRECISIONS),
                        help="of the VQ decoder; default: bf16 on a GPU, none on a CPU")
     group.add_argument("--compile", action=argparse.BooleanOptionalAction,
-                       help="compile the blocks of a decode step and, on a GPU, record it as "
+                       help="compile the blocks of a decode step and, on a GPU, capture it as "
                             "graphs; sample_c2i_ddp.py does so on a GPU")
     add_compile_errors_arg(group)
     group.add_argument("--image-size", type=pixels, default=384,
@@ -145,15 +145,15 @@ def add_pipeline_args(parser: Parser) -> None:
                        help="pixels of a stored picture's side")
     group.add_argument("--resize", default="bicubic", choices=("bicubic", "antialias"),
                        help="bicubic as published, or with antialiasing")
-    # Free, since a preset only sets flags, and those that are given win.
-    free(parser.add_argument("--preset", choices=PRESETS, help="settings of a published row"))
+    # It may vary, since a preset only sets flags, and those that are given win.
+    may_vary(parser.add_argument("--preset", choices=PRESETS, help="settings of a published row"))
 
 
 def device_flags(device: torch.device, defaults: dict[str, object]) -> dict[str, object]:
     """Returns the flags of add_pipeline_args whose default, None, stands for one by device.
 
     Args:
-        device: where pictures are drawn.
+        device: where pictures are sampled.
         defaults: of all flags of the script.
     """
     is_gpu = device.type == "cuda"
@@ -185,8 +185,7 @@ def open_decoder(vq_ckpt: str | None, config: VQConfig, mapping: Mapping,
                  cluster_size: int) -> VQModel | None:
     """Returns the VQ model whose codebook a mapping has reordered.
 
-    Without a checkpoint it is that of the published codebook; None, with a warning, if that one is
-    not there.
+    Without a checkpoint it is that of the published codebook, or, with a warning, None.
     """
     path = vq_ckpt or default_vq_path(cluster_size)
     if not vq_ckpt and not Path(path).exists():
@@ -213,7 +212,7 @@ def place_decoder(vq: VQModel, dtype: torch.dtype, device: torch.device, compile
 
 
 def check_fitting(file: GPTFile, settings: PipelineSettings, sampler: Sampler) -> None:
-    """Raises ValueError if a GPT's file contradicts the settings or what is to be drawn."""
+    """Raises ValueError if a GPT's file contradicts the settings or the sampler."""
     recorded = file.settings
     check_recorded("--cluster-size", settings.cluster_size, recorded.get("cluster_size"), file.path)
     class_names = recorded.get("class_names")
@@ -225,9 +224,10 @@ def check_fitting(file: GPTFile, settings: PipelineSettings, sampler: Sampler) -
                          f"without label dropout and knows no null label, got {sampler.cfg_scale}")
 
 
-def decoder_tile(vq_model: str, image_size: int, dtype: torch.dtype, device: torch.device) -> int:
+def decoder_batch_size(vq_model: str, image_size: int, dtype: torch.dtype,
+                       device: torch.device) -> int:
     """Returns how many pictures of `image_size` pixels a VQ decoder is given together."""
-    return min(LARGEST_TILE, default_batch_size(vq_model, image_size, dtype, device))
+    return min(MOST_DECODED, default_batch_size(vq_model, image_size, dtype, device))
 
 
 def load_pipeline(file: GPTFile, settings: PipelineSettings, sampler: Sampler, vq_config: VQConfig,
@@ -239,7 +239,7 @@ def load_pipeline(file: GPTFile, settings: PipelineSettings, sampler: Sampler, v
         settings: PipelineSettings.
         sampler: Sampler.
         vq_config: VQConfig of the decoder; its codes are those of the GPT.
-        device: where to draw.
+        device: where to sample.
 
     Raises:
         ValueError: a setting without a meaning, or parts that do not belong together.
@@ -264,37 +264,37 @@ def load_pipeline(file: GPTFile, settings: PipelineSettings, sampler: Sampler, v
     dtype = PRECISIONS[settings.precision]
     vq_dtype = PRECISIONS[settings.vq_precision]
     gpt = gpt.to(device).cast(dtype)
-    steps = RecordedSteps(gpt) if settings.compile else None
+    steps = CapturedSteps(gpt) if settings.compile else None
     compiled = settings.compile and set_up_compiler(device, settings.compile_errors)
     if compiled:
         compile_decoding(gpt)
     elif can_pack(device, dtype):
         pack_linears(gpt)
     place_decoder(vq, vq_dtype, device, compiled)
-    tile = decoder_tile(vq_config.vq_model, settings.image_size, vq_dtype, device)
+    batch_size = decoder_batch_size(vq_config.vq_model, settings.image_size, vq_dtype, device)
     return Pipeline(gpt, vq, sampler, image_size=settings.image_size_eval,
-                    antialias=settings.resize == "antialias", tile=tile,
+                    antialias=settings.resize == "antialias", decode_batch_size=batch_size,
                     class_names=file.settings.get("class_names"), hashes=hashes, steps=steps)
 
 
 def save_samples(path: Path, weights: dict[str, Tensor], *, config: GPTConfig, vq: VQModel,
                  device: torch.device, seed: int, class_names: list[str] | None) -> None:
-    """Saves a few pictures drawn with given weights as one PNG: what a training has learned.
+    """Saves a few pictures sampled with given weights as one PNG: what a training has learned.
 
     Args:
         path: the PNG.
         weights: state dict of the GPT.
         config: of the GPT.
         vq: VQModel with the reordered codebook.
-        device: where to draw.
+        device: where to sample.
         seed: of labels and uniforms.
         class_names: list of the names of all classes, or None.
     """
     gpt = build_gpt(GPTFile(path, weights, {"grid": config.grid}, {}), config).to(device)
     pipeline = Pipeline(gpt, vq.to(device), Sampler(cfg_scale=SHOWN_GUIDANCE),
-                        image_size=config.grid * vq.downsampling, tile=NUM_SAMPLED,
+                        image_size=config.grid * vq.downsampling, decode_batch_size=NUM_SAMPLED,
                         class_names=class_names)
     labels, uniforms = random_numbers(seed, range(NUM_SAMPLED), config.num_classes,
                                       config.num_tokens)
-    save_grid(path, pipeline.draw(labels, uniforms), columns=4,
+    save_grid(path, pipeline.sample(labels, uniforms), columns=4,
               captions=pipeline.label_names(labels))

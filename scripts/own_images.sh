@@ -35,7 +35,7 @@ echo "== 4/5 train a GPT"
 python autoregressive/train/train_c2i.py $gpt --vocab-size 1024 $vq --code-path "$out/codes" --mapping-path "$mapping" \
     --vq-ckpt "$reordered" --results-dir "$out/gpt" --mixed-precision none --global-batch-size 64 \
     --max-steps "${GPT_STEPS:-600}" --lr 2e-3 --warmup 100 --lr-schedule linear --log-every 50 --val-every 500
-echo "== 5/5 draw four pictures of each class"
+echo "== 5/5 sample four pictures of each class"
 # shellcheck disable=SC2086
 python autoregressive/sample/sample_c2i.py $gpt $vq --vq-ckpt "$reordered" --gpt-ckpt "$(ls -d "$out"/gpt/* | tail -n 1)" \
     --image-size-eval 32 --precision none --cfg-scale 2 --class-ids "$(seq -s, 0 $((classes - 1)))" \

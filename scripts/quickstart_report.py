@@ -19,7 +19,7 @@ from autoregressive.runtime.checkpoint import read_checkpoint
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.entry import Flags, Parser, checks, run
 from autoregressive.runtime.files import check_output, file_sha256, read_json, write_json
-from autoregressive.runtime.log import draw_metrics
+from autoregressive.runtime.log import plot_metrics
 from autoregressive.runtime.pictures import save_grid
 from tokenizer.tokenizer_image.images import center_crop, open_dataset, to_float, to_uint8
 from tokenizer.tokenizer_image.loading import load_vq
@@ -39,7 +39,7 @@ HANDED_ON = ("vq.pt", "classifier.pt", "reference.npz", "codes/*.npy", "*cluster
 
 def build_parser() -> Parser:
     """Returns the parser of this script's command line."""
-    parser = Parser("Gather the results of the quickstart.", draws=False)
+    parser = Parser("Gather the results of the quickstart.", has_seed=False)
     parser.add_argument("folder", type=Path, help="what scripts/quickstart.sh wrote")
     return parser
 
@@ -161,7 +161,7 @@ def main(args: Flags, session: Session) -> None:
         for name in ("digits.png", "curves.png", "report.json"):
             check_output(args.folder / name)
     save_digits(args.folder, results["runs"]["lambda 1"]["config"])
-    draw_metrics(args.folder / "curves.png", metrics)
+    plot_metrics(args.folder / "curves.png", metrics)
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "numpy": np.__version__}
     report = results | {"files_sha256": hash_files(args.folder), "versions": versions}

@@ -24,7 +24,7 @@ from autoregressive.runtime.files import (
     write_json,
 )
 from autoregressive.runtime.identity import find_difference
-from autoregressive.runtime.log import LOGGER, draw_curves, open_logger
+from autoregressive.runtime.log import LOGGER, open_logger, plot_curves
 
 MAY_DIFFER = {"cfg_scale", "global_seed", "device", "torch"}    # of the settings, within one sweep
 CONSTANT = "Validation accuracy of the classifier"
@@ -51,7 +51,7 @@ class Score:
 
 def build_parser() -> Parser:
     """Returns the parser of this script's command line."""
-    parser = Parser("Gather the results of a sweep over guidance.", draws=False)
+    parser = Parser("Gather the results of a sweep over guidance.", has_seed=False)
     parser.add_argument("folder", type=Path, help="what sweep_cfg.sh wrote")
     parser.add_argument("--reference", type=Path,
                         help="leave out scores against another reference than this npz")
@@ -143,7 +143,7 @@ def main(args: Flags, session: Session) -> None:
               + (f", seed {best.seed}" if has_seeds else ""))
 
     # The plot, and all numbers for whoever reads on.
-    draw_curves(args.folder / "sweep.png", {name: dict(lines_of(scores, name)) for name in names},
+    plot_curves(args.folder / "sweep.png", {name: dict(lines_of(scores, name)) for name in names},
                 ylabel="score", xlabel="guidance")
     rows = []
     for score in scores:

@@ -152,7 +152,7 @@ def test_training_goes_on_from_the_newest_checkpoint_that_is_whole_and_ours(tmp_
     save_checkpoint(tmp_path / "0000006.pt", OURS)
     spoil(tmp_path / "0000006.pt")
     found, skipped = newest_whole_checkpoint(tmp_path)
-    assert found == tmp_path / "0000003.pt" and len(skipped) == 1 and "0000006.pt: expected " in skipped[0]
+    assert found == tmp_path / "0000003.pt" and len(skipped) == 1 and "0000006.pt: expected " in skipped[0].reason
 
 
 def test_sampling_takes_the_newest_whole_file_of_a_folder_too(tmp_path):

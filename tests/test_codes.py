@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,9 @@ from autoregressive.data.code_writer import CodeWriter
 from autoregressive.data.codes import CodeStore, code_dtype
 from autoregressive.data.combined_codes import CombinedCodes
 from autoregressive.data.mapping import read_mapping
-from autoregressive.data.opening import open_codes
+from autoregressive.data.opening import open_codes, open_older_stores
 from autoregressive.data.store_checks import verify_checksums
-from autoregressive.runtime.distributed import keyed_random
+from autoregressive.runtime.distributed import Session, keyed_random
 from autoregressive.runtime.files import mapping_sha256, write_json
 from autoregressive.runtime.lock import hold, lock_of
 from autoregressive.runtime.log import LOGGER
@@ -295,6 +296,18 @@ def test_older_layout_is_read_without_the_images_that_filled_its_last_round_and_
     assert tokens.shape == (4, 9)
     assert [warning.split(": ")[1].split(",")[0] for warning in warnings] == (
         ["left out the last 3 of 14 files"] if padding else [])
+
+
+def test_older_layout_is_opened_once_and_sent_to_the_other_processes(tmp_path, monkeypatch):
+    codes = np.random.default_rng(0).integers(24, size=(11, 2, 9))
+    write_older(tmp_path / "old", codes, np.arange(11) % 3)
+    paths = [str(tmp_path / "old")]
+    sent = pickle.dumps(open_older_stores(paths, Session(0, 2, torch.device("cpu"))))
+    assert len(sent) < 2000
+    monkeypatch.setattr(opening, "open_older_codes", None)
+    store = open_codes(*paths, opened=pickle.loads(sent))
+    assert store.labels.tolist() == [row % 3 for row in range(11)]
+    assert np.array_equal(store.codes[np.array([10]), 1], codes[[10], 1])
 
 
 @pytest.mark.parametrize("count", [1, 2, 11])

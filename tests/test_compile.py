@@ -11,11 +11,11 @@ import torch.distributed as dist
 from torch._dynamo.testing import CompileCounter
 
 from autoregressive.models import gpt
+from autoregressive.models.captured import BUCKET, CapturedSteps, compile_decoding
 from autoregressive.models.cluster_loss import fused_head_loss
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import GPT
-from autoregressive.models.recorded import BUCKET, RecordedSteps, compile_decoding
 from autoregressive.models.sampler import Sampler
 from autoregressive.runtime.compute import BlockCompiler, autocast, set_up_compiler, set_up_gpu
 from autoregressive.runtime.distributed import Session
@@ -135,8 +135,8 @@ def test_every_bucket_of_24_by_24_tokens_has_its_compiled_step():
     compiled = compile_decoding(copy.deepcopy(model), backend=counter)
     num_tokens = model.config.num_tokens
     labels, uniforms = torch.tensor([0, 4]), torch.rand(2, num_tokens, dtype=torch.float64)
-    found = generate(compiled, labels, uniforms, Sampler(2.0), RecordedSteps(compiled))
-    assert torch.equal(found, generate(model, labels, uniforms, Sampler(2.0), RecordedSteps(model)))
+    found = generate(compiled, labels, uniforms, Sampler(2.0), CapturedSteps(compiled))
+    assert torch.equal(found, generate(model, labels, uniforms, Sampler(2.0), CapturedSteps(model)))
     assert counter.frame_count == num_tokens // BUCKET == 9
 
 

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from autoregressive.models import recorded
+from autoregressive.models import captured
 from autoregressive.models.cache import DecodePosition
+from autoregressive.models.captured import CapturedSteps, compile_decoding
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import GPT
 from autoregressive.models.packed import can_pack, pack_linears
 from autoregressive.models.random_numbers import random_numbers
-from autoregressive.models.recorded import RecordedSteps, compile_decoding
-from autoregressive.models.sampler import Sampler, add_sampler_args, draw, filter_logits, guide, probabilities
+from autoregressive.models.sampler import Sampler, add_sampler_args, filter_logits, guide, invert_cdf, probabilities
 from autoregressive.runtime.entry import Parser
 from autoregressive.sample.labels import labels_in_turn
 
@@ -60,7 +60,7 @@ def test_the_most_likely_token_stays_at_any_top_p():
 def test_draws_invert_the_cumulative_distribution():
     distribution = torch.tensor([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]]).expand(6, -1)
     uniforms = torch.tensor([0.0, 0.2499, 0.25, 0.7499, 0.75, 1 - 2 ** -53], dtype=torch.float64)
-    assert draw(distribution, uniforms).tolist() == [1, 1, 3, 3, 4, 4]
+    assert invert_cdf(distribution, uniforms).tolist() == [1, 1, 3, 3, 4, 4]
 
 
 def test_draws_never_hit_a_token_of_probability_zero():
@@ -69,7 +69,7 @@ def test_draws_never_hit_a_token_of_probability_zero():
     distribution[:, 7] += 1e-30                                              # a denormal chance is a chance
     uniforms = torch.rand(300, dtype=torch.float64)
     uniforms[:100], uniforms[100:200] = 0.0, 1 - 2 ** -53
-    assert (distribution[torch.arange(300), draw(distribution, uniforms)] > 0).all()
+    assert (distribution[torch.arange(300), invert_cdf(distribution, uniforms)] > 0).all()
 
 
 def test_guidance_equals_the_equation():
@@ -90,7 +90,7 @@ def test_cached_generation_equals_generation_by_full_forward(model, scale, inter
             if scale > 1 and (interval < 0 or position <= interval + 1):
                 null = model(expected, torch.full_like(labels, 4))[:, -1]
                 logits = null + (logits - null) * scale
-        chosen = draw(probabilities(logits, sampler), uniforms[:, position])
+        chosen = invert_cdf(probabilities(logits, sampler), uniforms[:, position])
         expected = torch.cat([expected, chosen[:, None]], dim=1)
     assert torch.equal(generate(model, labels, uniforms, sampler), expected)
 
@@ -181,25 +181,25 @@ class ReplayedFunction:
 
 
 @pytest.mark.parametrize("scale, interval", [(1.0, -1), (2.0, -1), (2.0, 3)])
-def test_recorded_steps_draw_the_tokens_of_eager_ones(model, monkeypatch, scale, interval):
-    monkeypatch.setattr(recorded, "BUCKET", 4)
+def test_captured_steps_sample_the_tokens_of_eager_ones(model, monkeypatch, scale, interval):
+    monkeypatch.setattr(captured, "BUCKET", 4)
     sampler = Sampler(scale, interval, temperature=0.9, top_k=15)
-    steps = RecordedSteps(model, ReplayedFunction)
+    steps = CapturedSteps(model, ReplayedFunction)
     for seed in range(4):                           # later batches find the tensors as an earlier one left them
         labels, uniforms = (torch.from_numpy(array) for array in random_numbers(seed, range(30), 4, 9))
         expected = generate(model, labels, uniforms, sampler)
         assert torch.equal(generate(model, labels, uniforms, sampler, steps), expected)
 
 
-def test_a_step_is_recorded_once_for_every_bucket_batch_size_and_way_of_drawing(model, monkeypatch):
-    monkeypatch.setattr(recorded, "BUCKET", 4)
+def test_a_step_is_captured_once_for_every_bucket_batch_size_and_way_of_sampling(model, monkeypatch):
+    monkeypatch.setattr(captured, "BUCKET", 4)
     graphs = []
 
-    def record(function):
+    def capture(function):
         graphs.append(ReplayedFunction(function))
         return graphs[-1]
 
-    steps = RecordedSteps(model, record)
+    steps = CapturedSteps(model, capture)
     cases = [(3, Sampler(2.0, 3)), (3, Sampler(2.0, 3)), (2, Sampler(2.0, 3)), (3, Sampler(3.0))]
     kept = []
     for batch_size, sampler in cases:
@@ -207,30 +207,30 @@ def test_a_step_is_recorded_once_for_every_bucket_batch_size_and_way_of_drawing(
         kept.append((generate(model, labels, uniforms, sampler, steps), generate(model, labels, uniforms, sampler)))
     # Positions 1 to 3, 4 to 7, 8; an interval of 3 ends after position 4, within the second bucket.
     assert len(graphs) == 2 * 4 + 3
-    # Of a batch's 8 steps the first of each graph runs while it is recorded.
+    # Of a batch's 8 steps the first of each graph runs while it is captured.
     assert sum(graph.count for graph in graphs) == 4 * 8 - len(graphs)
     # No later batch has overwritten what an earlier one returned.
     assert all(torch.equal(found, expected) for found, expected in kept)
 
 
 def test_what_an_earlier_batch_left_in_the_cache_reaches_no_later_one(model):
-    steps = RecordedSteps(model)
+    steps = CapturedSteps(model)
     labels, uniforms = (torch.from_numpy(array) for array in random_numbers(0, range(3), 4, 9))
     expected = generate(model, labels, uniforms, Sampler(2.0))
-    for values in steps.drawing(3, Sampler(2.0)).cache.values:
+    for values in steps.state_for(3, Sampler(2.0)).cache.values:
         values.fill_(torch.nan)
     assert torch.equal(generate(model, labels, uniforms, Sampler(2.0), steps), expected)
 
 
-def test_recorded_steps_keep_the_tensors_of_one_batch_size(model):
-    steps = RecordedSteps(model)
-    drawings = weakref.WeakSet()
+def test_captured_steps_keep_the_tensors_of_one_batch_size(model):
+    steps = CapturedSteps(model)
+    states = weakref.WeakSet()
     for batch_size in (3, 2, 4):
         labels, uniforms = (torch.from_numpy(array) for array in random_numbers(0, range(batch_size), 4, 9))
         generate(model, labels, uniforms, Sampler(2.0), steps)
-        drawings.add(steps.drawing(batch_size, Sampler(2.0)))
+        states.add(steps.state_for(batch_size, Sampler(2.0)))
     gc.collect()
-    assert len(drawings) == 1
+    assert len(states) == 1
 
 
 @pytest.fixture

@@ -207,7 +207,7 @@ def test_help_is_printed(script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_flag_is_part_of_the_identity_unless_it_is_declared_free(script):
+def test_every_flag_is_part_of_the_identity_unless_it_may_vary(script):
     actions = [action for action in parser_of(script)._actions if action.dest != "help"]
     words = [word for action in actions if action.required for word in [*action.option_strings[:1], "x"]]
     flags = parser_of(script).parse_args(words)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from autoregressive.runtime import speed
 from autoregressive.runtime.distributed import Session, open_session, seed_everything
 from autoregressive.runtime.entry import (
     Parser,
@@ -22,11 +23,11 @@ from autoregressive.runtime.entry import (
     at_least,
     checks,
     finite,
-    free,
+    fraction,
+    fraction_above_0,
+    fraction_up_to_1,
+    may_vary,
     seed_number,
-    share,
-    share_above_0,
-    share_up_to_1,
 )
 from autoregressive.runtime.files import (
     atomic_write,
@@ -260,8 +261,8 @@ def test_unknown_flags_and_values_are_one_line_and_exit_code_2(words, capsys):
 NOT_FINITE = ("nan", "inf", "-inf", "NaN", "infinity", "1e999")
 
 
-@pytest.mark.parametrize("kind", [at_least(0), at_least(0.0), at_least(-1.0), above(0.0), above(-1.0), finite, share,
-                                  share_above_0, share_up_to_1, seed_number])
+@pytest.mark.parametrize("kind", [at_least(0), at_least(0.0), at_least(-1.0), above(0.0), above(-1.0), finite, fraction,
+                                  fraction_above_0, fraction_up_to_1, seed_number])
 @pytest.mark.parametrize("text", NOT_FINITE)
 def test_numbers_that_are_not_finite_are_one_line_and_exit_code_2(kind, text, capsys):
     parser = Parser("test")
@@ -275,8 +276,8 @@ def test_numbers_that_are_not_finite_are_one_line_and_exit_code_2(kind, text, ca
 
 @pytest.mark.parametrize("kind, accepted, refused", [
     (at_least(1), "1 2", "0 -3 1.5 x"), (at_least(0.5), "0.5 1 1e9", "0.49 x"), (above(0.0), "1e-300 3", "0 -1"),
-    (finite, "-1.5 0 1e300", "x"), (share, "0 0.999", "-0.1 1"), (share_above_0, "0.001 1", "0 1.001"),
-    (share_up_to_1, "0 1", "-0.001 1.001"), (seed_number, f"0 {2**64 - 1}", f"-1 {2**64} 0.5")])
+    (finite, "-1.5 0 1e300", "x"), (fraction, "0 0.999", "-0.1 1"), (fraction_above_0, "0.001 1", "0 1.001"),
+    (fraction_up_to_1, "0 1", "-0.001 1.001"), (seed_number, f"0 {2**64 - 1}", f"-1 {2**64} 0.5")])
 def test_numbers_are_accepted_in_their_range_alone(kind, accepted, refused):
     assert [kind(text) for text in accepted.split()] == [float(text) if "e" in text or "." in text else int(text)
                                                          for text in accepted.split()]
@@ -314,10 +315,10 @@ def test_preset_that_contradicts_the_file_is_refused_unless_the_flag_is_given():
     assert settled("--top-k", "0", **both)[:2] == [0, 4]         # the default, but given
 
 
-def test_identity_holds_every_flag_that_is_not_declared_free():
+def test_identity_holds_every_flag_that_may_not_vary():
     parser = Parser("test")
     parser.add_argument("--lr", type=float, default=0.1)
-    free(parser.add_argument("--log-every", type=int, default=100))
+    may_vary(parser.add_argument("--log-every", type=int, default=100))
     flags = parser.parse_args(["--log-every", "7"])
     assert flags.identity() == {"lr": 0.1, "global_seed": 0}
     assert flags.plain() == flags.identity() | {"log_every": 7, "device": "auto", "debug": False}
@@ -340,10 +341,24 @@ def test_reading_ahead_leaves_the_global_random_numbers_alone(workers):
 
 
 @pytest.mark.parametrize("count, world_size", [(7, 3), (2, 3), (9, 1)])
-def test_shares_of_processes_cover_everything_once(count, world_size):
-    shares = [Session(rank, world_size, torch.device("cpu")).share_of(count) for rank in range(world_size)]
-    assert [row for share in shares for row in share] == list(range(count))
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+def test_parts_of_processes_cover_everything_once(count, world_size):
+    parts = [Session(rank, world_size, torch.device("cpu")).part_of(count) for rank in range(world_size)]
+    assert [row for part in parts for row in part] == list(range(count))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_speed_leaves_out_what_it_is_paused_for(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: now)
+    speedometer = speed.Speedometer(torch.device("cpu"), 1, tokens=4)
+    speedometer.add(6)
+    now = 2.0
+    with speedometer.paused():
+        now = 100.0
+    speedometer.add(6)
+    now = 102.0
+    rates = speedometer.read()
+    assert rates["images_per_second"] == 3 and rates["tokens_per_second"] == 12
 
 
 def test_seeds_of_ranks_differ_and_repeat():

@@ -70,7 +70,7 @@ def take_step(module, optimizer, step, session):
     torch.manual_seed(100 + step)
     tokens = torch.randint(65, (12, 9))
     labels = torch.randint(5, (12,))
-    part = list(session.share_of(12))
+    part = list(session.part_of(12))
     logits = module(tokens[part, :-1], labels[part])
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[part].flatten())
     optimizer.backward(loss)

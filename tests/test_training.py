@@ -191,7 +191,7 @@ def test_another_number_of_processes_continues_by_sample_position(folder, tmp_pa
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_damaged_newest_checkpoint_is_passed_over_aloud(folder, tmp_path):
+def test_damaged_newest_checkpoint_is_skipped_with_a_warning(folder, tmp_path):
     train(folder, tmp_path / "straight")
     shutil.copytree(tmp_path / "straight", tmp_path / "damaged")
     run, = (tmp_path / "damaged").iterdir()

@@ -109,7 +109,7 @@ def trained_step(fixture):
     quantizer = Quantizer(expected["n_e"], expected["e_dim"])
     quantizer.embedding.weight.data.copy_(expected["embedding"])
     z_q, losses, codes = quantizer(expected["z"], expected["entropy_loss_ratio"])
-    quantizer.record_usage(codes)
+    quantizer.remember_usage(codes)
     return expected, quantizer, z_q, losses, codes
 
 
@@ -169,9 +169,9 @@ def test_entropy_loss_in_chunks_equals_the_plain_form(monkeypatch):
 
 def test_usage_memory_keeps_the_newest_indices_whatever_their_number():
     quantizer = Quantizer(100, 2)
-    quantizer.record_usage(torch.tensor([[5, 6], [7, 8]]))
+    quantizer.remember_usage(torch.tensor([[5, 6], [7, 8]]))
     assert quantizer.codebook_used[-5:].tolist() == [0, 5, 6, 7, 8]
-    quantizer.record_usage(torch.arange(70000) % 90)
+    quantizer.remember_usage(torch.arange(70000) % 90)
     assert quantizer.codebook_used.tolist() == [index % 90 for index in range(70000 - 65536, 70000)]
     assert len(quantizer.codebook_used.unique()) == 90
 

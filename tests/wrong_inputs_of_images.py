@@ -130,7 +130,7 @@ WRONG_INPUTS: dict[str, list[Row]] = {
          "samples.npz: expected pictures of 13 x 13 pixels"),
         ("--image-size", "--classifier good/classifier.pt --image-size 12",
          "--image-size: expected 16"),
-        ("--max-failures", "--max-failures 2", "--max-failures: expected a share"),
+        ("--max-failures", "--max-failures 2", "--max-failures: expected a fraction"),
     ],
     "classifier": [
         ("--val-path", "--val-path good/pictures --dataset imagenet --data-path bad/strange",

@@ -37,7 +37,7 @@ WRONG_INPUTS: dict[str, list[Row]] = {
          "quantize.embedding.weight expected (128, 8), got (64, 8)"),
         ("store in the way", "--code-path good/codes --image-size 20",
          "expected a store with image_size 20, found one with 16"),
-        ("--max-failures", "--max-failures 2", "--max-failures: expected a share"),
+        ("--max-failures", "--max-failures 2", "--max-failures: expected a fraction"),
     ],
     "check": [
         ("--data-path", "--data-path train", "--data-path"),
@@ -162,7 +162,7 @@ WRONG_INPUTS: dict[str, list[Row]] = {
         ("--output", "--output good/codes",
          "codes: expected the name of a file to write, found a folder"),
         ("--smallest-crop", "--smallest-crop nan", "--smallest-crop"),
-        ("--smallest-crop", "--smallest-crop 1.5", "--smallest-crop: expected a share"),
+        ("--smallest-crop", "--smallest-crop 1.5", "--smallest-crop: expected a fraction"),
         ("--disc-weight", "--disc-weight 1", "--disc-weight"),
         ("--entropy-ratio", "--entropy-ratio inf", "--entropy-ratio"),
         ("--codebook-embed-dim", "--codebook-embed-dim 0", "--codebook-embed-dim"),
@@ -185,7 +185,7 @@ WRONG_INPUTS: dict[str, list[Row]] = {
          "expected 1 to 2147483648, got 1000000000000000000 x 8"),
         ("--codebook-size", "--codebook-size 0", "--codebook-size: expected at least 1"),
         ("--max-failures", "--max-failures nan",
-         "--max-failures: expected a share, 0 to 1, got nan"),
+         "--max-failures: expected a fraction, 0 to 1, got nan"),
     ],
     "validate": [
         ("VGG file", "--vgg-path good/vq.pt --lpips-path good/vq.pt", "vq.pt"),

@@ -2,10 +2,11 @@
 
 Letters: V codes of E dimensions, K clusters of S = V / K codes, R some of the codes.
 
-At temperature T code x belongs to cluster k with the share
-softmax_k((price_k - |x - center_k|^2) / T). Prices are held where every cluster has a soft size of
-about S, centers move to the means of their shares, and T falls until nearly every share is 0 or 1.
-Hot rounds see the coarse structure only, so poor local minima are avoided.
+At temperature T code x belongs to cluster k with the weight
+softmax_k((price_k - |x - centre_k|^2) / T): a soft assignment. Its sum over the codes is the soft
+size of the cluster, which the prices hold near S. Centres move to the weighted means, and T falls
+until nearly every weight is 0 or 1. Hot rounds see the coarse structure only, so poor local minima
+are avoided.
 """
 
 from collections.abc import Callable
@@ -15,79 +16,90 @@ import torch
 
 START_TEMPERATURE = 0.4         # of the critical one
 COOLING = 0.998                 # of the temperature in every round
-SHARPNESS = 0.8                 # mean share of the nearest cluster at which annealing ends
-LAST_TEMPERATURE = 1e-3         # of the first; equal codes keep shares from ever being sharp
-OVER_RELAXATION = 1.5           # centers pass their means: near a split the plain move is slow
-BALANCE = 0.4                   # largest relative error of a soft size at which centers may move
-MAX_BALANCING = 6               # rounds between two moves of the centers
-BLOCK_ROWS = 1024               # codes computed together: their shares stay in the CPU's cache
+SHARPNESS = 0.8                 # mean largest weight of a code at which annealing ends
+LAST_TEMPERATURE = 1e-3         # of the first; equal codes keep weights from ever being sharp
+OVER_RELAXATION = 1.5           # centres pass their means: near a split the plain move is slow
+BALANCE = 0.4                   # largest relative error of a soft size at which centres may move
+MAX_BALANCING = 6               # rounds between two moves of the centres
+BLOCK_ROWS = 1024               # codes computed together: their weights stay in the CPU's cache
 DAMPING = 0.2                   # added to the Hessian's diagonal, in units of S
 MAX_PRICE_STEP = 2.0            # in units of the temperature
 
 
 def anneal(codes: np.ndarray, start: np.ndarray,
            on_round: Callable[[], object] = lambda: None) -> tuple[np.ndarray, np.ndarray]:
-    """Finds centers, and the prices that balance them, by deterministic annealing.
+    """Finds centres, and the prices that balance them, by deterministic annealing.
 
     Args:
         codes: (V, E) float32.
-        start: (K,) int64, the codes that are the first centers; K divides V.
+        start: (K,) int64, the codes that are the first centres; K divides V.
         on_round: called after every round.
 
     Returns:
-        centers (K, E) float64 and prices (K,) float64.
+        centres (K, E) float64 and prices (K,) float64.
     """
     size = len(codes) / len(start)
-    centers = codes[start].astype(np.float64)                                       # (K, E)
+    centres = codes[start].astype(np.float64)                                       # (K, E)
     prices = np.zeros(len(start))                                                   # (K,)
     temperature = START_TEMPERATURE * critical_temperature(codes)
     last_temperature = LAST_TEMPERATURE * temperature
     blocks = _blocks(codes)
     num_rounds = 0
-    balancing = 0                                   # rounds since the centers moved
+    rounds_at_rest = 0                              # since the centres moved
     while temperature > last_temperature:
-        # The soft sizes of the clusters and the sums of their shares, at the present prices.
-        slopes = np.vstack([2 * centers.T, prices - (centers ** 2).sum(axis=1)]) / temperature
-        slopes = slopes.astype(np.float32)                                          # (E+1, K)
-        sums = np.zeros(1)
+        # Assign all codes softly. A column of ones beside the codes sums up the weights alone, so
+        # one product gives the sum of every cluster's codes and, in its last column, its size.
+        slopes = np.vstack([2 * centres.T, prices - (centres ** 2).sum(axis=1)])    # (E+1, K)
+        slopes = (slopes / temperature).astype(np.float32)
+        sums = np.zeros((len(start), codes.shape[1] + 1))                           # (K, E+1)
         for block in blocks:
-            sums = sums + soft_shares(block, slopes).T @ block                      # (K, E+1)
+            sums += soft_assignment(block, slopes).T @ block
         soft_sizes = sums[:, -1]                                                    # (K,)
 
-        # Prices move towards equal soft sizes; one block of the codes stands for all of them.
-        sample = soft_shares(blocks[num_rounds % len(blocks)], slopes)              # (R, K)
-        prices += temperature * _price_step(sample, soft_sizes, size)
-        prices -= prices.mean()
+        # Move the prices towards equal sizes. One block of the codes, another in each round, is
+        # enough for the direction of the step.
+        block = blocks[num_rounds % len(blocks)]
+        weights = soft_assignment(block, slopes)                                    # (R, K)
+        prices += temperature * _price_step(weights, soft_sizes, size)
+        prices -= prices.mean()                     # only their differences count
         num_rounds += 1
-        balancing += 1
+        rounds_at_rest += 1
         on_round()
 
-        # Once the sizes are about equal, the centers move and the temperature falls.
-        is_unbalanced = np.abs(soft_sizes / size - 1).max() > BALANCE
-        if is_unbalanced and balancing < MAX_BALANCING:
+        # The centres wait until the sizes are about equal, but not for ever.
+        is_balanced = np.abs(soft_sizes / size - 1).max() <= BALANCE
+        if not is_balanced and rounds_at_rest < MAX_BALANCING:
             continue
+
+        # Then they move, and it gets cooler, by as much as in all the rounds that this took.
         means = sums[:, :-1] / np.maximum(soft_sizes, 1e-3)[:, None]                # (K, E)
-        centers += OVER_RELAXATION * (means - centers)
-        temperature = COOLING ** balancing * temperature
-        balancing = 0
-        if sample.max(axis=1).mean() > SHARPNESS:
+        centres += OVER_RELAXATION * (means - centres)
+        temperature = COOLING ** rounds_at_rest * temperature
+        rounds_at_rest = 0
+        is_sharp = weights.max(axis=1).mean() > SHARPNESS
+        if is_sharp:
             break
-    return centers, prices
+    return centres, prices
 
 
 def _blocks(codes: np.ndarray) -> list[np.ndarray]:
     """Deals the codes out to blocks (R, E+1) of at most BLOCK_ROWS, with a last column of ones.
 
-    The shares' product with a block sums the shares in that column, next to the codes.
+    So a product with the weights of a soft assignment sums the weights next to the codes.
     """
     with_ones = np.concatenate([codes, np.ones((len(codes), 1), np.float32)], axis=1)   # (V, E+1)
     num_blocks = -(-len(codes) // BLOCK_ROWS)
     return [np.ascontiguousarray(with_ones[first::num_blocks]) for first in range(num_blocks)]
 
 
-def soft_shares(rows: np.ndarray, slopes: np.ndarray) -> np.ndarray:
-    """Returns softmax(rows @ slopes), (R, K) float32, of rows (R, E+1) and slopes (E+1, K)."""
-    logits = torch.from_numpy(rows @ slopes)
+def soft_assignment(block: np.ndarray, slopes: np.ndarray) -> np.ndarray:
+    """Returns the weights softmax(block @ slopes), (R, K) float32.
+
+    Args:
+        block: (R, E+1) float32, of _blocks.
+        slopes: (E+1, K) float32, 2 centre_k / T above (price_k - |centre_k|^2) / T.
+    """
+    logits = torch.from_numpy(block @ slopes)
     # torch's softmax is several times faster than NumPy's exp.
     return torch.softmax(logits, 1, out=logits).numpy()
 
@@ -95,7 +107,7 @@ def soft_shares(rows: np.ndarray, slopes: np.ndarray) -> np.ndarray:
 def critical_temperature(codes: np.ndarray) -> float:
     """Returns twice the largest variance of the codes in any direction, 0 when they are all equal.
 
-    Above this temperature the state with all centers at the mean is stable, so annealing has
+    Above this temperature the state with all centres at the mean is stable, so annealing has
     nothing to find there.
     """
     deviations = codes.astype(np.float64) - codes.mean(axis=0, dtype=np.float64)
@@ -104,15 +116,17 @@ def critical_temperature(codes: np.ndarray) -> float:
     return critical if is_more_than_rounding else 0.0
 
 
-def _price_step(sample: np.ndarray, soft_sizes: np.ndarray, size: float) -> np.ndarray:
+def _price_step(weights: np.ndarray, soft_sizes: np.ndarray, size: float) -> np.ndarray:
     """Returns a Newton step of the prices to equal soft sizes, (K,) in units of the temperature.
 
     Args:
-        sample: (R, K) shares of some of the codes, for the Hessian.
+        weights: (R, K), soft assignment of some of the codes, for the Hessian.
         soft_sizes: (K,) of all codes.
         size: S, the size that every cluster is to have.
     """
-    overlap = (sample.T @ sample).astype(np.float64) * (soft_sizes.sum() / len(sample))  # (K, K)
+    # How much weight two clusters have in the same codes, scaled from these codes to all of them.
+    overlap = (weights.T @ weights).astype(np.float64)                              # (K, K)
+    overlap *= soft_sizes.sum() / len(weights)
     np.fill_diagonal(overlap, 0)
     hessian = np.diag(overlap.sum(axis=1) + DAMPING * size) - overlap
     step = np.linalg.solve(hessian, size - soft_sizes)

@@ -1,4 +1,4 @@
-"""The exact steps of balanced clustering: the best assignment to given centers, the best swaps.
+"""The exact steps of balanced clustering: the best assignment to given centres, the best swaps.
 
 Letters: V codes of E dimensions belong to K clusters of exactly S = V / K.
 
@@ -13,12 +13,12 @@ TOLERANCE = 1e-10       # of the largest cost: smaller differences of float64 su
 LOOK_EVERY = 4          # steps between two searches for cycles: these are short, so they show early
 
 
-def distance_costs(codes: np.ndarray, centers: np.ndarray) -> np.ndarray:
-    """Returns the squared distances (V, K) of codes (V, E) to centers (K, E), both float64.
+def distance_costs(codes: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    """Returns the squared distances (V, K) of codes (V, E) to centres (K, E), both float64.
 
     They lack the |code|^2, which no assignment changes.
     """
-    return (centers ** 2).sum(axis=1) - 2 * (codes @ centers.T)
+    return (centres ** 2).sum(axis=1) - 2 * (codes @ centres.T)
 
 
 def fill_clusters(costs: np.ndarray) -> np.ndarray:
@@ -144,10 +144,14 @@ def assign_exactly(costs: np.ndarray, assignment: np.ndarray) -> np.ndarray:
     members = list_members(assignment, num_clusters)
     weights, slots = move_weights(costs, members, np.arange(num_clusters))
     while cycles := find_negative_cycles(weights, tolerance):
-        for cycle in cycles:        # they are disjoint: a cluster gives one code and gets one
-            target = np.roll(cycle, -1)
-            source_slots = slots[cycle, target]
-            members[target, np.roll(source_slots, -1)] = members[cycle, source_slots]
+        for cycle in cycles:
+            # Each cluster of a cycle gives its cheapest code to the next one. The code that comes
+            # takes the slot of the one that leaves.
+            receivers = np.roll(cycle, -1)
+            left_slots = slots[cycle, receivers]                # in the cluster that gives
+            free_slots = np.roll(left_slots, -1)                # in the cluster that receives
+            members[receivers, free_slots] = members[cycle, left_slots]
+        # Cycles are disjoint, so that each cluster has changed once; all others are as they were.
         changed = np.concatenate(cycles)
         weights[changed], slots[changed] = move_weights(costs, members, changed)
     return _assignment_of(members)
@@ -174,9 +178,10 @@ def swap_changes(first: np.ndarray, second: np.ndarray) -> np.ndarray:
         second: (S, E) float64, all codes of another.
     """
     size = len(first)
-    step = first.mean(axis=0) - second.mean(axis=0)
-    leave = 2 * (first @ step) - 2 * (first ** 2).sum(axis=1) / size                # (S,)
-    enter = -2 * (second @ step) - 2 * (second ** 2).sum(axis=1) / size             # (S,)
+    gap = first.mean(axis=0) - second.mean(axis=0)                                  # c_a - c_b
+    # Multiplied out, the change has a term of first[i], one of second[j], and one of both.
+    leave = 2 * (first @ gap) - 2 * (first ** 2).sum(axis=1) / size                 # (S,)
+    enter = -2 * (second @ gap) - 2 * (second ** 2).sum(axis=1) / size              # (S,)
     return leave[:, None] + enter + 4 / size * (first @ second.T)
 
 
@@ -186,10 +191,10 @@ def swap_candidates(codes: np.ndarray, members: np.ndarray, tolerance: float) ->
     The bound on what a swap changes misses none of those that do.
     """
     num_clusters, size = members.shape
-    centers = codes[members].mean(axis=1)                                           # (K, E)
-    radii = np.linalg.norm(codes[members] - centers[:, None], axis=2).max(axis=1)   # (K,)
-    gaps = np.linalg.norm(centers[:, None] - centers, axis=2)                       # (K, K)
-    costs = distance_costs(codes, centers)
+    centres = codes[members].mean(axis=1)                                           # (K, E)
+    radii = np.linalg.norm(codes[members] - centres[:, None], axis=2).max(axis=1)   # (K,)
+    gaps = np.linalg.norm(centres[:, None] - centres, axis=2)                       # (K, K)
+    costs = distance_costs(codes, centres)
     weights, _ = move_weights(costs, members, np.arange(num_clusters))              # (K, K)
     bound = weights + weights.T - 2 * (radii[:, None] + radii + gaps) ** 2 / size
     return np.argwhere(np.triu(bound < -tolerance, k=1))
@@ -212,8 +217,12 @@ def swap_codes(codes: np.ndarray, assignment: np.ndarray,
     tolerance = TOLERANCE * (codes ** 2).sum(axis=1).max()
     num_swaps = 0
     for a, b in swap_candidates(codes, members, tolerance):
-        while (changes := swap_changes(codes[members[a]], codes[members[b]])).min() < -tolerance:
+        while True:
+            changes = swap_changes(codes[members[a]], codes[members[b]])            # (S, S)
+            improves = changes.min() < -tolerance
+            if not improves:
+                break
             i, j = np.unravel_index(changes.argmin(), changes.shape)
-            members[a, i], members[b, j] = members[b, j], members[a, i]     # the swap itself
+            members[a, i], members[b, j] = members[b, j], members[a, i]
             num_swaps += 1
     return _assignment_of(members), num_swaps

@@ -52,7 +52,7 @@ class Clustering:
     num_swaps: int = 0
 
 
-def normalize_codes(codebook: torch.Tensor) -> np.ndarray:
+def normalise_codes(codebook: torch.Tensor) -> np.ndarray:
     """Returns the codes divided by their lengths, (V, E) float32 array; zero rows stay zero.
 
     Args:
@@ -82,7 +82,7 @@ def cluster_random(codes: np.ndarray, num_clusters: int, seed: int) -> Clusterin
     """Deals the codes out at random: balanced clusters without structure, to compare others with.
 
     Args:
-        codes: (V, E) float32, normalized.
+        codes: (V, E) float32, normalised.
         num_clusters: K, which divides V.
         seed: of the permutation whose first V / K codes are the first cluster, and so on.
     """
@@ -99,32 +99,32 @@ def cluster_greedy(codes: np.ndarray, start: np.ndarray, keep_best: bool = False
                    on_round: Callable[[], object] = lambda: None) -> Clustering:
     """Clusters by Algorithm 1 of the paper.
 
-    Each round visits the codes in ascending distance to their nearest center and gives each to its
+    Each round visits the codes in ascending distance to their nearest centre and gives each to its
     nearest cluster with room; ties go to the lower code and the lower cluster. It ends when old and
-    new centers agree or after 100 rounds.
+    new centres agree or after 100 rounds.
 
     Args:
-        codes: (V, E) float32, normalized.
-        start: (K,) int64, the codes that are the first centers; K divides V.
+        codes: (V, E) float32, normalised.
+        start: (K,) int64, the codes that are the first centres; K divides V.
         keep_best: whether to return the round of least SSE; the last one, as published, otherwise.
         on_round: called after every round.
     """
     num_clusters = len(start)
     codes = codes.astype(np.float64)
-    centers = codes[start]
+    centres = codes[start]
     assignments = []
     trace = []
     with threadpool_limits(1):
         for _ in range(GREEDY_ROUNDS):
-            costs = distance_costs(codes, centers)
+            costs = distance_costs(codes, centres)
             distances = costs.min(axis=1) + (codes ** 2).sum(axis=1)    # costs lack the |code|^2
             assignment = fill_in_order(costs, np.argsort(distances, kind="stable"))
             assignments.append(assignment)
             trace.append(balanced_sse(codes, assignment, num_clusters))
-            old_centers = centers
-            centers = cluster_means(codes, assignment, num_clusters)
+            old_centres = centres
+            centres = cluster_means(codes, assignment, num_clusters)
             on_round()
-            if np.allclose(centers, old_centers):
+            if np.allclose(centres, old_centres):
                 break
     chosen = trace.index(min(trace)) if keep_best else -1
     return Clustering(assignments[chosen], trace[chosen], trace)
@@ -135,8 +135,8 @@ def cluster_optimal(codes: np.ndarray, start: np.ndarray,
     """Clusters by annealing, exact assignments and swaps; the result satisfies `certify`.
 
     Args:
-        codes: (V, E) float32, normalized.
-        start: (K,) int64, the codes that are the first centers; K divides V.
+        codes: (V, E) float32, normalised.
+        start: (K,) int64, the codes that are the first centres; K divides V.
         on_round: called after every round.
     """
     num_clusters = len(start)
@@ -144,24 +144,24 @@ def cluster_optimal(codes: np.ndarray, start: np.ndarray,
         assignment = np.arange(len(codes)) * num_clusters // len(codes)
         return Clustering(assignment, balanced_sse(codes, assignment, num_clusters))
     with threadpool_limits(1):
-        centers, prices = anneal(codes, start, on_round)
+        centres, prices = anneal(codes, start, on_round)
         codes = codes.astype(np.float64)
-        assignment = fill_clusters(distance_costs(codes, centers) - prices)
+        assignment = fill_clusters(distance_costs(codes, centres) - prices)
         trace = []
         total_swaps = 0
         while True:
-            assignment = assign_exactly(distance_costs(codes, centers), assignment)
+            assignment = assign_exactly(distance_costs(codes, centres), assignment)
             trace.append(balanced_sse(codes, assignment, num_clusters))
-            old_centers = centers
-            centers = cluster_means(codes, assignment, num_clusters)
+            old_centres = centres
+            centres = cluster_means(codes, assignment, num_clusters)
             on_round()
-            if not np.array_equal(centers, old_centers):
+            if not np.array_equal(centres, old_centres):
                 continue                        # every round lowers the SSE, so this ends
             assignment, num_swaps = swap_codes(codes, assignment, num_clusters)
             if num_swaps == 0:
                 return Clustering(assignment, trace[-1], trace, total_swaps)
             total_swaps += num_swaps
-            centers = cluster_means(codes, assignment, num_clusters)
+            centres = cluster_means(codes, assignment, num_clusters)
 
 
 def _is_trivial(codes: np.ndarray, num_clusters: int) -> bool:
@@ -173,7 +173,7 @@ def certify(codes: np.ndarray, assignment: np.ndarray, num_clusters: int) -> dic
     """Checks what `cluster_optimal` promises of its result.
 
     Args:
-        codes: (V, E) float32, normalized.
+        codes: (V, E) float32, normalised.
         assignment: (V,) int64.
         num_clusters: K.
 
@@ -201,10 +201,10 @@ def order_clusters(codes: np.ndarray, assignment: np.ndarray, num_clusters: int)
 
     The member nearest the mean stands at position (S-1)//2, its nearest neighbour right of it; then
     in turn, the left end first, each end takes the unplaced code nearest to its outermost code.
-    Distances are Euclidean between normalized codes; ties go to the lowest code.
+    Distances are Euclidean between normalised codes; ties go to the lowest code.
 
     Args:
-        codes: (V, E) float32, normalized.
+        codes: (V, E) float32, normalised.
         assignment: (V,) int64, balanced.
         num_clusters: K.
 

@@ -11,12 +11,12 @@ MOST_CODES = 512        # a side of the picture; larger codebooks are thinned ou
 NUM_GAPS = 40           # points of a curve
 
 
-def draw_codebooks(path: Path, codes: np.ndarray, order: np.ndarray) -> None:
-    """Draws the distances between codes, before and after, and how they grow with the index.
+def plot_codebooks(path: Path, codes: np.ndarray, order: np.ndarray) -> None:
+    """Plots the distances between codes, before and after, and how they grow with the index.
 
     Args:
         path: of the PNG.
-        codes: (V, E) float32, normalized.
+        codes: (V, E) float32, normalised.
         order: (V,) int64, the old index of the code at each new index.
     """
     # Imported here: it takes half a second.

@@ -45,7 +45,7 @@ class Outputs:
         yield from dataclasses.astuple(self)
 
 
-def describe(identity: dict[str, Any], codebook: Tensor, mapping: Tensor) -> dict[str, Any]:
+def record_of(identity: dict[str, Any], codebook: Tensor, mapping: Tensor) -> dict[str, Any]:
     """Returns what travels with both files, so that nobody combines those of different runs.
 
     Args:

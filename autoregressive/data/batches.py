@@ -23,18 +23,18 @@ LABEL_DROPOUT = 2
 VAL = 3
 
 
-def split_store(store: CodeStore, share: float, seed: int) -> tuple[CodeStore, CodeStore]:
+def split_store(store: CodeStore, fraction: float, seed: int) -> tuple[CodeStore, CodeStore]:
     """Divides the images of a store at random, always in the same way.
 
     Args:
         store: CodeStore.
-        share: share of the images to validate with, 0 to below 1; above 0, at least one.
+        fraction: of the images to validate with, 0 to below 1; above 0, at least one.
         seed: the run's seed.
 
     Returns:
         the store without these images, and the store of them alone.
     """
-    count = max(1, round(share * len(store.rows))) if share else 0
+    count = max(1, round(fraction * len(store.rows))) if fraction else 0
     order = keyed_random(seed, 0, VAL).permutation(store.rows)
     training = dataclasses.replace(store, rows=np.sort(order[count:]))
     val = dataclasses.replace(store, rows=np.sort(order[:count]))
@@ -98,9 +98,10 @@ class TokenBatches(Dataset):
         Raises:
             ValueError: a code is out of range.
         """
-        epoch, chosen = self.order.rows(*key)
+        step, part = key
+        epoch, chosen = self.order.rows(step, part)
         if epoch != self._epoch:
-            self._draw_crops_and_drops(epoch)
+            self._choose_crops_and_drops(epoch)
         rows = self.store.rows[chosen]
         codes = self.store.codes[rows, self._crops[chosen]]                         # (B, T)
         if codes.max() >= len(self.mapping) or codes.min() < 0:
@@ -110,8 +111,8 @@ class TokenBatches(Dataset):
         labels = np.where(self._drops[chosen], self.num_classes, self.store.labels[rows])
         return torch.from_numpy(self.mapping[codes]), torch.from_numpy(labels)
 
-    def _draw_crops_and_drops(self, epoch: int) -> None:
-        """Draws for every image of an epoch its crop, and whether its label is dropped."""
+    def _choose_crops_and_drops(self, epoch: int) -> None:
+        """Draws a crop of every image of an epoch, and whether its label is dropped."""
         count = len(self.store.rows)
         crops = self.store.crops_to_draw
         places = keyed_random(self.seed, epoch, CROP).integers(len(crops), size=count)

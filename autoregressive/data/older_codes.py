@@ -19,17 +19,26 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from autoregressive.data.arrays import read_integers
-from autoregressive.runtime.log import LOGGER
+from autoregressive.runtime.distributed import Session
+from autoregressive.runtime.log import LOGGER, progress
 
 LONGEST_PADDING = 1024          # images; as many processes as anybody wrote this layout with
 HINT = ("write the older layout again, or extract the codes with "
         "autoregressive/train/extract_codes_c2i.py")
 
 
-def open_older_codes(path: Path) -> tuple[OlderCodes, np.ndarray] | None:
+def open_older_codes(path: Path,
+                     session: Session | None = None) -> tuple[OlderCodes, np.ndarray] | None:
     """Reads the labels, and prepares to read the codes, of the older layout in folder `path`.
+
+    A million images are a million small files of labels, which takes minutes.
+
+    Args:
+        path: the folder that the two folders lie in.
+        session: for a progress bar; None shows none.
 
     Returns:
         the codes, and labels (N,) int64; None if no folder of codes lies there.
@@ -55,8 +64,7 @@ def open_older_codes(path: Path) -> tuple[OlderCodes, np.ndarray] | None:
     if num_labels != count:
         raise ValueError(f"{labels_folder}: expected {count} files as in {codes_folder}, found "
                          f"{num_labels}")
-    labels = np.array([_read_label(labels_folder / f"{row}.npy") for row in range(count)],
-                      np.int64)
+    labels = _read_labels(labels_folder, count, session)
     codes = OlderCodes(codes_folder, count)
     codes.check_sizes()
 
@@ -73,11 +81,19 @@ def open_older_codes(path: Path) -> tuple[OlderCodes, np.ndarray] | None:
     return codes, labels[:num_images]
 
 
-def _read_label(path: Path) -> int:
-    label = read_integers(path, HINT)
-    if label.size != 1:
-        raise ValueError(f"{path}: expected one label, found shape {label.shape}; {HINT}")
-    return label.item()
+def _read_labels(folder: Path, count: int, session: Session | None) -> np.ndarray:
+    """Returns the labels (count,) int64 of a folder with a file for each."""
+    labels = np.empty(count, np.int64)
+    bar = progress(session, count, folder.name, "image") if session else tqdm(disable=True)
+    with bar:
+        for row in range(count):
+            path = folder / f"{row}.npy"
+            label = read_integers(path, HINT)
+            if label.size != 1:
+                raise ValueError(f"{path}: expected one label, found shape {label.shape}; {HINT}")
+            labels[row] = label.item()
+            bar.update()
+    return labels
 
 
 def _count_files(folder: Path) -> int:

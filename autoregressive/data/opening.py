@@ -12,6 +12,7 @@ from autoregressive.data.checksums import CHECKSUM_ROWS, checksum_of_labels
 from autoregressive.data.codes import DAMAGED, CodeStore
 from autoregressive.data.combined_codes import CombinedCodes
 from autoregressive.data.older_codes import OlderCodes, open_older_codes
+from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.files import read_json
 from autoregressive.runtime.identity import find_difference
 
@@ -23,17 +24,42 @@ KINDS = {"num_images": int, "num_crops": int, "num_tokens": int, "grid": int, "i
          "codes_sha256": list, "labels_sha256": str}            # of the values of a manifest
 
 
-def open_codes(*paths: str | Path) -> CodeStore:
+def open_older_stores(paths: Sequence[str], session: Session) -> dict[str, CodeStore]:
+    """Opens those of some folders that are of the older layout, with a progress bar.
+
+    Such a store is small, since it reads its codes when they are asked for: one process opens it,
+    and sends it to the others.
+
+    Args:
+        paths: folders of codes, of any layout.
+        session: for the progress bar.
+
+    Returns:
+        path -> store, without the folders that open_codes has to open.
+
+    Raises:
+        ValueError: one is damaged, or holds no codes at all.
+    """
+    stores = {}
+    for path in paths:
+        if not has_manifest(path):
+            stores[path] = _open_one(Path(path), session)
+    return stores
+
+
+def open_codes(*paths: str | Path, opened: dict[str, CodeStore] | None = None) -> CodeStore:
     """Opens finished stores, or folders of the older layout, for reading.
 
     Args:
         paths: their folders; several must hold the same images, whose crops are put together.
+        opened: what open_older_stores returned, which is not opened again.
 
     Raises:
         ValueError: there is none, one is unfinished, empty or damaged, or they do not fit each
             other.
     """
-    stores = [_open_one(Path(path)) for path in paths]
+    opened = opened or {}
+    stores = [opened[path] if path in opened else _open_one(Path(path)) for path in paths]
     return stores[0] if len(stores) == 1 else _combine(stores)
 
 
@@ -57,10 +83,15 @@ def _combine(stores: Sequence[CodeStore]) -> CodeStore:
     return CodeStore(path, manifest, codes, first.labels, rows)
 
 
-def _open_one(path: Path) -> CodeStore:
-    if (path / "manifest.json").is_file():
+def has_manifest(path: str | Path) -> bool:
+    """Says whether a folder holds a store of ours, finished or not, unlike the older layout."""
+    return (Path(path) / "manifest.json").is_file()
+
+
+def _open_one(path: Path, session: Session | None = None) -> CodeStore:
+    if has_manifest(path):
         return _open_finished(path)
-    older = open_older_codes(path)
+    older = open_older_codes(path, session)
     if older is None:
         found = "none in this folder" if path.is_dir() else "no such folder"
         raise ValueError(f"{path}: expected a code store with a manifest.json, found {found}; "

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -10,7 +9,7 @@ from autoregressive.data.checksums import CHECKSUM_ROWS, checksum_of_labels, che
 from autoregressive.data.codes import DAMAGED, CodeStore
 from autoregressive.data.mapping import Mapping
 from autoregressive.data.older_codes import OlderCodes
-from autoregressive.data.opening import open_codes
+from autoregressive.data.opening import has_manifest, open_codes
 from autoregressive.runtime.identity import check_codebook, check_recorded
 
 
@@ -35,7 +34,7 @@ class ExpectedCodes:
 
 
 def check_store(store: CodeStore, mapping: Mapping, expected: ExpectedCodes) -> None:
-    """Raises ValueError if a store, its mapping and the flags of a training contradict another."""
+    """Raises ValueError if a store, its mapping and the flags of a training do not agree."""
     manifest = store.manifest
     num_classes = None if manifest["class_names"] is None else len(manifest["class_names"])
     codebook_size = manifest["codebook_size"]
@@ -58,7 +57,7 @@ def verify_codes(paths: Sequence[str]) -> None:
         ValueError: something differs.
     """
     for path in paths:
-        if (Path(path) / "manifest.json").is_file():    # the older one takes minutes to open
+        if has_manifest(path):                          # the older layout takes minutes to open
             verify_checksums(open_codes(path))
 
 

@@ -8,7 +8,7 @@ from autoregressive.data.codes import CodeStore
 from autoregressive.data.mapping import Mapping, default_mapping_path, read_mapping
 from autoregressive.data.opening import open_codes
 from autoregressive.data.store_checks import ExpectedCodes, check_store
-from autoregressive.runtime.entry import Parser, at_least, pixels, share
+from autoregressive.runtime.entry import Parser, at_least, fraction, pixels
 
 LABEL_DROPOUT = 0.1             # classifier-free guidance learns the null label from these
 
@@ -23,8 +23,8 @@ def add_data_args(parser: Parser) -> None:
     group.add_argument("--vocab-size", type=at_least(1), default=16384, help="number of codes, V")
     group.add_argument("--mapping-path",
                        help="mapping of the codebook; default: the published one's")
-    group.add_argument("--val-share", type=share, default=0.01,
-                       help="share of the images that --val-every holds out")
+    group.add_argument("--val-share", type=fraction, default=0.01,
+                       help="fraction of the images that --val-every holds out")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class DataSettings:
         global_batch_size: images of a step, over all processes and micro-batches.
         gradient_accumulation_steps: micro-batches of a step.
         val_every: steps between two validations; 0 holds out nothing.
-        val_share: share of the images to validate with.
+        val_share: fraction of the images to validate with.
         global_seed: the run's seed.
     """
 
@@ -85,7 +85,7 @@ class TrainingData:
             "mapping_sha256": self.mapping.hashes["mapping_sha256"],
             "num_training_images": len(self.batches.store.rows)}
 
-    def record(self) -> dict[str, Any]:
+    def checkpoint_settings(self) -> dict[str, Any]:
         """Returns what a checkpoint says of the data that it was trained on."""
         return {"class_names": self.class_names, "grid": self.store.grid,
                 "label_dropout": self.batches.label_dropout,
@@ -94,18 +94,20 @@ class TrainingData:
                 "tokenizer_sha256": self.store.manifest["tokenizer_sha256"]}
 
 
-def open_data(settings: DataSettings, grid: int, world_size: int) -> TrainingData:
+def open_data(settings: DataSettings, grid: int, world_size: int,
+              older_stores: dict[str, CodeStore] | None = None) -> TrainingData:
     """Opens codes and mapping, and compares them with each other and with the flags.
 
     Args:
         settings: DataSettings.
         grid: side of a picture in tokens.
         world_size: number of processes; it divides a micro-batch.
+        older_stores: of opening.open_older_stores, so that one process alone had to open them.
 
     Raises:
         ValueError: files are missing or damaged, or do not fit each other or the flags.
     """
-    store = open_codes(*settings.code_path)
+    store = open_codes(*settings.code_path, opened=older_stores)
     mapping_path = settings.mapping_path or default_mapping_path(settings.cluster_size)
     mapping = read_mapping(mapping_path, settings.vocab_size)
     check_store(store, mapping, ExpectedCodes(
@@ -114,13 +116,13 @@ def open_data(settings: DataSettings, grid: int, world_size: int) -> TrainingDat
         cluster_size=settings.cluster_size))
     val_share = settings.val_share if settings.val_every else 0
     training, val = split_store(store, val_share, settings.global_seed)
-    drawing = {"seed": settings.global_seed, "num_classes": settings.num_classes}
+    common = {"seed": settings.global_seed, "num_classes": settings.num_classes}
     batches = TokenBatches(training, mapping.tokens, settings.global_batch_size,
-                           label_dropout=LABEL_DROPOUT, **drawing)
+                           label_dropout=LABEL_DROPOUT, **common)
     val_batches = None
     if settings.val_every:
         batch_size = _val_batch_size(settings, len(val.rows), world_size)
-        val_batches = TokenBatches(val, mapping.tokens, batch_size, label_dropout=0, **drawing)
+        val_batches = TokenBatches(val, mapping.tokens, batch_size, label_dropout=0, **common)
     return TrainingData(store, mapping, batches, val_batches)
 
 

@@ -29,7 +29,7 @@ class DecodePosition:
 
     @classmethod
     def in_bucket(cls, index: Tensor, length: int) -> DecodePosition:
-        """Returns a position for any index of a bucket, so that one recorded step serves them all.
+        """Returns a position for any index of a bucket, so that one captured step serves them all.
 
         Args:
             index: (1,) int64 on the device.

@@ -43,8 +43,8 @@ def plain_head_loss(features: Tensor, weight: Tensor, targets: Tensor, cluster_s
 
     Returns:
         the loss, a mean over the rows (scalar, float32 at least), and a detached (3,) of token
-        loss, cluster loss and cluster accuracy: the share of rows whose largest logit lies in the
-        target's cluster.
+        loss, cluster loss and cluster accuracy: the fraction of rows whose largest logit lies in
+        the target's cluster.
 
     Raises:
         ValueError: S does not divide V.

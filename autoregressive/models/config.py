@@ -7,7 +7,7 @@ import argparse
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from autoregressive.runtime.entry import at_least, share
+from autoregressive.runtime.entry import at_least, fraction
 
 
 @dataclass(frozen=True)
@@ -121,11 +121,11 @@ def add_gpt_args(parser: argparse.ArgumentParser) -> None:
 
 def add_regularisation_args(group: argparse._ActionsContainer) -> None:
     """Declares the flags of a GPT's dropout, which matter in training only."""
-    group.add_argument("--dropout-p", type=share, default=0.1,
+    group.add_argument("--dropout-p", type=fraction, default=0.1,
                        help="dropout after the projections of a block")
-    group.add_argument("--token-dropout-p", type=share, default=0.1,
+    group.add_argument("--token-dropout-p", type=fraction, default=0.1,
                        help="dropout on the input embeddings")
-    group.add_argument("--drop-path-rate", type=share, default=0.0,
+    group.add_argument("--drop-path-rate", type=fraction, default=0.0,
                        help="drop path of the last layer; above 0 it replaces --dropout-p")
 
 

@@ -1,7 +1,7 @@
-"""Drawing tokens: one decode step, and the loop over positions.
+"""Sampling tokens: one decode step, and the loop over positions.
 
 Every token has one uniform number of its own (random_numbers.py), so that a sample does not depend
-on the process that draws it.
+on the process that computes it.
 
 Letters: B batch, T tokens, V codes.
 """
@@ -16,15 +16,15 @@ from autoregressive.models.gpt import GPT
 from autoregressive.models.sampler import Sampler, choose, guide
 
 
-class Drawing:
+class DecodeState:
     """The tensors that the steps of a batch read and write.
 
-    They stay in place, so that a recorded step serves every later batch.
+    They stay in place, so that a captured step serves every later batch.
 
     Attributes:
         cache: KVCache of the pictures and, with guidance, of as many rows again for the null label.
         uniforms: (B, T) float64.
-        tokens: (B, T) int64, drawn as far as `index`.
+        tokens: (B, T) int64, filled as far as `index`.
         index: (1,) int64, advanced in place by every step: the position of the next token.
     """
 
@@ -34,7 +34,7 @@ class Drawing:
         Args:
             model: GPT.
             batch_size: B.
-            is_guided: whether the first token, at least, is drawn with guidance.
+            is_guided: whether the first token, at least, is sampled with guidance.
         """
         num_tokens = model.config.num_tokens
         device = model.norm.weight.device
@@ -44,7 +44,7 @@ class Drawing:
         self.index = torch.zeros(1, dtype=torch.int64, device=device)
 
     def begin(self, model: GPT, labels: Tensor, uniforms: Tensor, sampler: Sampler) -> None:
-        """Draws the first token of a new batch: labels (B,), uniforms (B, T) on the device."""
+        """Samples the first token of a new batch: labels (B,), uniforms (B, T) on the device."""
         self.uniforms.copy_(uniforms)
         self.index.zero_()
         is_guided = sampler.guides(0)
@@ -54,7 +54,7 @@ class Drawing:
         self._append(model.prefill(labels, self.cache), sampler, is_guided)
 
     def step(self, model: GPT, at: DecodePosition, sampler: Sampler, is_guided: bool) -> None:
-        """Draws the token at `at`, whose index is that of the drawing: what a graph records."""
+        """Samples the token at `at`, whose index is self.index: what a CUDA graph captures."""
         previous = self.tokens.index_select(1, at.index - 1)[:, 0]  # (B,)
         if is_guided:
             logits = model.decode_step(previous.repeat(2), at, self.cache)      # (2B, V)
@@ -63,7 +63,7 @@ class Drawing:
         self._append(logits, sampler, is_guided)
 
     def _append(self, logits: Tensor, sampler: Sampler, is_guided: bool) -> None:
-        """Draws the next token from its logits, (2B, V) with guidance and else (B, V)."""
+        """Samples the next token from its logits, (2B, V) with guidance and else (B, V)."""
         if is_guided:
             logits = guide(logits, sampler.cfg_scale)               # (B, V)
         uniforms = self.uniforms.index_select(1, self.index)[:, 0]  # (B,)
@@ -73,10 +73,10 @@ class Drawing:
 
 
 class Steps(Protocol):
-    """How the steps of a batch are run: one by one, or recorded."""
+    """How the steps of a batch are run: one by one, or captured."""
 
-    def begin(self, labels: Tensor, uniforms: Tensor, sampler: Sampler) -> Drawing:
-        """Returns a drawing whose first token is drawn.
+    def begin(self, labels: Tensor, uniforms: Tensor, sampler: Sampler) -> DecodeState:
+        """Returns the state of a new batch, whose first token is sampled.
 
         Args:
             labels: (B,) int64 on the model's device.
@@ -84,8 +84,8 @@ class Steps(Protocol):
             sampler: Sampler.
         """
 
-    def step(self, drawing: Drawing, position: int, sampler: Sampler) -> None:
-        """Draws the token at a position, 1 .. T - 1; those before it are drawn."""
+    def step(self, state: DecodeState, position: int, sampler: Sampler) -> None:
+        """Samples the token at a position, 1 .. T - 1; those before it are there."""
 
 
 class EagerSteps:
@@ -94,22 +94,22 @@ class EagerSteps:
     def __init__(self, model: GPT) -> None:
         self._model = model
 
-    def begin(self, labels: Tensor, uniforms: Tensor, sampler: Sampler) -> Drawing:
+    def begin(self, labels: Tensor, uniforms: Tensor, sampler: Sampler) -> DecodeState:
         """See Steps; allocates anew for every batch."""
-        drawing = Drawing(self._model, len(labels), sampler.guides(0))
-        drawing.begin(self._model, labels, uniforms, sampler)
-        return drawing
+        state = DecodeState(self._model, len(labels), sampler.guides(0))
+        state.begin(self._model, labels, uniforms, sampler)
+        return state
 
-    def step(self, drawing: Drawing, position: int, sampler: Sampler) -> None:
+    def step(self, state: DecodeState, position: int, sampler: Sampler) -> None:
         """See Steps."""
-        at = DecodePosition(drawing.index, length=position + 1)
-        drawing.step(self._model, at, sampler, sampler.guides(position))
+        at = DecodePosition(state.index, length=position + 1)
+        state.step(self._model, at, sampler, sampler.guides(position))
 
 
 @torch.inference_mode()
 def generate(model: GPT, labels: Tensor, uniforms: Tensor, sampler: Sampler,
              steps: Steps | None = None) -> Tensor:
-    """Draws the tokens of pictures, position by position, with a key-value cache.
+    """Samples the tokens of pictures, position by position, with a key-value cache.
 
     Args:
         model: in evaluation mode.
@@ -122,7 +122,7 @@ def generate(model: GPT, labels: Tensor, uniforms: Tensor, sampler: Sampler,
         (B, T) int64 tokens.
     """
     steps = steps or EagerSteps(model)
-    drawing = steps.begin(labels, uniforms, sampler)
+    state = steps.begin(labels, uniforms, sampler)
     for position in range(1, uniforms.shape[1]):
-        steps.step(drawing, position, sampler)
-    return drawing.tokens.clone()       # a later batch may be drawn in the same place
+        steps.step(state, position, sampler)
+    return state.tokens.clone()       # a later batch may be put in the same place

@@ -49,6 +49,11 @@ class GPTFile:
     settings: dict[str, Any]
     payload: dict[str, Any]
 
+    @property
+    def continues(self) -> bool:
+        """Whether a training that starts from it goes on with its optimizer, steps and average."""
+        return "optimizer" in self.payload
+
     def flags(self) -> dict[str, Any]:
         """Returns the values of flags that the file records."""
         settings = self.settings

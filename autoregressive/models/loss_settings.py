@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from autoregressive.models.cluster_loss import fused_head_loss, plain_head_loss
-from autoregressive.runtime.entry import at_least, free
+from autoregressive.runtime.entry import at_least, may_vary
 
 CPU_LOSS_MIB = 16               # a chunk of logits that stays in the caches
 GPU_LOSS_MIB = 128              # one that keeps a GPU busy
@@ -38,9 +38,9 @@ def add_loss_memory_args(group: argparse._ActionsContainer) -> None:
     """Declares the flags of the loss that choose between speed and memory."""
     group.add_argument("--no-fused-loss", action="store_true",
                        help="compute the loss from all logits at once")
-    free(group.add_argument("--loss-mib", type=at_least(0), default=0,
-                            help="memory of a chunk of logits in the fused loss, MiB; 0: 16 on a "
-                                 "CPU, 128 on a GPU"))
+    may_vary(group.add_argument("--loss-mib", type=at_least(0), default=0,
+                                help="memory of a chunk of logits in the fused loss, MiB; 0: 16 on "
+                                     "a CPU, 128 on a GPU"))
 
 
 def build_head_loss(settings: LossSettings,

@@ -1,7 +1,7 @@
 """The numbers that a sample is a function of.
 
 A sample is a function of (seed, index): its label and its uniforms come from Philox with the key
-[seed, index], one uniform for each position, so it does not matter which process draws it or what
+[seed, index], one uniform for each position, so it does not matter which process makes it or what
 else is in its batch.
 
 Letters: B batch, T tokens.

@@ -1,4 +1,4 @@
-"""How a token is drawn from logits: guidance, temperature, filters, the inverse of the CDF.
+"""How a token is sampled from logits: guidance, temperature, filters, the inverse of the CDF.
 
 Letters: B batch, V codes.
 """
@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from autoregressive.runtime.entry import at_least, between, share_above_0
+from autoregressive.runtime.entry import at_least, between, fraction_above_0
 
 SMALLEST_TEMPERATURE = 1e-5
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """How tokens are drawn from logits.
+    """How tokens are sampled from logits.
 
     Attributes:
         cfg_scale: strength of classifier-free guidance; at most 1 means none.
@@ -24,7 +24,7 @@ class Sampler:
         temperature: divides the logits.
         top_k: keep the k largest logits (ties stay); 0 keeps all.
         top_p: keep tokens while the mass before them is at most p; 1 keeps all.
-        greedy: take the largest logit instead of drawing.
+        greedy: take the largest logit instead of sampling.
     """
 
     cfg_scale: float = 1.5
@@ -43,7 +43,7 @@ class Sampler:
             raise ValueError(f"--top-k: expected 0 (off) to {vocab_size} codes, got {self.top_k}")
 
     def guides(self, position: int) -> bool:
-        """Says whether the token at `position` is drawn with guidance."""
+        """Says whether the token at `position` is sampled with guidance."""
         is_in_interval = self.cfg_interval < 0 or position <= self.cfg_interval + 1
         return self.cfg_scale > 1 and is_in_interval
 
@@ -58,10 +58,10 @@ def add_sampler_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--temperature", type=at_least(0.0), default=1.0, help="divides the logits")
     group.add_argument("--top-k", type=at_least(0), default=0,
                        help="keep this many of the largest logits; 0 keeps all")
-    group.add_argument("--top-p", type=share_above_0, default=1.0,
+    group.add_argument("--top-p", type=fraction_above_0, default=1.0,
                        help="keep the most likely tokens of this mass; 1 keeps all")
     group.add_argument("--greedy", action="store_true",
-                       help="take the most likely token instead of drawing")
+                       help="take the most likely token instead of sampling")
 
 
 def guide(logits: Tensor, cfg_scale: float) -> Tensor:
@@ -100,13 +100,13 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
 
 
 def probabilities(logits: Tensor, sampler: Sampler) -> Tensor:
-    """Returns the distribution (B, V) that tokens are drawn from, given guided logits (B, V)."""
+    """Returns the distribution (B, V) that tokens are sampled from, given guided logits (B, V)."""
     scaled = logits / max(sampler.temperature, SMALLEST_TEMPERATURE)
     return filter_logits(scaled, sampler.top_k, sampler.top_p).softmax(-1)
 
 
-def draw(distribution: Tensor, uniforms: Tensor) -> Tensor:
-    """Draws one token a row by inverting the cumulative distribution.
+def invert_cdf(distribution: Tensor, uniforms: Tensor) -> Tensor:
+    """Samples one token from each distribution, by inverting its cumulative distribution.
 
     Args:
         distribution: (B, V) non-negative, need not sum to exactly 1.
@@ -128,4 +128,4 @@ def choose(logits: Tensor, uniforms: Tensor, sampler: Sampler) -> Tensor:
     """Returns the next tokens (B,) from guided logits (B, V) and uniforms (B,) float64."""
     if sampler.greedy:
         return logits.argmax(-1)
-    return draw(probabilities(logits, sampler), uniforms)
+    return invert_cdf(probabilities(logits, sampler), uniforms)

@@ -70,8 +70,8 @@ def read_start(path: Path | None, config: GPTConfig, settings: StartSettings, *,
         mapping_sha256: its hash.
 
     Returns:
-        GPTFile whose `state` is over tokens, and whose `payload` is that of a checkpoint to go on
-        from, or empty to start from the weights alone; None without a path.
+        GPTFile whose `state` is over tokens; if the weights alone are taken, its `payload` is empty
+        and it does not continue. None without a path.
 
     Raises:
         ValueError: the file is unreadable, of another model, or over other tokens.
@@ -82,7 +82,7 @@ def read_start(path: Path | None, config: GPTConfig, settings: StartSettings, *,
     _check_tokens(file, mapping_path, mapping_sha256, settings.init_from_original)
     starts_anew = settings.weights_only or settings.init_from_original
     payload = {}
-    if "optimizer" in file.payload and not starts_anew:
+    if file.continues and not starts_anew:
         moments = name_moments(file.payload["optimizer"], file.state, file.path)
         payload = file.payload | {"model": file.state, "optimizer": moments}
         if payload.get("ema"):
@@ -123,7 +123,7 @@ def check_start(file: GPTFile | None, num_steps: int, *, needs_ema: bool,
     Raises:
         ValueError: the checkpoint is as long as the run, or lacks what the run goes on with.
     """
-    if file is None or not file.payload:
+    if file is None or not file.continues:
         return
     steps = file.payload.get("steps")
     if not isinstance(steps, int) or not 0 <= steps < num_steps:

@@ -7,7 +7,7 @@ import re
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from autoregressive.runtime.files import atomic_write, check_file, check_kinds
 from autoregressive.runtime.log import LOGGER
 
-# Where the weights lie: our own and DDP's, DeepSpeed's, others'; a bare dict comes from FSDP.
+# Keys under which the weights lie: ours and DDP's, DeepSpeed's, others'. FSDP writes a bare dict.
 STATE_KEYS = ("model", "module", "state_dict")
 WRAPPER_PREFIXES = ("_orig_mod.", "module.")         # torch.compile, DistributedDataParallel
 # Tables and caches in published files.
 DROPPED_KEYS = re.compile(r"freqs_cis|layers\.\d+\.attention\.kv_cache\..*")
 CHECKPOINT_SUFFIX = ".pt"
 CONSOLIDATED = "consolidated.pth"                    # LlamaGen's name for gathered shards
-# Of our training.
+# Keys of a checkpoint of our training, and their types.
 OWN_KINDS = {"model": dict, "optimizer": dict, "steps": int, "processes": list, "settings": dict}
 # What torch.load raises on damage, beside pickle's error.
 DAMAGED_CHECKPOINT = (RuntimeError, OSError, EOFError, KeyError, AttributeError, UnicodeDecodeError,
@@ -139,9 +139,17 @@ def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def name_differences(expected: Iterable[str], found: Iterable[str]) -> list[str]:
-    """Returns what the names of a state lack, and what they have too much, a text for each."""
+    """Returns a text for each name that a state lacks, and for each that it should not have."""
     missing = [f"missing {name}" for name in expected if name not in found]
     return missing + [f"unexpected {name}" for name in found if name not in expected]
+
+
+def summarise(differences: list[str]) -> str:
+    """Returns the first few of several differences as a text, and how many more there are."""
+    shown = "; ".join(differences[:NUM_SHOWN])
+    if len(differences) > NUM_SHOWN:
+        shown += f"; and {len(differences) - NUM_SHOWN} more"
+    return shown
 
 
 def check_weights(module: nn.Module, state: dict[str, Tensor], path: str | Path,
@@ -164,11 +172,8 @@ def check_weights(module: nn.Module, state: dict[str, Tensor], path: str | Path,
             found = tuple(state[name].shape)
             differences.append(f"{name} expected {tuple(tensor.shape)}, got {found}")
     if differences:
-        shown = "; ".join(differences[:NUM_SHOWN])
-        if len(differences) > NUM_SHOWN:
-            shown += f"; and {len(differences) - NUM_SHOWN} more"
         advice = f". {hint}" if hint else ""
-        raise ValueError(f"{path}: weights do not fit the model: {shown}{advice}")
+        raise ValueError(f"{path}: weights do not fit the model: {summarise(differences)}{advice}")
     for name, tensor in state.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f"{path}: expected finite weights, found NaN or infinity in {name}; "
@@ -196,12 +201,20 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.stem))
 
 
-def newest_whole_checkpoint(folder: str | Path,
-                            kinds: dict[str, type] = OWN_KINDS) -> tuple[Path | None, list[str]]:
+class Skipped(NamedTuple):
+    """A file that is named like a checkpoint and is none, and why: a line for the log."""
+
+    path: Path
+    reason: str
+
+
+def newest_whole_checkpoint(
+        folder: str | Path,
+        kinds: dict[str, type] = OWN_KINDS) -> tuple[Path | None, list[Skipped]]:
     """Finds the newest checkpoint of a folder with the keys of `kinds`, every byte intact.
 
     Returns:
-        its path, None if there is none, and a line on every newer file that is no such checkpoint.
+        its path, None if there is none, and the newer files that are no such checkpoints.
     """
     skipped = []
     for path in reversed(list_checkpoints(folder)):
@@ -209,7 +222,7 @@ def newest_whole_checkpoint(folder: str | Path,
             check_whole(path, kinds)
             return path, skipped
         except ValueError as error:
-            skipped.append(f"{error}; trying the checkpoint before it")
+            skipped.append(Skipped(path, f"{error}; trying the checkpoint before it"))
     return None, skipped
 
 
@@ -251,8 +264,8 @@ def find_checkpoint(path: str | Path) -> Path:
         for kinds in (OWN_KINDS, {}):               # the rule of training; then whatever is whole
             newest, skipped = newest_whole_checkpoint(folder, kinds)
             if newest is not None:
-                for line in skipped:
-                    LOGGER.warning("%s", line)
+                for damaged in skipped:
+                    LOGGER.warning("%s", damaged.reason)
                 return newest
     folders = [folder for folder in (path, *path.iterdir()) if (folder / CONSOLIDATED).is_file()]
     if not folders:

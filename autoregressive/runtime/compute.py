@@ -10,33 +10,33 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autoregressive.runtime.entry import Parser, free
+from autoregressive.runtime.entry import Parser, may_vary
 from autoregressive.runtime.log import LOGGER
 
 PRECISIONS = {"none": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 COMPILE_ERRORS = ("warn", "raise")
-MAX_FORMS = 64                  # in which one function is compiled; a further one is not compiled
+MAX_VARIANTS = 64               # of one function that are compiled; any more run uncompiled
 
 
 def add_compute_args(parser: Parser) -> None:
     """Declares the flags of how a GPU computes what is trained."""
     group = parser.add_argument_group("computing")
-    free(group.add_argument("--no-compile", action="store_true",
-                            help="do not compile (a GPU compiles by default)"))
+    may_vary(group.add_argument("--no-compile", action="store_true",
+                                help="do not compile (a GPU compiles by default)"))
     add_compile_errors_arg(group)
     group.add_argument("--tf32", action=argparse.BooleanOptionalAction, default=True,
                        help="multiply float32 matrices on a GPU's tensor cores, with 10 bits of "
                             "mantissa")
-    free(group.add_argument("--cudnn-attention", action="store_true",
-                            help="let torch take cuDNN's attention where it prefers it, as on an "
-                                 "H100; else it is the flash attention that has been tested"))
+    may_vary(group.add_argument("--cudnn-attention", action="store_true",
+                                help="let torch take cuDNN's attention where it prefers it, as on "
+                                     "an H100; else it is flash attention, which has been tested"))
 
 
 def add_compile_errors_arg(parser: argparse._ActionsContainer) -> None:
-    """Declares the flag of what becomes of errors in compiling, on a parser or a group of flags."""
-    free(parser.add_argument("--compile-errors", default="warn", choices=COMPILE_ERRORS,
-                             help="what cannot be compiled runs as it is, slower, with a warning; "
-                                  "or ends the run"))
+    """Declares what is done about errors in compiling, on a parser or a group of flags."""
+    may_vary(parser.add_argument("--compile-errors", default="warn", choices=COMPILE_ERRORS,
+                                 help="warn: what cannot be compiled runs uncompiled, slower; "
+                                      "raise: it ends the run"))
 
 
 def set_up_gpu(tf32: bool, cudnn_attention: bool) -> None:
@@ -86,9 +86,9 @@ def set_up_compiler(device: torch.device, errors: str) -> bool:
     config = torch._dynamo.config
     config.suppress_errors = errors == "warn"
     config.fail_on_cache_limit_hit = errors == "raise"      # the name that torch 2.6 knows, too
-    # Each bucket of a decode step is a form of its own, of which torch allows 8: 24 x 24 tokens
-    # have 9.
-    config.cache_size_limit = MAX_FORMS
+    # Each bucket of a decode step is compiled for itself. torch allows 8 such variants; 24 x 24
+    # tokens need 9.
+    config.cache_size_limit = MAX_VARIANTS
     # It would split the graph of a block at DDP's buckets; their gradients are averaged between
     # blocks anyway.
     config.optimize_ddp = False

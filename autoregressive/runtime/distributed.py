@@ -1,4 +1,4 @@
-"""Process group, device and seed: with its neighbours in this folder all that knows of ranks.
+"""Process group, device and seed. Only this file and its neighbours know of ranks.
 
 A plain `python script.py` is world size 1; `torchrun` sets the environment for more. Collectives of
 CPU tensors run over gloo, those of GPU tensors over nccl.
@@ -68,7 +68,7 @@ class Session:
 
     def barrier(self) -> None:
         """Waits for all processes."""
-        self.gather_integers(0)                     # over gloo: it does not synchronize the GPU
+        self.gather_integers(0)                     # over gloo: it does not synchronise the GPU
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Adds `tensor` over all processes in place and returns it (all processes call this)."""
@@ -87,10 +87,14 @@ class Session:
         dist.all_gather_object(items, item)
         return items
 
+    def from_main(self, item: Item) -> Item:
+        """Returns rank 0's `item` on every process (all processes call this)."""
+        return self.gather(item)[0]
+
     def gather_integers(self, *own: int) -> list[tuple[int, ...]]:
         """Returns every process's integers, equally many of each, in order of rank.
 
-        All processes call this. It runs over gloo, so it does not synchronize the GPU, and pickles
+        All processes call this. It runs over gloo, so it does not synchronise the GPU, and pickles
         nothing.
         """
         if self.world_size == 1:
@@ -100,7 +104,7 @@ class Session:
         dist.all_gather(received, sent)
         return [tuple(numbers.tolist()) for numbers in received]
 
-    def share_of(self, count: int) -> range:
+    def part_of(self, count: int) -> range:
         """Returns the part of 0 .. count - 1 that belongs to this process.
 
         The parts are contiguous, and their sizes differ by at most one.
@@ -206,7 +210,7 @@ def backend_of(device: torch.device) -> str:
 
 
 def _leave_with_parent() -> None:
-    """Ends this process, which torchrun started, once torchrun is gone: nobody else would."""
+    """Ends this process, which torchrun started, once torchrun is gone: nothing else would."""
     while os.getppid() == PARENT:
         time.sleep(PARENT_POLL_SECONDS)
     os.kill(os.getpid(), signal.SIGTERM)            # training saves and leaves

@@ -42,7 +42,7 @@ class Flags(argparse.Namespace):
     """
 
     _given: set[str]                # those on the command line
-    _free: set[str]                 # those declared by `free`
+    _varying: set[str]              # those declared by `may_vary`
     _defaults: dict[str, Any]       # of all flags
 
     def plain(self) -> dict[str, Any]:
@@ -50,8 +50,8 @@ class Flags(argparse.Namespace):
         return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
     def identity(self) -> dict[str, Any]:
-        """Returns the flags that tell runs apart: all that are not declared by `free`."""
-        return {name: value for name, value in self.plain().items() if name not in self._free}
+        """Returns the flags that tell runs apart: all that are not declared by `may_vary`."""
+        return {name: value for name, value in self.plain().items() if name not in self._varying}
 
     def pick(self, fields_of: type) -> dict[str, Any]:
         """Returns the flags that are named as the fields of a dataclass, to build it from."""
@@ -86,22 +86,22 @@ class Flags(argparse.Namespace):
 class Parser(argparse.ArgumentParser):
     """An argument parser with the flags of every script; its errors are one line, from rank 0."""
 
-    def __init__(self, description: str, draws: bool = True) -> None:
+    def __init__(self, description: str, has_seed: bool = True) -> None:
         """
         Args:
             description: what the script does.
-            draws: whether it draws anything at random, and so has a --global-seed.
+            has_seed: whether it makes random choices, and so has a --global-seed.
         """
         super().__init__(description=description, allow_abbrev=False,
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         group = self.add_argument_group("runtime")
-        free(group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"),
-                                help="where to compute; auto takes the GPU if there is one"))
-        if draws:
+        may_vary(group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"),
+                                    help="where to compute; auto takes the GPU if there is one"))
+        if has_seed:
             group.add_argument("--global-seed", type=seed_number, default=0,
                                help="the seed that every random choice derives from")
-        free(group.add_argument("--debug", action="store_true",
-                                help="one process only, errors keep their traceback"))
+        may_vary(group.add_argument("--debug", action="store_true",
+                                    help="one process only, errors keep their traceback"))
 
     def parse_args(self, words: list[str] | None = None) -> Flags:
         """Parses a command line, by default that of the process, which ends at a mistake."""
@@ -110,7 +110,8 @@ class Parser(argparse.ArgumentParser):
         unset = argparse.Namespace(**dict.fromkeys(flags.plain()))
         given = super().parse_args(words, unset)
         flags._given = {name for name, value in vars(given).items() if value is not None}
-        flags._free = {action.dest for action in self._actions if getattr(action, "is_free", False)}
+        flags._varying = {action.dest for action in self._actions
+                          if getattr(action, "may_vary", False)}
         flags._defaults = {name: self.get_default(name) for name in flags.plain()}
         return flags
 
@@ -119,12 +120,12 @@ class Parser(argparse.ArgumentParser):
         exit_with(message.removeprefix("argument "))
 
 
-def free(action: argparse.Action) -> None:
+def may_vary(action: argparse.Action) -> None:
     """Declares a flag as one that may differ between two starts of the same run.
 
     It is no part of Flags.identity.
     """
-    action.is_free = True
+    action.may_vary = True
 
 
 def flag_of(name: str) -> str:
@@ -162,9 +163,9 @@ def _number(kind: type[Number], accepts: Callable[[Number], bool],
 
 pixels = between(1, 2**16)                                      # of a picture's side
 finite = _number(float, lambda number: True, "a finite number")
-share = _number(float, lambda number: 0 <= number < 1, "0 to below 1")
-share_above_0 = _number(float, lambda number: 0 < number <= 1, "a share above 0, at most 1")
-share_up_to_1 = _number(float, lambda number: 0 <= number <= 1, "a share, 0 to 1")
+fraction = _number(float, lambda number: 0 <= number < 1, "0 to below 1")
+fraction_above_0 = _number(float, lambda number: 0 < number <= 1, "a fraction above 0, at most 1")
+fraction_up_to_1 = _number(float, lambda number: 0 <= number <= 1, "a fraction, 0 to 1")
 seed_number = _number(int, lambda number: 0 <= number < 2**64, "a seed, 0 to 2^64 - 1")
 
 
@@ -189,7 +190,7 @@ def checks(session: Session) -> Iterator[None]:
     except (ValueError, OSError) as error:
         if session.debug:
             raise
-        mistake = describe(error)
+        mistake = message_of(error)
     mistakes = [text for text in session.gather(mistake) if text]
     if mistakes:
         exit_with(mistakes[0])
@@ -204,7 +205,7 @@ def on_main(session: Session, work: Callable[..., Result], *arguments: object) -
     with checks(session):
         if session.is_main:
             result = work(*arguments)
-    return session.gather(result)[0]
+    return session.from_main(result)
 
 
 def check_one_process(session: Session) -> None:
@@ -214,7 +215,7 @@ def check_one_process(session: Session) -> None:
                          "instead of torchrun")
 
 
-def describe(error: Exception) -> str:
+def message_of(error: Exception) -> str:
     """Returns an exception's text for a user: `path: reason` for the operating system's."""
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"

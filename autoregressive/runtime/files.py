@@ -93,7 +93,7 @@ def open_npz(path: str | Path, settings: dict[str, Any]) -> Iterator[NpzWriter]:
 
 @contextlib.contextmanager
 def read_npz(path: str | Path) -> Iterator[zipfile.ZipFile]:
-    """Opens an npz as the archive that it is.
+    """Opens an npz as a zip archive.
 
     Raises:
         ValueError: the file is damaged, which may show when a member is read inside the block.

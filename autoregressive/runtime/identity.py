@@ -137,21 +137,18 @@ def find_run_folder(results_dir: str | Path, name: str, identity: dict[str, Any]
         RunFolder: the newest of the same identity; if there is none, a new one, whose folder may
         exist without a config.json.
     """
-    numbered = []
-    for path in Path(results_dir).iterdir():
-        if match := re.match(r"(\d{3,})-", path.name):
-            numbered.append((int(match.group(1)), path))
-    expected = json.loads(json.dumps(identity))    # as a file gives it back
+    numbered = _numbered_folders(Path(results_dir))
+    expected = json.loads(json.dumps(identity))     # as a file gives it back
     nearest: _Other | None = None
     begun = None
-    for _, path in sorted(numbered, reverse=True):
-        if path.name.split("-", 1)[1] != name:
+    for each in numbered:
+        if each.name != name:
             continue
-        folder = RunFolder(path)
-        config = path / "config.json"
+        folder = RunFolder(each.path)
+        config = each.path / "config.json"
         if not config.is_file():
-            was_killed_early = not folder.checkpoints.exists()  # before it said what it is
-            if was_killed_early:
+            # A start was killed in it before it could say whose folder this is: take that over.
+            if not folder.checkpoints.exists():
                 begun = folder
             continue
         if new_run:
@@ -161,15 +158,25 @@ def find_run_folder(results_dir: str | Path, name: str, identity: dict[str, Any]
         if not differing:
             return folder
         if nearest is None or len(differing) < len(nearest.differing):
-            nearest = _Other(path, differing)
+            nearest = _Other(each.path, differing)
     if begun:
         return begun
-    index = max((index for index, _ in numbered), default=-1) + 1
-    folder = RunFolder(Path(results_dir) / f"{index:03d}-{name}")
+
+    # A new folder, and what tells this run from the one that is most like it.
+    next_index = numbered[0].index + 1 if numbered else 0
+    folder = RunFolder(Path(results_dir) / f"{next_index:03d}-{name}")
     if nearest:
         LOGGER.info("%s: a new run; %s is another one, by %s", folder.path, nearest.path,
                     ", ".join(nearest.differing))
     return folder
+
+
+class _Numbered(NamedTuple):
+    """A folder {index:03d}-{name}."""
+
+    index: int
+    name: str
+    path: Path
 
 
 class _Other(NamedTuple):
@@ -177,3 +184,12 @@ class _Other(NamedTuple):
 
     path: Path
     differing: list[str]
+
+
+def _numbered_folders(results_dir: Path) -> list[_Numbered]:
+    """Returns what is numbered like a run folder, the newest first."""
+    numbered = []
+    for path in results_dir.iterdir():
+        if match := re.match(r"(\d{3,})-(.*)", path.name):
+            numbered.append(_Numbered(int(match.group(1)), match.group(2), path))
+    return sorted(numbered, reverse=True)

@@ -23,7 +23,7 @@ from autoregressive.runtime.log import LOGGER
 BEAT_SECONDS = 15               # between two renewals of a lock
 PATIENCE_SECONDS = 60           # without a renewal, until the lock of another machine is stale
 POLL_SECONDS = 1
-WRITING_SECONDS = 5             # that a new lock may be there without its content
+WRITING_SECONDS = 5             # that a new lock may still be empty
 HOLDER_KEYS = {"host", "machine", "pid", "started", "since"}
 
 

@@ -26,15 +26,15 @@ class MetricsFile:
     """
 
     def __init__(self, path: str | Path, resume_step: int = 0) -> None:
-        """Keeps the rows up to `resume_step`, removes later ones."""
+        """Keeps the lines up to `resume_step`, removes later ones."""
         self.path = Path(path)
-        kept = [row for row in read_metrics(self.path) if row["step"] <= resume_step]
+        kept = [values for values in read_metrics(self.path) if values["step"] <= resume_step]
         with atomic_write(self.path) as file:
-            for row in kept:
-                file.write(json.dumps(row).encode() + b"\n")
+            for values in kept:
+                file.write(json.dumps(values).encode() + b"\n")
 
     def write(self, step: int, **values: float) -> None:
-        """Appends a row of named values."""
+        """Appends a line of named values."""
         with open(self.path, "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
@@ -54,18 +54,21 @@ def cut_log(path: str | Path, resume_step: int) -> None:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Returns the rows of a metrics.jsonl, up to the first that is broken by a kill or damage."""
-    rows = []
+    """Returns the values in every line of a metrics.jsonl, by name.
+
+    They end before the first line that is broken by a kill or damage.
+    """
+    lines = []
     if Path(path).is_file():
         for line in Path(path).read_bytes().splitlines():
             try:
-                row = json.loads(line)
+                values = json.loads(line)
             except ValueError:
                 break
-            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            if not isinstance(values, dict) or not isinstance(values.get("step"), int):
                 break
-            rows.append(row)
-    return rows
+            lines.append(values)
+    return lines
 
 
 def open_logger(session: "Session", path: str | Path | None = None) -> logging.Logger:
@@ -113,16 +116,16 @@ def progress(session: "Session", total: int | None, description: str, unit: str,
                 dynamic_ncols=is_watched)
 
 
-def draw_curves(path: str | Path, panels: dict[str, dict[str, Points]], ylabel: str = "loss",
+def plot_curves(path: str | Path, panels: dict[str, dict[str, Points]], ylabel: str = "loss",
                 xlabel: str = "steps") -> None:
-    """Draws named curves into one PNG.
+    """Plots named curves into one PNG.
 
     Args:
         path: the PNG.
         panels: title of a panel -> legend -> points.
         ylabel, xlabel: labels of the axes.
     """
-    import matplotlib  # here: it takes half a second, and only rank 0 draws
+    import matplotlib  # here: it takes half a second, and only rank 0 plots
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -142,20 +145,20 @@ def draw_curves(path: str | Path, panels: dict[str, dict[str, Points]], ylabel: 
     pyplot.close(figure)
 
 
-def draw_metrics(path: str | Path, runs: dict[str, Path],
+def plot_metrics(path: str | Path, runs: dict[str, Path],
                  names: tuple[str, ...] = ("token_loss", "cluster_loss")) -> None:
-    """Draws what was logged in runs, a panel for each name, into one PNG.
+    """Plots what was logged in runs, a panel for each name, into one PNG.
 
     Args:
         path: the PNG.
         runs: legend -> metrics.jsonl.
-        names: fields of its rows.
+        names: of values in its lines.
     """
     logged = {legend: read_metrics(metrics) for legend, metrics in runs.items()}
     panels: dict[str, dict[str, Points]] = {}
     for name in names:
         curves = {}
-        for legend, rows in logged.items():
-            curves[legend] = [(row["step"], row[name]) for row in rows if name in row]
+        for legend, lines in logged.items():
+            curves[legend] = [(values["step"], values[name]) for values in lines if name in values]
         panels[name.replace("_", " ")] = curves
-    draw_curves(path, panels, ylabel="")
+    plot_curves(path, panels, ylabel="")

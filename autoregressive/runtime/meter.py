@@ -51,5 +51,5 @@ class Meter:
 
         All processes call this, and wait for their devices.
         """
-        found = [step for step, in session.gather_integers(int(self._first_bad)) if step >= 0]
-        return min(found, default=-1)
+        first_bad = session.gather_integers(int(self._first_bad))
+        return min((step for (step,) in first_bad if step >= 0), default=-1)

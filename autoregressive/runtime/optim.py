@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoregressive.runtime.entry import Parser, at_least, share
+from autoregressive.runtime.entry import Parser, at_least, fraction
 from autoregressive.runtime.parallel import (
     check_names,
     copy_part,
@@ -33,8 +33,8 @@ def add_optim_args(parser: Parser) -> None:
     group.add_argument("--warmup", type=at_least(0), default=0, help="steps of linear warm-up")
     group.add_argument("--weight-decay", type=at_least(0.0), default=0.05,
                        help="on tensors of two or more dimensions only")
-    group.add_argument("--beta1", type=share, default=0.9, help="first AdamW beta")
-    group.add_argument("--beta2", type=share, default=0.95, help="second AdamW beta")
+    group.add_argument("--beta1", type=fraction, default=0.9, help="first AdamW beta")
+    group.add_argument("--beta2", type=fraction, default=0.95, help="second AdamW beta")
     group.add_argument("--max-grad-norm", type=at_least(0.0), default=1.0,
                        help="clip the gradient's norm; 0 is off")
     group.add_argument("--ema", action="store_true",
@@ -149,13 +149,13 @@ class MovingAverage:
         decay = EMA_DECAY
         if self.warms_up:
             decay = min(EMA_DECAY, (1 + num_steps) / (10 + num_steps))
-        share_of_new = (1 - decay) * (1 - skip)
+        weight_of_new = (1 - decay) * (1 - skip)
         parameters = dict(model.named_parameters())
         for names in self._groups:
             averages = [local_part(self.weights[name]) for name in names]
             weights = [local_part(parameters[name]) for name in names]
             steps = torch._foreach_sub(weights, averages)
-            torch._foreach_mul_(steps, share_of_new)
+            torch._foreach_mul_(steps, weight_of_new)
             torch._foreach_add_(averages, steps)
             del steps                               # or those of two groups would lie in memory
 

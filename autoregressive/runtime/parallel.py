@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from autoregressive.runtime.checkpoint import name_differences
+from autoregressive.runtime.checkpoint import name_differences, summarise
 from autoregressive.runtime.distributed import Session, backend_of
 
 PARALLEL = ("ddp", "fsdp")
@@ -234,4 +234,4 @@ def scatter_state(model: nn.Module, model_state: dict[str, Tensor],
 def check_names(what: str, expected: Iterable[str], found: Iterable[str]) -> None:
     """Raises ValueError if the names of a state are not those of the model."""
     if differences := name_differences(expected, found):
-        raise ValueError(f"expected the {what} of this model, found {'; '.join(differences[:4])}")
+        raise ValueError(f"expected the {what} of this model, found {summarise(differences)}")

@@ -2,10 +2,10 @@
 
 A folder holds one .npy file for each array, whose space is reserved at the start, and status.npy, a
 byte for each row. Rows are written at their own place with os.pwrite, first the arrays, then the
-status that makes them count. So a kill loses at most the batches being written, codes need the disk
-once, since they stay where they are written, and there are no millions of small files. A record
-beside the arrays holds the identity of the run; it is written first and removed last, and rows
-without it belong to no run.
+status that makes them count. So a kill loses at most the batches being written, codes take up
+their space once, since they stay where they are written, and there are no millions of small files.
+A record beside the arrays holds the identity of the run; it is written first and removed last, and
+rows without it belong to no run.
 
 A process that writes to a memory map of a file on a full disk is killed by SIGBUS; os.pwrite raises
 OSError. O_DSYNC puts rows on the disk before their status, and keeps a network file system from
@@ -186,9 +186,9 @@ class HostCopy:
 
 
 class BackgroundWriter:
-    """Writes rows in a thread, so that a GPU draws the next batch meanwhile.
+    """Writes rows in a thread, so that a GPU samples the next batch meanwhile.
 
-    One batch at most is being written while the next one is drawn. At the end of the context
+    One batch at most is being written while the next one is sampled. At the end of the context
     everything is written. What goes wrong in the thread is raised by the next `write`, or at the
     end; it is logged if the context ends with another error.
     """

@@ -4,9 +4,9 @@ import time
 
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.identity import RunFolder
-from autoregressive.runtime.log import LOGGER, MetricsFile, draw_metrics, progress, read_metrics
+from autoregressive.runtime.log import LOGGER, MetricsFile, plot_metrics, progress, read_metrics
 
-DRAW_SECONDS = 60               # between two pictures of the curves, which take half a second each
+PLOT_SECONDS = 60               # between two plots of the curves, which take half a second each
 NUM_IN_BAR = 2                  # values beside the progress bar
 
 
@@ -22,8 +22,8 @@ class RunLog:
         Args:
             folder: RunFolder.
             session: Session.
-            curves: values that are drawn; the first two stand beside the progress bar.
-            steps: that were applied; rows of metrics.jsonl that are of later ones, which a killed
+            curves: values that are plotted; the first two stand beside the progress bar.
+            steps: that were applied; lines of metrics.jsonl that are of later ones, which a killed
                 start has left, are removed.
             num_steps: length of the run.
             batch_size: images of a step.
@@ -32,7 +32,7 @@ class RunLog:
         self._is_main = session.is_main
         self._curves = curves
         self._batch_size = batch_size
-        self._drawn = time.monotonic()
+        self._plotted = time.monotonic()
         if self._is_main:
             self._metrics = MetricsFile(folder.metrics, steps)
         self._bar = progress(session, num_steps * batch_size, folder.path.name, "image",
@@ -43,7 +43,7 @@ class RunLog:
         self._bar.update(self._batch_size)
 
     def write(self, steps: int, values: dict[str, float]) -> None:
-        """Writes what was measured after `steps` steps; redraws the curves every DRAW_SECONDS."""
+        """Writes what was measured after `steps` steps; plots the curves every PLOT_SECONDS."""
         if not values:
             return
         LOGGER.info("step %d: %s", steps, as_text(values, ".4g"))
@@ -52,25 +52,25 @@ class RunLog:
         self._metrics.write(steps, **values)
         shown = [name for name in self._curves[:NUM_IN_BAR] if name in values]
         self._bar.set_postfix({name: f"{values[name]:.3f}" for name in shown}, refresh=False)
-        if time.monotonic() - self._drawn > DRAW_SECONDS:
-            draw_run(self._folder, self._curves)
-            self._drawn = time.monotonic()
+        if time.monotonic() - self._plotted > PLOT_SECONDS:
+            plot_run(self._folder, self._curves)
+            self._plotted = time.monotonic()
 
     def close(self) -> None:
         """Ends the bar."""
         self._bar.close()
 
 
-def draw_run(folder: RunFolder, curves: tuple[str, ...]) -> None:
-    """Draws values of a run's metrics over its steps, into curves.png."""
-    draw_metrics(folder.path / "curves.png", {folder.path.name: folder.metrics}, curves)
+def plot_run(folder: RunFolder, curves: tuple[str, ...]) -> None:
+    """Plots values of a run's metrics over its steps, into curves.png."""
+    plot_metrics(folder.path / "curves.png", {folder.path.name: folder.metrics}, curves)
 
 
 def last_values(folder: RunFolder, names: tuple[str, ...]) -> dict[str, float]:
     """Returns the last of each named value in a run's metrics, without those never written."""
     last = {}
-    for row in read_metrics(folder.metrics):
-        last |= row
+    for values in read_metrics(folder.metrics):
+        last |= values
     return {name: last[name] for name in names if name in last}
 
 

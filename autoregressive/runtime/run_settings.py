@@ -8,7 +8,7 @@ from typing import Any
 from autoregressive.runtime.checkpoint import list_checkpoints
 from autoregressive.runtime.compute import PRECISIONS
 from autoregressive.runtime.distributed import Session
-from autoregressive.runtime.entry import Parser, at_least, free, on_main
+from autoregressive.runtime.entry import Parser, at_least, may_vary, on_main
 from autoregressive.runtime.files import check_writable_folder
 from autoregressive.runtime.identity import RunFolder, find_run_folder
 from autoregressive.runtime.lock import hold
@@ -26,36 +26,37 @@ def add_training_args(parser: Parser, results_dir: str | None = None,
         precisions: those that the model can be trained in.
     """
     group = parser.add_argument_group("run")
-    free(group.add_argument("--results-dir", default=results_dir, required=results_dir is None,
-                            help="where run folders lie"))
-    free(group.add_argument("--new-run", action="store_true",
-                            help="start anew even if a run could be continued"))
-    free(group.add_argument("--no-local-save", action="store_true",
-                            help="write metrics, but no checkpoints"))
-    free(group.add_argument("--epochs", type=at_least(1), default=300, help="length of the run"))
-    free(group.add_argument("--max-steps", type=at_least(0), default=0,
-                            help="length of the run in steps; 0: by --epochs"))
-    free(group.add_argument("--log-every", type=at_least(1), default=100,
-                            help="steps between two lines of the log"))
-    free(group.add_argument("--ckpt-every", type=at_least(0), default=5,
-                            help="epochs between two checkpoints; 0: off"))
-    free(group.add_argument("--ckpt-steps", type=at_least(0), default=0,
-                            help="steps between two checkpoints; 0: off"))
-    free(group.add_argument("--ckpt-minutes", type=at_least(0.0), default=0.0,
-                            help="minutes between two checkpoints; 0: off"))
-    free(group.add_argument("--keep-checkpoints", type=at_least(0), default=0,
-                            help="newest checkpoints to keep; 0 keeps all"))
-    free(group.add_argument("--val-every", type=at_least(0), default=0,
-                            help="steps between two validations; 0: off, but a tokenizer with "
-                                 "--val-path is validated at its end"))
+    may_vary(group.add_argument("--results-dir", default=results_dir, required=results_dir is None,
+                                help="where run folders lie"))
+    may_vary(group.add_argument("--new-run", action="store_true",
+                                help="start anew even if a run could be continued"))
+    may_vary(group.add_argument("--no-local-save", action="store_true",
+                                help="write metrics, but no checkpoints"))
+    may_vary(group.add_argument("--epochs", type=at_least(1), default=300,
+                                help="length of the run"))
+    may_vary(group.add_argument("--max-steps", type=at_least(0), default=0,
+                                help="length of the run in steps; 0: by --epochs"))
+    may_vary(group.add_argument("--log-every", type=at_least(1), default=100,
+                                help="steps between two lines of the log"))
+    may_vary(group.add_argument("--ckpt-every", type=at_least(0), default=5,
+                                help="epochs between two checkpoints; 0: off"))
+    may_vary(group.add_argument("--ckpt-steps", type=at_least(0), default=0,
+                                help="steps between two checkpoints; 0: off"))
+    may_vary(group.add_argument("--ckpt-minutes", type=at_least(0.0), default=0.0,
+                                help="minutes between two checkpoints; 0: off"))
+    may_vary(group.add_argument("--keep-checkpoints", type=at_least(0), default=0,
+                                help="newest checkpoints to keep; 0 keeps all"))
+    may_vary(group.add_argument("--val-every", type=at_least(0), default=0,
+                                help="steps between two validations; 0: off, but a tokenizer with "
+                                     "--val-path is validated at its end"))
     group.add_argument("--global-batch-size", type=at_least(1), default=256,
                        help="images of a step, over all processes")
-    free(group.add_argument("--gradient-accumulation-steps", type=at_least(1), default=1,
-                            help="micro-batches of a step: global batch = processes x micro-batch "
-                                 "x this"))
-    free(group.add_argument("--num-workers", type=at_least(0), default=24,
-                            help="processes that read batches ahead, at most as many as there are "
-                                 "cores; 0: none, for small sets"))
+    may_vary(group.add_argument("--gradient-accumulation-steps", type=at_least(1), default=1,
+                                help="micro-batches of a step: global batch = processes x "
+                                     "micro-batch x this"))
+    may_vary(group.add_argument("--num-workers", type=at_least(0), default=24,
+                                help="processes that read batches ahead, at most as many as there "
+                                     "are cores; 0: none, for small sets"))
     group.add_argument("--mixed-precision", default="bf16", choices=tuple(precisions),
                        help="of the forward pass")
 

@@ -1,8 +1,10 @@
 """How fast a training runs, and how much of its machine it uses."""
 
+import contextlib
 import resource
 import sys
 import time
+from collections.abc import Iterator
 
 import torch
 
@@ -41,6 +43,16 @@ class Speedometer:
         self._images = 0
         self._started = time.perf_counter()
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves the time of the block out of the rates: validation, pictures, checkpoints.
+
+        It does not wait for a GPU, so steps that are still queued count as part of the block.
+        """
+        began = time.perf_counter()
+        yield
+        self._started += time.perf_counter() - began
+
     def add(self, num_images: int) -> None:
         """Counts images, of all processes together."""
         self._images += num_images
@@ -50,7 +62,7 @@ class Speedometer:
 
         Returns:
             images_per_second and memory_mib, the peak of this process; tokens_per_second if tokens
-            are counted; mfu, the model's operations as a share of the peak of all GPUs, if it is
+            are counted; mfu, the model's operations as a fraction of the peak of all GPUs, if it is
             known.
         """
         now = time.perf_counter()

@@ -31,7 +31,7 @@ class Trainable(Protocol[Batch]):
     def validate(self) -> dict[str, float]:
         """Returns numbers on the validation images, none without such (all processes call this)."""
 
-    def draw(self, path: Path) -> None:
+    def save_pictures(self, path: Path) -> None:
         """Saves a picture of what the present weights can do (all processes call this)."""
 
     def state(self) -> dict[str, Any]:
@@ -65,8 +65,11 @@ class Start(Protocol):
 
     Attributes:
         path: the file.
-        payload: all that was saved in it; of another run's checkpoint it holds "optimizer".
+        payload: all that was saved in it.
+        continues: whether the run goes on with all of the payload, an optimizer's state among it,
+            and not with the weights alone.
     """
 
     path: Path
     payload: dict[str, Any]
+    continues: bool

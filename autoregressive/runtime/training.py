@@ -13,26 +13,26 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 from autoregressive.runtime.checkpoint import (
+    Skipped,
     delete_old_checkpoints,
-    list_checkpoints,
     newest_whole_checkpoint,
     read_checkpoint,
     save_checkpoint,
 )
 from autoregressive.runtime.distributed import Session
-from autoregressive.runtime.entry import describe, exit_with
+from autoregressive.runtime.entry import checks, exit_with, message_of
 from autoregressive.runtime.identity import RunFolder, find_difference
 from autoregressive.runtime.loader import read_ahead
 from autoregressive.runtime.log import LOGGER, cut_log, open_logger
 from autoregressive.runtime.optim import learning_rate
 from autoregressive.runtime.process_state import load_process_states, process_state
-from autoregressive.runtime.run_log import RunLog, as_text, draw_run, last_values
+from autoregressive.runtime.run_log import RunLog, as_text, last_values, plot_run
 from autoregressive.runtime.run_settings import RunSettings
 from autoregressive.runtime.speed import Speedometer, peak_memory_mib
 from autoregressive.runtime.trainable import Batches, Start, Trainable
 from autoregressive.runtime.verification import Verification
 
-VERIFY_SECONDS = 30             # of looking at the data before the first step
+VERIFY_SECONDS = 30             # that the first step waits for the verification of the data
 # A run saves and leaves on these: clusters send the first two before they take a node; Ctrl-C.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -61,11 +61,11 @@ class TrainingRun:
         batches: what it is trained on.
         settings: how long the run is, and when something happens.
         session: Session.
-        record: plain dict that travels in the checkpoints: what a reader must know of the weights.
+        checkpoint_settings: plain dict, in every checkpoint: what a reader must know of it.
         speed: measures rates.
-        curves: values of the metrics that are drawn; the first two stand beside the progress bar.
+        curves: values of the metrics that are plotted; the first two stand beside the progress bar.
         result: values of the metrics that the end of the run records.
-        draw_every: steps between two pictures; 0 is never.
+        pictures_every: steps between two pictures of what it has learned; 0 is never.
         num_steps: length of the run.
         steps: how many were applied.
     """
@@ -76,11 +76,11 @@ class TrainingRun:
     settings: RunSettings
     session: Session
     _: KW_ONLY
-    record: dict[str, Any]
+    checkpoint_settings: dict[str, Any]
     speed: Speedometer
     curves: tuple[str, ...]
     result: tuple[str, ...]
-    draw_every: int = 0
+    pictures_every: int = 0
 
     def __post_init__(self) -> None:
         self.num_steps = self.settings.num_steps(self.batches.per_epoch)
@@ -103,28 +103,32 @@ class TrainingRun:
             if error := self._verification.result(VERIFY_SECONDS):
                 raise error
 
-    def resume(self, start: Start | None = None) -> None:
+    def resume(self, start: Start | None = None,
+               check_start: Callable[[], None] = lambda: None) -> None:
         """Continues from the folder's newest whole checkpoint, else from `start`, else begins anew.
 
         Args:
-            start: another run's checkpoint if it holds an optimizer's state; or None.
+            start: another run's file, which counts here only if it `continues`; or None.
+            check_start: raises ValueError if the run cannot go on from `start`.
         """
         # The newest checkpoint of this run. Rank 0 alone looks for it, since that reads every byte.
         path = None
-        skipped: list[str] = []
+        skipped: list[Skipped] = []
         if self.session.is_main:
             path, skipped = newest_whole_checkpoint(self.folder.checkpoints)
-            newest_first = list_checkpoints(self.folder.checkpoints)[::-1]
-            for damaged in newest_first[:len(skipped)]:     # or --keep-checkpoints would keep them
-                damaged.rename(damaged.with_suffix(".damaged"))
-        path, skipped = self.session.gather((path, skipped))[0]
+            for damaged in skipped:                 # or --keep-checkpoints would keep them
+                damaged.path.rename(damaged.path.with_suffix(".damaged"))
+        path, skipped = self.session.from_main((path, skipped))
         payload = read_checkpoint(path) if path else None
-        hashes = [name for name in self.record if name.endswith("sha256")]
-        if payload and (difference := find_difference(self.record, payload["settings"], hashes)):
+        own_settings = self.checkpoint_settings
+        hashes = [name for name in own_settings if name.endswith("sha256")]
+        if payload and (difference := find_difference(own_settings, payload["settings"], hashes)):
             exit_with(f"{path}: expected a checkpoint of this run with {difference}; remove it")
 
         # Without one, the checkpoint of another run that this one is to go on from.
-        if path is None and start and "optimizer" in start.payload:
+        if path is None and start and start.continues:
+            with checks(self.session):              # damaged checkpoints hid this until now
+                check_start()
             path = start.path
             payload = start.payload
 
@@ -134,8 +138,8 @@ class TrainingRun:
         if self.session.is_main:
             cut_log(self.folder.log, self.steps)
         open_logger(self.session, self.folder.log)
-        for line in skipped:
-            LOGGER.warning("%s", line)
+        for damaged in skipped:
+            LOGGER.warning("%s", damaged.reason)
         if payload is not None:
             LOGGER.info("continuing from %s", path)
             self.trainable.load(payload)
@@ -158,7 +162,7 @@ class TrainingRun:
             signal.signal(number, self._remember_signal)
 
         # Batches that workers read ahead of the steps, and what the steps are reported to.
-        part = session.share_of(batch_size)                 # places in the batch
+        part = session.part_of(batch_size)                 # places in the batch
         keys = ((step, part) for step in range(first, self.num_steps))
         batches = read_ahead(self.batches, keys, settings.num_workers,
                              pinned=session.device.type == "cuda")
@@ -182,48 +186,56 @@ class TrainingRun:
         self._log.close()
 
     def _report(self, lr: float) -> None:
-        """Logs, validates and draws if that is due after a step."""
+        """Logs, validates and saves pictures if that is due after a step."""
         settings = self.settings
         is_last = self.steps == self.num_steps
         is_logged = is_last or self._is_due(settings.log_every)
-        # A check waits for a GPU, so there it is made only when the log waits for it anyway.
-        if is_logged or self.session.device.type == "cpu":
+        is_validated = is_last or self._is_due(settings.val_every)
+        has_pictures = self._is_due(self.pictures_every)
+        # A check waits for a GPU, so there it is made only before what waits for it anyway.
+        waits = is_logged or is_validated or has_pictures
+        if waits or self.session.device.type == "cpu":
             self._check_finite()
         if is_logged:
             means = self.trainable.meter.read(self.session)
             images_seen = self.steps * settings.global_batch_size
             progress = {"lr": lr, "images_seen": images_seen}
             self._log.write(self.steps, means | progress | self.speed.read())
-        if is_last or self._is_due(settings.val_every):
-            found = self.trainable.validate()
+        if is_validated:
+            with self.speed.paused():
+                found = self.trainable.validate()
             self._log.write(self.steps, {f"val_{name}": value for name, value in found.items()})
-            self.speed.read()                               # validation's time is not training's
-        if self._is_due(self.draw_every):
-            self.trainable.draw(self.folder.path / "pictures" / f"{self.steps:07d}.png")
+        if has_pictures:
+            path = self.folder.path / "pictures" / f"{self.steps:07d}.png"
+            with self.speed.paused():
+                self.trainable.save_pictures(path)
 
     def _save_or_leave(self) -> None:
-        """Saves a checkpoint if one is due; leaves if a signal asked to."""
+        """Saves a checkpoint if one is due; leaves if a signal asked to, or the data changed."""
         settings = self.settings
         is_last = self.steps == self.num_steps
 
-        # Each process says what it knows, so that all do the same.
-        is_late = 0 < settings.ckpt_minutes * 60 <= time.monotonic() - self._saved
+        # Rank 0 verifies the data; it is waited for at the end only.
         error = None
         if self._verification:
-            error = self._verification.result(None if is_last else 0)
+            error = self._verification.result(seconds=None if is_last else 0)
+
+        # Each process says what it knows, so that all do the same. Of clocks that of rank 0 counts.
+        patience = settings.ckpt_minutes * 60
+        is_late = patience > 0 and time.monotonic() - self._saved >= patience
         own = Vote(is_late, error is not None, self._received_signal)
         votes = [Vote(*numbers) for numbers in self.session.gather_integers(*own)]
         main = votes[0]
         if main.has_error:
-            error, *_ = self.session.gather(error)
-            exit_with(describe(error))
+            exit_with(message_of(error) if error else "")   # rank 0, which has it, prints it
         received = max(vote.signal for vote in votes)       # whoever received it, all leave
 
         epochs_are_due = self._is_due(settings.ckpt_every * self.batches.per_epoch)
         is_due = is_last or main.is_late or epochs_are_due or self._is_due(settings.ckpt_steps)
         if is_due or received:
             self._check_finite()                            # saving waits for the device anyway
-            self._save()
+            with self.speed.paused():
+                self._save()
             self._saved = time.monotonic()
         if received:
             LOGGER.info("signal %d after step %d%s", received, self.steps,
@@ -231,17 +243,17 @@ class TrainingRun:
             raise SystemExit(128 + received)
 
     def read_result(self) -> dict[str, float]:
-        """Returns the last values in the metrics of what the end of the run records."""
+        """Returns the last value of each of `result` in the metrics."""
         return last_values(self.folder, self.result)
 
     def finish(self) -> None:
-        """Draws the curves and records that the run came to its end, with its last numbers.
+        """Plots the curves and records that the run came to its end, with its last numbers.
 
         Rank 0 alone does so.
         """
         if not self.session.is_main:
             return
-        draw_run(self.folder, self.curves)
+        plot_run(self.folder, self.curves)
         result = self.read_result()
         self.folder.mark_finished({"steps": self.steps} | result)
         LOGGER.info("%s; results in %s", as_text(result, ".3f"), self.folder.path)
@@ -274,12 +286,12 @@ class TrainingRun:
         if self.session.is_main:
             path = self.folder.checkpoints / f"{self.steps:07d}.pt"
             images_seen = self.steps * settings.global_batch_size
-            payload = state | {"steps": self.steps, "processes": processes, "settings": self.record,
-                               "images_seen": images_seen}
+            payload = state | {"steps": self.steps, "processes": processes,
+                               "settings": self.checkpoint_settings, "images_seen": images_seen}
             try:
                 save_checkpoint(path, payload)
                 delete_old_checkpoints(self.folder.checkpoints, settings.keep_checkpoints)
             except OSError as failure:                      # a full disk
-                error = describe(failure)
-        if error := self.session.gather(error)[0]:
+                error = message_of(failure)
+        if error := self.session.from_main(error):
             exit_with(error)

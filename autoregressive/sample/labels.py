@@ -1,4 +1,4 @@
-"""Which classes are drawn: the value of --labels, and the label of every sample.
+"""Which classes are sampled: the value of --labels, and the label of every sample.
 
 Letters: B batch.
 """
@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def read_labels(labels: str, num_classes: int) -> list[int] | None:
-    """Returns the classes that are drawn in turn; None if they are drawn at random.
+def parse_labels(labels: str, num_classes: int) -> list[int] | None:
+    """Returns the classes that samples take in turn; None if they are drawn at random.
 
     Args:
         labels: the value of --labels: random, balanced (all classes), or class indices.

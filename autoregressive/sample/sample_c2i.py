@@ -43,7 +43,7 @@ from tokenizer.tokenizer_image.vq_model import VQConfig
 
 def build_parser() -> Parser:
     """Returns the parser of this script's command line."""
-    parser = Parser("Draw a few pictures of chosen classes.")
+    parser = Parser("Sample a few pictures of chosen classes.")
     add_pipeline_args(parser)
     parser.set_defaults(compile=False)              # compiling takes longer than a few pictures
     parser.add_argument("--class-ids", default="207,360,387,974,88,979,417,279",
@@ -83,7 +83,7 @@ def read_classes(text: str, num_classes: int, class_names: list[str] | None) -> 
 
 
 def main(args: Flags, session: Session) -> None:
-    """Draws a row of pictures for each class into one PNG."""
+    """Samples a row of pictures for each class into one PNG."""
     open_logger(session)
     with checks(session):
         check_one_process(session)
@@ -104,7 +104,7 @@ def main(args: Flags, session: Session) -> None:
     labels = np.repeat(classes, args.num_per_class)
     _, uniforms = random_numbers(args.global_seed, range(len(labels)), args.num_classes,
                                  pipeline.gpt.config.num_tokens)
-    save_grid(args.output, pipeline.draw(labels, uniforms), columns=args.num_per_class,
+    save_grid(args.output, pipeline.sample(labels, uniforms), columns=args.num_per_class,
               captions=pipeline.label_names(labels))
     LOGGER.info("%d pictures in %s", len(labels), args.output)
 

@@ -1,4 +1,4 @@
-"""Main 3: draws pictures for scoring and packs them into one npz.
+"""Main 3: samples pictures for scoring and packs them into one npz.
 
     torchrun --nnodes=1 --nproc_per_node=8 autoregressive/sample/sample_c2i_ddp.py \
         --gpt-model GPT-B --image-size 384 --image-size-eval 256 --cfg-scale 2.25 \
@@ -45,7 +45,7 @@ from autoregressive.runtime.entry import (
     at_least,
     between,
     checks,
-    free,
+    may_vary,
     on_main,
     run,
 )
@@ -54,7 +54,7 @@ from autoregressive.runtime.identity import find_difference
 from autoregressive.runtime.log import LOGGER, open_logger, progress
 from autoregressive.runtime.pictures import save_grid
 from autoregressive.runtime.rows import BackgroundWriter, RowWriter
-from autoregressive.sample.labels import labels_in_turn, read_labels
+from autoregressive.sample.labels import labels_in_turn, parse_labels
 from autoregressive.sample.presets import preset_flags
 from tokenizer.tokenizer_image.vq_model import VQConfig
 
@@ -65,11 +65,11 @@ RESIZES = {"bicubic": "bicubic without antialiasing", "antialias": "bicubic with
 
 def build_parser() -> Parser:
     """Returns the parser of this script's command line."""
-    parser = Parser("Draw pictures for scoring and pack them into one npz.")
+    parser = Parser("Sample pictures for scoring and pack them into one npz.")
     add_pipeline_args(parser)
-    free(parser.add_argument("--sample-dir", default="samples", help="folder of the npz"))
+    may_vary(parser.add_argument("--sample-dir", default="samples", help="folder of the npz"))
     parser.add_argument("--per-proc-batch-size", type=between(1, 2**16), default=32,
-                        help="pictures drawn together by a process")
+                        help="pictures sampled together by a process")
     parser.add_argument("--num-fid-samples", type=at_least(1), default=50000,
                         help="pictures in the npz")
     parser.add_argument("--labels", default="random",
@@ -114,15 +114,15 @@ def open_rows(path: Path, identity: dict[str, object], args: Flags,
     return RowWriter(path.with_suffix(".rows"), identity, args.num_fid_samples, arrays)
 
 
-def draw_rows(rows: range, pipeline: Pipeline, args: Flags,
+def sample_rows(rows: range, pipeline: Pipeline, args: Flags,
               classes: list[int] | None) -> dict[str, Tensor]:
-    """Draws the full batch that begins with sample rows.start; returns what belongs to the rows.
+    """Samples the full batch that begins at rows.start; returns what belongs to the rows.
 
     Args:
         rows: indices of samples, at most a batch of them.
         pipeline: Pipeline.
         args: parsed flags.
-        classes: that are drawn in turn; None draws labels at random.
+        classes: that samples take in turn; None draws labels at random.
 
     Returns:
         arr_0 (B, P, P, 3) uint8, labels (B,) int64 and, if wanted, tokens (B, T) int64.
@@ -132,25 +132,25 @@ def draw_rows(rows: range, pipeline: Pipeline, args: Flags,
                                       pipeline.gpt.config.num_tokens)
     if classes is not None:
         labels = labels_in_turn(classes, indices)
-    tokens = pipeline.draw_tokens(labels, uniforms)
+    tokens = pipeline.sample_tokens(labels, uniforms)
     tensors = {"arr_0": pipeline.decode(tokens), "labels": torch.from_numpy(labels)}
     if args.save_codes:
         tensors["tokens"] = tokens
     return {name: tensor[:len(rows)] for name, tensor in tensors.items()}
 
 
-def draw_missing(rows: RowWriter, pipeline: Pipeline, args: Flags, classes: list[int] | None,
+def sample_missing(rows: RowWriter, pipeline: Pipeline, args: Flags, classes: list[int] | None,
                  session: Session) -> None:
-    """Draws this process's share of the rows that are not written yet."""
-    # Batches are cut by absolute index, so any process may draw any of them.
+    """Samples this process's part of the rows that are not written yet."""
+    # Batches are cut by absolute index, so any process may sample any of them.
     batches = rows.missing(args.per_proc_batch_size)
     num_done = rows.num_done            # before another process may remove the rows
     session.barrier()                   # all have seen the same rows missing
-    mine = [batches[number] for number in session.share_of(len(batches))]
+    mine = [batches[number] for number in session.part_of(len(batches))]
     with progress(session, rows.num_rows, "sample", "image", initial=num_done) as bar:
         with BackgroundWriter(rows) as writer:
             for batch in mine:
-                writer.write(batch, **draw_rows(batch, pipeline, args, classes))
+                writer.write(batch, **sample_rows(batch, pipeline, args, classes))
                 if session.is_main:
                     bar.update(rows.num_done - bar.n)       # of all processes
         if session.is_main:
@@ -168,7 +168,7 @@ def pack(path: Path, rows: RowWriter, identity: dict[str, object], pipeline: Pip
 
 
 def main(args: Flags, session: Session) -> None:
-    """Draws the samples that are missing and packs all of them."""
+    """Makes the samples that are missing and packs all of them."""
     open_logger(session)
     gpt_path = on_main(session, find_checkpoint, args.gpt_ckpt) if args.gpt_ckpt else None
     with checks(session):
@@ -176,7 +176,7 @@ def main(args: Flags, session: Session) -> None:
         gpt_file = read_gpt(gpt_path, args.weights, args.from_fsdp)
         by_device = device_flags(session.device, args.defaults())
         args.resolve(gpt_file.flags(), gpt_file.path, by_device | preset_flags(args.preset))
-        classes = read_labels(args.labels, args.num_classes)
+        classes = parse_labels(args.labels, args.num_classes)
 
         # Load the parts, which must belong together.
         pipeline = load_pipeline(gpt_file, PipelineSettings(**args.pick(PipelineSettings)),
@@ -203,9 +203,9 @@ def main(args: Flags, session: Session) -> None:
         LOGGER.info("%s is finished", path)
         return
 
-    draw_missing(rows, pipeline, args, classes, session)
+    sample_missing(rows, pipeline, args, classes, session)
 
-    # One process puts together what all have drawn.
+    # One process puts together what all have sampled.
     if session.is_main:
         rows.wait_for_others()
         pack(path, rows, identity, pipeline)

@@ -10,8 +10,8 @@ On a CPU, after scripts/quickstart.sh:
     python autoregressive/train/check_codes.py --code-path results/quickstart/codes \
         --dataset digits --data-path train --vq-ckpt results/quickstart/vq.pt
 
-Prints one line a check, draws random rows beside what their codes decode to, and ends with exit
-code 1 if a check fails.
+Prints one line a check, saves a picture of random rows beside what their codes decode to, and ends
+with exit code 1 if a check fails.
 """
 
 import sys
@@ -54,7 +54,7 @@ from tokenizer.tokenizer_image.loading import load_vq
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 from tokenizer.validation.metrics import psnr
 
-# Share of a row's codes: half precision loses a few, another picture nearly all.
+# Fraction of a row's codes: half precision loses a few, another picture nearly all.
 LEAST_REPRODUCED = 0.5
 ROWS_AT_ONCE = 4096             # of the codes, while their range is looked at
 
@@ -167,7 +167,7 @@ def check_rows(store: CodeStore, dataset: ImageSet, vq: VQModel, rows: np.ndarra
     images = CenterCrops(dataset, enlarged_side(size, manifest["crop_range"]))
     pairs = []
     captions = []
-    reproduced = []                     # share of the codes of each row
+    reproduced = []                     # fraction of the codes of each row
     for row, crop in zip(rows, crops, strict=True):
         # What the image is encoded to now: all black if it cannot be read.
         whole = images[range(row, row + 1)].pictures

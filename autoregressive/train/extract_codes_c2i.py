@@ -24,7 +24,7 @@ from autoregressive.data.opening import open_codes
 from autoregressive.data.store_checks import verify_checksums
 from autoregressive.runtime.compute import PRECISIONS, add_compile_errors_arg, set_up_compiler
 from autoregressive.runtime.distributed import Session, seed_everything
-from autoregressive.runtime.entry import Flags, Parser, at_least, between, checks, free, run
+from autoregressive.runtime.entry import Flags, Parser, at_least, between, checks, may_vary, run
 from autoregressive.runtime.files import check_writable_folder
 from autoregressive.runtime.log import LOGGER, open_logger, progress
 from tokenizer.tokenizer_image.crops import Failures, add_failure_args, load_crops
@@ -63,18 +63,18 @@ def build_parser() -> Parser:
                         help="leave out the mirrored crops (digits, text)")
     parser.add_argument("--precision", default="none", choices=tuple(PRECISIONS),
                         help="of the encoder; the nearest code is always searched in float32")
-    free(parser.add_argument("--batch-size", type=between(0, 2**16), default=0,
-                             help="crops encoded together; 0: found from the memory"))
-    free(parser.add_argument("--num-workers", type=at_least(0), default=24,
-                             help="processes that decode and crop images, at most as many as "
-                                  "there are cores"))
-    free(parser.add_argument("--no-compile", action="store_true",
-                             help="do not compile (a GPU compiles by default)"))
+    may_vary(parser.add_argument("--batch-size", type=between(0, 2**16), default=0,
+                                 help="crops encoded together; 0: found from the memory"))
+    may_vary(parser.add_argument("--num-workers", type=at_least(0), default=24,
+                                 help="processes that decode and crop images, at most as many as "
+                                      "there are cores"))
+    may_vary(parser.add_argument("--no-compile", action="store_true",
+                                 help="do not compile (a GPU compiles by default)"))
     add_compile_errors_arg(parser)
     add_failure_args(parser)
-    free(parser.add_argument("--overwrite", action="store_true",
-                             help="replace a finished store, or one of another extraction, at "
-                                  "--code-path"))
+    may_vary(parser.add_argument("--overwrite", action="store_true",
+                                 help="replace a finished store, or one of another extraction, at "
+                                      "--code-path"))
     return parser
 
 
@@ -136,7 +136,7 @@ def main(args: Flags, session: Session) -> None:
 
 def extract(args: Flags, dataset: ImageSet, vq: VQModel, writer: CodeWriter,
             session: Session) -> None:
-    """Encodes this process's share of the images whose codes are not written yet."""
+    """Encodes this process's part of the images whose codes are not written yet."""
     size = args.image_size
     names = writer.manifest["crops"]
 
@@ -152,7 +152,7 @@ def extract(args: Flags, dataset: ImageSet, vq: VQModel, writer: CodeWriter,
     batches = writer.rows.missing(max(1, batch_size // len(names)))
     num_done = writer.rows.num_done     # before another process may remove the rows
     session.barrier()                   # all have seen the same rows missing
-    mine = [batches[number] for number in session.share_of(len(batches))]
+    mine = [batches[number] for number in session.part_of(len(batches))]
 
     # Read and crop ahead, encode, write.
     side = enlarged_side(size, writer.manifest["crop_range"])
@@ -176,7 +176,7 @@ def finish(writer: CodeWriter, max_failures: float, session: Session) -> None:
 
     Args:
         writer: of the store.
-        max_failures: share of the images that may be broken.
+        max_failures: fraction of the images that may be broken.
         session: Session.
     """
     count = writer.manifest["num_images"]

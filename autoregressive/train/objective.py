@@ -74,7 +74,7 @@ class GPTTrainer:
         precision: one of PRECISIONS, of the forward pass.
         accumulation: micro-batches of a step.
         val_batches: of the validation images, or None.
-        draw_samples: saves a picture at a path, drawn with given weights; None draws nothing.
+        save_samples: saves pictures at a path, sampled with given weights; None saves none.
         compiler: of the model's blocks, which reports after the first step; None if they are not
             compiled.
     """
@@ -85,7 +85,7 @@ class GPTTrainer:
     precision: str
     accumulation: int = 1
     val_batches: ValBatches | None = None
-    draw_samples: Callable[[Path, dict[str, Tensor]], None] | None = None
+    save_samples: Callable[[Path, dict[str, Tensor]], None] | None = None
     compiler: BlockCompiler | None = None
 
     def __post_init__(self) -> None:
@@ -127,7 +127,7 @@ class GPTTrainer:
         if batches is None:
             return {}
         session = self.session
-        part = session.share_of(batches.batch_size)
+        part = session.part_of(batches.batch_size)
         sums = torch.zeros(len(LOSSES), device=session.device)
         self.wrapped.eval()
         for index in range(batches.per_epoch):
@@ -139,13 +139,13 @@ class GPTTrainer:
         means = session.sum(sums) / batches.per_epoch
         return dict(zip(LOSSES, means.tolist(), strict=True))
 
-    def draw(self, path: Path) -> None:
-        """Saves pictures drawn with the present weights, averaged ones if there are any."""
-        if self.draw_samples is None:
+    def save_pictures(self, path: Path) -> None:
+        """Saves pictures sampled with the present weights, averaged ones if there are any."""
+        if self.save_samples is None:
             return
         weights = self.optimizer.best_weights(keep=self.session.is_main)
         if self.session.is_main:
-            self.draw_samples(path, weights)
+            self.save_samples(path, weights)
 
     def state(self) -> dict[str, Any]:
         """Returns all that training continues from, on rank 0; all processes call this."""

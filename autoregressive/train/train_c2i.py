@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from autoregressive.data.codes import add_code_args
+from autoregressive.data.opening import open_older_stores
 from autoregressive.data.store_checks import verify_codes
 from autoregressive.data.training_data import DataSettings, TrainingData, add_data_args, open_data
 from autoregressive.models.cluster_loss import check_cluster_size
@@ -50,7 +51,7 @@ from autoregressive.runtime.compute import (
     set_up_gpu,
 )
 from autoregressive.runtime.distributed import Session, seed_everything
-from autoregressive.runtime.entry import Flags, Parser, at_least, checks, free, on_main, run
+from autoregressive.runtime.entry import Flags, Parser, at_least, checks, may_vary, on_main, run
 from autoregressive.runtime.files import weights_sha256
 from autoregressive.runtime.log import LOGGER, open_logger
 from autoregressive.runtime.optim import ModelOptimizer, OptimSettings, add_optim_args, check_optim
@@ -83,20 +84,20 @@ def build_parser() -> Parser:
     add_training_args(parser)
     add_compute_args(parser)
     add_data_args(parser)
-    free(parser.add_argument("--validation_step", type=at_least(0), default=0,
-                             help="steps between sample pictures; 0: none"))
+    may_vary(parser.add_argument("--validation_step", type=at_least(0), default=0,
+                                 help="steps between sample pictures; 0: none"))
     group = parser.add_argument_group("loss and regularisation")
     group.add_argument("--lambda-cce", type=at_least(0.0), default=1.0,
                        help="weight of the cluster loss; 0 is LlamaGen")
     add_regularisation_args(group)
     add_start_args(group)
     group = parser.add_argument_group("memory")
-    free(group.add_argument("--parallel", default="ddp", choices=PARALLEL,
-                            help="ddp: every process holds all weights; fsdp: shards them, for XL "
-                                 "and larger"))
-    free(group.add_argument("--checkpoint-activations", action="store_true",
-                            help="compute each block's activations again in the backward pass: "
-                                 "slower, less memory"))
+    may_vary(group.add_argument("--parallel", default="ddp", choices=PARALLEL,
+                                help="ddp: every process holds all weights; fsdp: shards them, for "
+                                     "XL and larger"))
+    may_vary(group.add_argument("--checkpoint-activations", action="store_true",
+                                help="compute each block's activations again in the backward pass: "
+                                     "slower, less memory"))
     add_loss_memory_args(group)
     return parser
 
@@ -113,11 +114,11 @@ def check_flags(args: Flags, session: Session) -> None:
                          "scaler does not see shards")
 
 
-def describe(args: Flags, data: TrainingData) -> dict[str, Any]:
+def checkpoint_settings(args: Flags, data: TrainingData) -> dict[str, Any]:
     """Returns what a reader of a checkpoint must know of it."""
     names = ("gpt_model", "vocab_size", "num_classes", "image_size", "cluster_size", "lambda_cce",
              "global_batch_size", "ema", "ema_warmup")
-    return {name: getattr(args, name) for name in names} | data.record()
+    return {name: getattr(args, name) for name in names} | data.checkpoint_settings()
 
 
 def build_trainer(args: Flags, config: GPTConfig, start: GPTFile | None, data: TrainingData,
@@ -144,19 +145,19 @@ def build_trainer(args: Flags, config: GPTConfig, start: GPTFile | None, data: T
         head_loss = torch.compile(head_loss)
         compiler = BlockCompiler(model.layers)
 
-    # Share the work among processes; from here on the model is on its device.
+    # Divide the work among processes; from here on the model is on its device.
     wrapped = wrap_for_training(Objective(model, head_loss), session, args.parallel, model.layers,
                                 PRECISIONS[args.mixed_precision])
     optimizer = ModelOptimizer(model, OptimSettings(**args.pick(OptimSettings)), device,
                                uses_scaler=args.mixed_precision == "fp16")
     seed_everything(args.global_seed, 1 + session.rank)     # dropout differs between processes
-    draw = None
+    save_pictures = None
     if vq is not None:
-        draw = functools.partial(save_samples, config=config, vq=vq, device=device,
-                                 seed=args.global_seed, class_names=data.class_names)
+        save_pictures = functools.partial(save_samples, config=config, vq=vq, device=device,
+                                          seed=args.global_seed, class_names=data.class_names)
     return GPTTrainer(wrapped, optimizer, session, precision=args.mixed_precision,
                       accumulation=args.gradient_accumulation_steps, val_batches=data.val_batches,
-                      draw_samples=draw, compiler=compiler)
+                      save_samples=save_pictures, compiler=compiler)
 
 
 @torch.inference_mode()
@@ -192,6 +193,7 @@ def main(args: Flags, session: Session) -> None:
     """Trains a GPT, or continues the run that the same command began."""
     open_logger(session)
     start_path = on_main(session, find_checkpoint, args.gpt_ckpt) if args.gpt_ckpt else None
+    older = on_main(session, open_older_stores, args.code_path, session)
 
     # Open and compare all that the run depends on, before any work.
     with checks(session):
@@ -199,7 +201,7 @@ def main(args: Flags, session: Session) -> None:
         check_flags(args, session)
         start_settings = StartSettings(**args.pick(StartSettings))
         start_settings.check()
-        data = open_data(DataSettings(**args.pick(DataSettings)), grid, session.world_size)
+        data = open_data(DataSettings(**args.pick(DataSettings)), grid, session.world_size, older)
         mapping = data.mapping
         vq = open_decoder(args.vq_ckpt, VQConfig(**args.pick(VQConfig)), mapping,
                           args.cluster_size)
@@ -214,7 +216,7 @@ def main(args: Flags, session: Session) -> None:
         identity = args.identity() | data.identity()
         # Weights alone are part of the identity. A checkpoint to go on from is not: its run may
         # have a newer one when the same command is given again.
-        if start and not start.payload:
+        if start and not start.continues:
             identity["start_sha256"] = weights_sha256(start.state)
 
     # Find the run that this command continues, or begin one.
@@ -231,18 +233,17 @@ def main(args: Flags, session: Session) -> None:
     # Build what is trained, and the loop that trains it.
     set_up_gpu(args.tf32, args.cudnn_attention)
     trainer = build_trainer(args, config, start=start, data=data, vq=vq, session=session)
-    parameters = trainer.optimizer.model.parameters()
-    num_parameters = sum(parameter.numel() for parameter in parameters)
+    num_parameters = sum(parameter.numel() for parameter in trainer.optimizer.model.parameters())
     speed = Speedometer(session.device, session.world_size, config.num_tokens,
                         config.flops_per_token(num_parameters))
-    training = TrainingRun(folder, trainer, data.batches, settings, session,
-                           record=describe(args, data), speed=speed, curves=trainer.meter.names,
-                           result=RESULT, draw_every=args.validation_step)
+    training = TrainingRun(folder, trainer, data.batches, settings, session, speed=speed,
+                           checkpoint_settings=checkpoint_settings(args, data), result=RESULT,
+                           curves=trainer.meter.names, pictures_every=args.validation_step)
 
     # Look at the data once more, load the newest checkpoint, and train.
     with checks(session):
         training.verify_data(functools.partial(verify_codes, args.code_path))
-    training.resume(start)
+    training.resume(start, can_start)
     if session.is_main and vq:
         save_first_rows(folder.path / "data.png", data, vq)
     log_start(args, config, data, num_parameters, num_steps)

@@ -3,7 +3,7 @@
 import numpy as np
 import scipy.linalg
 
-LEAST_EIGENVALUE = -1e-6        # of a covariance, as a share of its largest one
+LEAST_EIGENVALUE = -1e-6        # of a covariance, as a fraction of its largest one
 
 
 def check_covariance(sigma: np.ndarray) -> None:

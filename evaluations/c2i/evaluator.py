@@ -44,8 +44,8 @@ from evaluations.c2i.pairing import check_class_names, check_pair
 from evaluations.c2i.scores import (
     MANIFOLDS,
     TITLES,
-    compute,
-    extract,
+    compute_scores,
+    extract_with_bar,
     needs_reference_features,
     read_statistics,
 )
@@ -62,7 +62,7 @@ def metric_names(text: str) -> set[str]:
 def build_parser() -> Parser:
     """Returns the parser of this script's command line."""
     parser = Parser("Score samples against a reference: Inception score, FID, sFID, precision, "
-                    "recall.", draws=False)
+                    "recall.", has_seed=False)
     parser.add_argument("ref_batch",
                         help="npz of the reference: pictures and perhaps ready statistics")
     parser.add_argument("sample_batch", help="npz of the samples")
@@ -110,8 +110,8 @@ def open_files(args: Flags) -> tuple[NpzImages, NpzImages, Path]:
     return reference, samples, output
 
 
-def read_labels(reference: NpzImages, samples: NpzImages,
-                network: FeatureNetwork) -> np.ndarray | None:
+def labels_to_judge(reference: NpzImages, samples: NpzImages,
+                    network: FeatureNetwork) -> np.ndarray | None:
     """Returns the labels (N,) int64 that the samples were made for.
 
     They are None where the samples carry none, or none that the network can judge.
@@ -130,8 +130,8 @@ def read_labels(reference: NpzImages, samples: NpzImages,
     return labels
 
 
-def describe(reference: NpzImages, samples: NpzImages, network: FeatureNetwork,
-             ready_statistics: list[str]) -> dict[str, Any]:
+def identity_of(reference: NpzImages, samples: NpzImages, network: FeatureNetwork,
+                ready_statistics: list[str]) -> dict[str, Any]:
     """Returns what the numbers depend on, beside the choice of metrics."""
     return {
         "samples": {
@@ -152,14 +152,15 @@ def read_numbers(output: Path, identity: dict[str, Any],
     record = {}
     with contextlib.suppress(ValueError, OSError):              # none, or damaged: it is made again
         record = read_json(output, {"numbers": dict})
+    says_how_they_were_made = bool(identity["samples"]["settings"])
     expected = json.loads(json.dumps(identity))                 # as a file gives it back
     is_same = all(record.get(key) == value for key, value in expected.items())
-    is_known = bool(identity["samples"]["settings"])
-    if not is_same or not is_known:
+    if not says_how_they_were_made or not is_same:
         return None
-    titles = {TITLES[metric] for metric in metrics}
-    has_these_metrics = titles == record["numbers"].keys() & TITLES.values()
-    return record["numbers"] if has_these_metrics else None
+    wanted_titles = {TITLES[metric] for metric in metrics}
+    # A record may also hold numbers of the classifier, which are no choice of --metrics.
+    found_titles = {title for title in record["numbers"] if title in TITLES.values()}
+    return record["numbers"] if found_titles == wanted_titles else None
 
 
 def open_network(args: Flags, session: Session) -> FeatureNetwork:
@@ -182,8 +183,8 @@ def main(args: Flags, session: Session) -> None:
         for images in (reference, samples):
             images.check_side(network.image_size, network.name)
         stored = read_statistics(reference, network, args.metrics)
-        labels = read_labels(reference, samples, network)
-        identity = describe(reference, samples, network, sorted(stored))
+        labels = labels_to_judge(reference, samples, network)
+        identity = identity_of(reference, samples, network, sorted(stored))
 
     # Numbers that an earlier start recorded are printed again.
     if args.reuse and (numbers := read_numbers(output, identity, args.metrics)):
@@ -195,11 +196,11 @@ def main(args: Flags, session: Session) -> None:
 
     # Compute features of both files, then the numbers.
     with checks(session):                           # damage inside a file shows when it is read
-        sample_features = extract(network, samples, args.batch_size, session)
+        sample_features = extract_with_bar(network, samples, args.batch_size, session)
         reference_features = None
         if needs_reference_features(args.metrics, stored):
-            reference_features = extract(network, reference, args.batch_size, session)
-        scores = compute(args.metrics, sample_features, reference_features, stored, session)
+            reference_features = extract_with_bar(network, reference, args.batch_size, session)
+        scores = compute_scores(args.metrics, sample_features, reference_features, stored, session)
     numbers = scores.numbers
     if labels is not None:
         found = sample_features.probabilities.argmax(axis=1)                        # (N,)

@@ -40,7 +40,7 @@ class FeatureNetwork(Protocol):
         sha256: hash of its weights.
         image_size: side in pixels of the pictures that it takes, or None if any.
         class_names: names of its classes, or None where they are not those of the labels.
-        accuracy: share of the validation pictures whose label it gives, or None if unknown.
+        accuracy: fraction of the validation pictures whose label it gives, or None if unknown.
     """
 
     name: str

@@ -148,7 +148,7 @@ def _max_pool(attributes: Attributes, x: Tensor) -> Tensor:
 
 def _average_pool(attributes: Attributes, x: Tensor) -> Tensor:
     """Returns the means over the part of each window that lies inside the picture."""
-    inside = _pool(attributes, torch.ones_like(x[:1, :1]), F.avg_pool2d, 0)     # share inside
+    inside = _pool(attributes, torch.ones_like(x[:1, :1]), F.avg_pool2d, 0)     # fraction inside
     return _pool(attributes, x, F.avg_pool2d, 0) / inside
 
 

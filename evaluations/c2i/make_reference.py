@@ -39,7 +39,7 @@ BATCH_IMAGES = 256      # pictures that are in memory together
 def build_parser() -> Parser:
     """Returns the parser of this script's command line."""
     parser = Parser("Make a reference npz out of an image folder, the digits, or an npz "
-                    "(--data-path X.npz).", draws=False)
+                    "(--data-path X.npz).", has_seed=False)
     add_image_args(parser)
     add_failure_args(parser)
     parser.add_argument("--output", required=True, help="the npz to write")
@@ -138,7 +138,7 @@ def spool_crops(spool: Spool, dataset: ImageSet, rows: np.ndarray, size: int, fa
     return np.setdiff1d(rows, list(failures.found))
 
 
-def read_npz(source: NpzImages, rows: np.ndarray) -> Iterator[np.ndarray]:
+def pictures_of_npz(source: NpzImages, rows: np.ndarray) -> Iterator[np.ndarray]:
     """Yields the pictures (P, P, 3) uint8 of ascending rows of an npz, as they are."""
     every = itertools.chain.from_iterable(source.batches(BATCH_IMAGES))
     return itertools.compress(every, np.isin(range(len(source)), rows))
@@ -168,8 +168,8 @@ def write_reference(path: str, pictures: Iterable[np.ndarray], shape: tuple[int,
             batch = np.stack(batch)
             if network:
                 features = network.features(batch)
-                for space, known in statistics.items():
-                    known.add(getattr(features, space))
+                for space, of_space in statistics.items():
+                    of_space.add(getattr(features, space))
             yield batch
             advance(len(batch))
 
@@ -207,7 +207,7 @@ def main(args: Flags, session: Session) -> None:
     with open_spool(Path(args.output).parent, (size, size, 3)) as spool, checks(session):
         rows = source.rows
         if isinstance(source.pictures, NpzImages):
-            pictures = read_npz(source.pictures, rows)
+            pictures = pictures_of_npz(source.pictures, rows)
         else:
             failures = Failures(len(rows), args.max_failures)
             rows = spool_crops(spool, source.pictures, rows, size, failures, session)

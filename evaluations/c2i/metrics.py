@@ -61,13 +61,13 @@ class StreamingStatistics:
         check_finite(features)
         if not len(features):
             return
-        share = len(features) / (self.count + len(features))
+        weight = len(features) / (self.count + len(features))
         batch_mean = features.mean(axis=0)                                          # (D,)
-        centered = features - batch_mean                                            # (n, D)
+        centred = features - batch_mean                                            # (n, D)
         step = batch_mean - self.mean                                               # (D,)
-        between = np.outer(step, step) * (self.count * share)                       # (D, D)
-        self._scatter = self._scatter + centered.T @ centered + between
-        self.mean = self.mean + step * share
+        between = np.outer(step, step) * (self.count * weight)                       # (D, D)
+        self._scatter = self._scatter + centred.T @ centred + between
+        self.mean = self.mean + step * weight
         self.count += len(features)
 
     @property
@@ -223,7 +223,7 @@ def manifold_radii(features: Tensor, neighbours: int = NEIGHBOURS,
 
 def precision_recall(reference: Tensor, samples: Tensor, neighbours: int = NEIGHBOURS,
                      advance: Callable[[int], None] = lambda count: None) -> tuple[float, float]:
-    """Computes the shares of samples in the reference's manifold and of references in the samples'.
+    """Computes which fraction of the samples lies in the reference's manifold, and the reverse.
 
     Args:
         reference: (N1, D) float32 tensor.

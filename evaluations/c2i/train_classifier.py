@@ -172,7 +172,7 @@ def train_classifier(model: SmallClassifier, pictures: Tensor, labels: Tensor, a
 
 @torch.inference_mode()
 def measure_accuracy(model: SmallClassifier, pictures: Tensor, labels: Tensor) -> float:
-    """Returns the share of pictures (N, P, P, 3) uint8 that the model assigns to their label."""
+    """Returns the fraction of pictures (N, P, P, 3) uint8 that the model assigns to their label."""
     model.eval()
     found = torch.cat([model(batch).argmax(dim=1) for batch in pictures.split(EVALUATION_BATCH)])
     return (found == labels).sum().item() / len(labels)
@@ -203,8 +203,8 @@ def main(args: Flags, session: Session) -> None:
             "class_names": train.class_names, "image_size": args.image_size, "accuracy": accuracy,
             "num_val": len(val_labels), "dataset": args.dataset, "seed": args.global_seed,
             "width": args.width})
-    share_of_largest_class = val_labels.bincount().max().item() / len(val_labels)
-    if accuracy <= share_of_largest_class:
+    fraction_of_largest_class = val_labels.bincount().max().item() / len(val_labels)
+    if accuracy <= fraction_of_largest_class:
         logger.warning("it is no better than naming the most frequent class always, and scores of "
                        "it say nothing; choose a smaller --lr, or train longer")
     logger.info("%.2f %% of %d val pictures are right; saved in %s", 100 * accuracy,

@@ -27,7 +27,7 @@ PUBLISHED_SEED = 42
 
 def build_parser():
     """Returns the parser of this script's command line."""
-    parser = Parser("Compare balanced clusterings: SSE and CPU seconds.", draws=False)
+    parser = Parser("Compare balanced clusterings: SSE and CPU seconds.", has_seed=False)
     parser.add_argument("--seeds", type=int, default=5, help="starts of the optimal method, from seed 0")
     return parser
 

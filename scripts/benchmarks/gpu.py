@@ -69,7 +69,7 @@ SECTIONS = [
 
 def build_parser() -> Parser:
     """Returns the parser of this script's command line."""
-    parser = Parser("Check and measure a GPU in a given time.", draws=False)
+    parser = Parser("Check and measure a GPU in a given time.", has_seed=False)
     parser.add_argument("--out", default="results/gpu", help=f"folder of {RESULTS} and {TABLE}")
     parser.add_argument("--minutes", type=above(0.0), default=10.0, help="time for everything")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes")

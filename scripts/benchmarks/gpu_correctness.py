@@ -22,12 +22,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from autoregressive.models.captured import CalledAgain, CapturedSteps, compile_decoding
 from autoregressive.models.cluster_loss import fused_head_loss, plain_head_loss
 from autoregressive.models.config import GPT_MODELS, gpt_config
 from autoregressive.models.generate import Steps, generate
 from autoregressive.models.gpt import GPT
-from autoregressive.models.recorded import CalledAgain, RecordedSteps, compile_decoding
-from autoregressive.models.sampler import Sampler, draw, filter_logits
+from autoregressive.models.sampler import Sampler, filter_logits, invert_cdf
 from autoregressive.runtime.checkpoint import read_checkpoint
 from autoregressive.runtime.compute import autocast, set_up_compiler
 from autoregressive.runtime.distributed import Session
@@ -132,8 +132,8 @@ class Comparisons:
             expected = filter_logits(logits.double(), top_k, top_p)
             found = filter_logits(logits.double().to(self.device), top_k, top_p)
             unequal.append(share_unequal(found, expected))
-            unequal.append(share_unequal(draw(found.softmax(-1), uniforms.to(self.device)),
-                                         draw(expected.softmax(-1), uniforms)))
+            unequal.append(share_unequal(invert_cdf(found.softmax(-1), uniforms.to(self.device)),
+                                         invert_cdf(expected.softmax(-1), uniforms)))
         return max(unequal)
 
     def recorded_and_eager_tokens(self) -> float:
@@ -148,15 +148,15 @@ class Comparisons:
         """Returns the share of tokens that differ in bf16 when the same compiled steps are not recorded, but called."""
         model = copy.deepcopy(self.model).eval().cast(torch.bfloat16)
         steps = self._recorded(model)
-        called = RecordedSteps(model, CalledAgain)
+        called = CapturedSteps(model, CalledAgain)
         found = [self._draw(model, SAMPLER, steps, shift) for shift in (0, 1)]
         expected = [self._draw(model, SAMPLER, called, shift) for shift in (0, 1)]
         return share_unequal(torch.cat(found), torch.cat(expected))
 
-    def _recorded(self, model: GPT) -> RecordedSteps:
+    def _recorded(self, model: GPT) -> CapturedSteps:
         model.requires_grad_(False)
         is_gpu = self.device.type == "cuda"
-        return RecordedSteps(compile_decoding(model) if is_gpu else model)
+        return CapturedSteps(compile_decoding(model) if is_gpu else model)
 
     def resumed_training(self) -> float:
         """Returns how far resumed weights are from those of an uninterrupted run, in steps since the resumption."""

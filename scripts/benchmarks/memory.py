@@ -19,11 +19,11 @@ import tempfile
 import numpy as np
 import torch
 
+from autoregressive.models.captured import CapturedSteps, compile_decoding
 from autoregressive.models.config import GPT_MODELS, gpt_config
 from autoregressive.models.gpt import GPT
-from autoregressive.models.recorded import RecordedSteps, compile_decoding
 from autoregressive.models.sampler import Sampler
-from autoregressive.pipeline import Pipeline, decoder_tile, place_decoder
+from autoregressive.pipeline import Pipeline, decoder_batch_size, place_decoder
 from autoregressive.runtime.compute import set_up_compiler
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.entry import Flags, Parser, at_least, checks, run
@@ -79,15 +79,15 @@ def sampling_memory(name: str, grid: int, num_images: int, device: torch.device)
     with device:                                    # a large one takes long to fill on a CPU
         model = GPT(gpt_config(name, grid=grid, vocab_size=VOCAB_SIZE, num_classes=NUM_CLASSES))
     model = model.to(device).eval().requires_grad_(False).cast(dtype)
-    steps = RecordedSteps(compile_decoding(model))
+    steps = CapturedSteps(compile_decoding(model))
     vq = VQModel(VQConfig(VQ)).eval().requires_grad_(False)
     place_decoder(vq, dtype, device, compiled=True)
     image_size = grid * DOWNSAMPLING
-    tile = decoder_tile(VQ, image_size, dtype, device)
+    tile = decoder_batch_size(VQ, image_size, dtype, device)
     pipeline = Pipeline(model, vq, Sampler(cfg_scale=2.0), image_size, tile, steps=steps)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
-    pipeline.draw(np.zeros(num_images, np.int64), np.zeros((num_images, grid * grid)))
+    pipeline.sample(np.zeros(num_images, np.int64), np.zeros((num_images, grid * grid)))
     return {"ours": {"peak GiB": torch.cuda.max_memory_allocated(device) / 2**30}}
 
 

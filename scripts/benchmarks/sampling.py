@@ -30,13 +30,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autoregressive.models.cache import KVCache
+from autoregressive.models.captured import CapturedSteps, CUDACapture, compile_decoding
 from autoregressive.models.config import GPT_MODELS, GPTConfig, gpt_config
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import GPT
 from autoregressive.models.packed import can_pack, pack_linears
-from autoregressive.models.recorded import CUDARecorder, RecordedSteps, compile_decoding
 from autoregressive.models.sampler import Sampler, guide
-from autoregressive.pipeline import Pipeline, decoder_tile, place_decoder
+from autoregressive.pipeline import Pipeline, decoder_batch_size, place_decoder
 from autoregressive.runtime.compute import PRECISIONS, set_up_compiler
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.entry import Flags, Parser, run
@@ -115,7 +115,7 @@ class PublishedWay:
             return
         self._step()
         if self.is_recorded:
-            self.graph = CUDARecorder()(self._step)
+            self.graph = CUDACapture()(self._step)
             self.graph.replay()                     # recording computed nothing of what `_step` has just named
 
     def _step(self) -> None:
@@ -210,7 +210,7 @@ def compare_ways(args: Flags, config: GPTConfig, batch_size: int, bandwidth: flo
         shape = GPT(config)
     temporaries = temporary_bytes(config, batch_size, dtype)
     needed = {"weights": weight_bytes(shape, dtype), "cache": cache_bytes(config, batch_size, dtype)}
-    tile = min(batch_size, decoder_tile(VQ, config.grid * DOWNSAMPLING, dtype, device))
+    tile = min(batch_size, decoder_batch_size(VQ, config.grid * DOWNSAMPLING, dtype, device))
     decoder = decoder_bytes(config.grid, tile, dtype) if args.decode else 0
     free = free_bytes(device)
     check_fits(free, **needed, temporaries=max(temporaries["ours"], decoder))
@@ -223,8 +223,8 @@ def compare_ways(args: Flags, config: GPTConfig, batch_size: int, bandwidth: flo
     elif can_pack(device, dtype):
         ours = pack_linears(copy.deepcopy(model))
     if args.compile:
-        steps = RecordedSteps(ours)
-        cache = steps.drawing(batch_size, SAMPLER).cache
+        steps = CapturedSteps(ours)
+        cache = steps.state_for(batch_size, SAMPLER).cache
     labels = torch.randint(NUM_CLASSES, (batch_size,), device=device)
     uniforms = torch.rand(batch_size, config.num_tokens, dtype=torch.float64, device=device)
     title = f"{config.name} {config.grid}x{config.grid} batch {batch_size}"
@@ -238,7 +238,8 @@ def compare_ways(args: Flags, config: GPTConfig, batch_size: int, bandwidth: flo
     if args.decode:
         vq = VQModel(VQConfig(VQ)).eval().requires_grad_(False)
         place_decoder(vq, dtype, device, args.compile)
-        pipeline = Pipeline(ours, vq, SAMPLER, image_size=config.grid * DOWNSAMPLING, tile=tile, steps=steps)
+        pipeline = Pipeline(ours, vq, SAMPLER, image_size=config.grid * DOWNSAMPLING, decode_batch_size=tile,
+                            steps=steps)
         ways["ours, decoded"] = lambda: pipeline.decode(ways["ours"]()).cpu()
 
     def measure(work):

@@ -31,7 +31,7 @@ class DoesNotFit(Exception):
 
 def benchmark_parser(description: str, rounds: int) -> Parser:
     """Returns a parser with the flag --rounds, whose default is `rounds`."""
-    parser = Parser(description, draws=False)
+    parser = Parser(description, has_seed=False)
     parser.add_argument("--rounds", type=at_least(1), default=rounds,
                         help="how often the ways take turns; medians are printed")
     return parser

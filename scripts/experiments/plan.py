@@ -53,7 +53,7 @@ class Samples:
     """Samples of a run.
 
     Attributes:
-        run: that drew them.
+        run: whose model they are of.
         scale: of the guidance.
         num_samples: how many.
         seed: of sampling.
@@ -190,27 +190,27 @@ class Experiment:
         return [TRAIN, *self.words(self.identity(run)["train"]), "--global-seed", str(run.seed),
                 "--results-dir", str(self.folder(run))]
 
-    def sample_words(self, drawn: Samples) -> list[str]:
-        """Returns the command that draws samples, into a folder of their own."""
-        words = self.words(self.identity(drawn.run)["sample"])
-        return [SAMPLE, *words, "--gpt-ckpt", str(self.run_folder(drawn.run)),
-                "--cfg-scale", str(drawn.scale), "--num-fid-samples", str(drawn.num_samples),
-                "--global-seed", str(drawn.seed), "--sample-dir", str(self._samples(drawn))]
+    def sample_words(self, samples: Samples) -> list[str]:
+        """Returns the command that makes samples, in a folder of their own."""
+        words = self.words(self.identity(samples.run)["sample"])
+        return [SAMPLE, *words, "--gpt-ckpt", str(self.run_folder(samples.run)),
+                "--cfg-scale", str(samples.scale), "--num-fid-samples", str(samples.num_samples),
+                "--global-seed", str(samples.seed), "--sample-dir", str(self._samples(samples))]
 
-    def evaluate_words(self, drawn: Samples) -> list[str]:
-        """Returns the command that scores samples, once they are drawn."""
-        (path,) = self._samples(drawn).glob("*.npz")
+    def evaluate_words(self, samples: Samples) -> list[str]:
+        """Returns the command that scores samples, once they are there."""
+        (path,) = self._samples(samples).glob("*.npz")
         return [EVALUATE, *self.words(self.plan["evaluate"], samples=path), "--reuse"]
 
-    def scores(self, drawn: Samples) -> dict[str, Any]:
+    def scores(self, samples: Samples) -> dict[str, Any]:
         """Returns the record that the command of evaluate_words has left."""
-        (path,) = self._samples(drawn).glob("*.json")
+        (path,) = self._samples(samples).glob("*.json")
         return read_json(path, {"numbers": dict, "versions": dict})
 
-    def _samples(self, drawn: Samples) -> Path:
+    def _samples(self, samples: Samples) -> Path:
         """Returns the folder of samples."""
-        name = f"samples-{drawn.num_samples}-seed{drawn.seed}-cfg-{drawn.scale:g}"
-        return self.folder(drawn.run) / name
+        name = f"samples-{samples.num_samples}-seed{samples.seed}-cfg-{samples.scale:g}"
+        return self.folder(samples.run) / name
 
 
 def sha256_of(path: Path) -> str:

@@ -1,7 +1,7 @@
 """Runs what is missing of an experiment, every arm with every seed, and prints its table.
 
-    python scripts/experiments/run.py scripts/experiments/cifar10/experiment.json --data
-    /path/to/cifar10
+    python scripts/experiments/run.py scripts/experiments/cifar10/experiment.json \
+        --data /path/to/cifar10
 
 Everything runs with nice 15, one thread each, from a clone of a commit, so that edits in the tree
 do not reach running jobs. Stop it anywhere: the same command goes on. `--status` and `--table` look
@@ -24,7 +24,7 @@ from autoregressive.runtime.entry import (
     at_least,
     check_one_process,
     checks,
-    free,
+    may_vary,
     run,
 )
 from autoregressive.runtime.files import check_writable_folder, read_json, write_json
@@ -37,7 +37,7 @@ from scripts.experiments.table import make_table
 
 def build_parser() -> Parser:
     """Returns the parser of this script's command line."""
-    parser = Parser("Run what is missing of an experiment, and make its table.", draws=False)
+    parser = Parser("Run what is missing of an experiment, and make its table.", has_seed=False)
     parser.set_defaults(device="cpu")               # this script computes nothing, its jobs do
     parser.add_argument("experiment", help="the experiment file")
     parser.add_argument("--data", help="what the experiment file calls {data}")
@@ -45,8 +45,8 @@ def build_parser() -> Parser:
                                        "results/experiments/NAME")
     parser.add_argument("--commit", help="the commit that new runs are made with; default: that of "
                                          "the first start")
-    free(parser.add_argument("--jobs", type=at_least(1), default=2,
-                             help="runs at a time; with GPUs, each has its own"))
+    may_vary(parser.add_argument("--jobs", type=at_least(1), default=2,
+                                 help="runs at a time; with GPUs, each has its own"))
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--status", action="store_true",
                        help="say what is done, running and missing")
@@ -86,7 +86,7 @@ def show_status(experiment: Experiment, jobs: Jobs) -> None:
         if script := jobs.alive(each.name):
             steps = [0]
             for path in folder.glob("*/metrics.jsonl"):
-                steps += [row["step"] for row in read_metrics(path)]
+                steps += [values["step"] for values in read_metrics(path)]
             state = f"{script}, step {max(steps)}"
         elif experiment.result(each).exists():
             state = "done"

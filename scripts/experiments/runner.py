@@ -236,7 +236,7 @@ class Runner:
         experiment = self.experiment
         plan = experiment.plan
         identity = experiment.identity(each)
-        # A training that has begun stays the same run when its samples are drawn or scored in
+        # A training that has begun stays the same run when its samples are made or scored in
         # another way.
         training = {"train": identity["train"]}
         begun = experiment.folder(each) / "begun.json"
@@ -251,10 +251,10 @@ class Runner:
 
         yield from counted(experiment.train_words(each))
         scale = yield from self._choose_guidance(each, record["commit"])
-        drawn = Samples(each, scale, plan["num_samples"], plan["sampling_seed"])
-        yield from counted(experiment.sample_words(drawn))
-        yield from counted(experiment.evaluate_words(drawn))
-        scores = experiment.scores(drawn)
+        samples = Samples(each, scale, plan["num_samples"], plan["sampling_seed"])
+        yield from counted(experiment.sample_words(samples))
+        yield from counted(experiment.evaluate_words(samples))
+        scores = experiment.scores(samples)
         numbers = read_json(experiment.run_folder(each) / "finished.json")
         if "val_token_loss" in numbers:
             numbers["val_within_loss"] = numbers["val_token_loss"] - numbers["val_cluster_loss"]
@@ -283,11 +283,11 @@ class Runner:
         if not chosen.exists():
             fids = {}
             for scale in map(float, guidance["scales"]):
-                drawn = Samples(each, scale, guidance["num_samples"], guidance["seed"])
-                yield Command(each.name, experiment.sample_words(drawn), commit)
-                words = [*experiment.evaluate_words(drawn), "--metrics", "fid"]
+                samples = Samples(each, scale, guidance["num_samples"], guidance["seed"])
+                yield Command(each.name, experiment.sample_words(samples), commit)
+                words = [*experiment.evaluate_words(samples), "--metrics", "fid"]
                 yield Command(each.name, words, commit)
-                fids[scale] = experiment.scores(drawn)["numbers"]["FID"]
+                fids[scale] = experiment.scores(samples)["numbers"]["FID"]
             write_json(chosen, {"arm": each.arm, "seed": each.seed, **identity, "commit": commit,
                                 "inputs": experiment.inputs(each),
                                 "cfg_scale": min(fids, key=fids.get), "fid": fids})

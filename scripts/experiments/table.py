@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 from scipy import optimize, stats
 
-CONFIDENCE, POWER = 0.95, 0.8
+CONFIDENCE = 0.95               # of the intervals
+POWER = 0.8                     # chance that a true difference of `detectable` size shows
 
 
 def interval(values: list[float]) -> tuple[float, float]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from autoregressive.runtime.distributed import Session, keyed_random
-from autoregressive.runtime.entry import Parser, free, share_up_to_1
+from autoregressive.runtime.entry import Parser, fraction_up_to_1, may_vary
 from autoregressive.runtime.loader import BatchOrder, read_ahead
 from autoregressive.runtime.log import LOGGER
 from tokenizer.tokenizer_image.images import ImageSet, center_crop, random_crop
@@ -24,17 +24,17 @@ NUM_LISTED = 10                                     # broken images that the log
 
 def add_failure_args(parser: Parser | argparse._ArgumentGroup) -> None:
     """Declares how many images may be broken: the same in every script that reads images."""
-    free(parser.add_argument("--max-failures", type=share_up_to_1, default=0.001,
-                             help="share of images that may be broken; more end with exit code 1 "
-                                  "and a list"))
+    may_vary(parser.add_argument("--max-failures", type=fraction_up_to_1, default=0.001,
+                                 help="fraction of images that may be broken; more end with exit "
+                                      "code 1 and a list"))
 
 
 class Failures:
-    """Broken images of a dataset: named in the log and left out; more than a share end the work.
+    """Broken images of a dataset: named in the log and left out; too many of them end the work.
 
     Attributes:
         num_images: of the dataset.
-        max_failures: share of them that may be broken.
+        max_failures: fraction of them that may be broken.
         found: row -> (path, reason).
     """
 
@@ -46,7 +46,7 @@ class Failures:
 
     @property
     def are_too_many(self) -> bool:
-        """Whether more than the share, or all of them, are broken."""
+        """Whether more than the fraction, or all of them, are broken."""
         count = len(self.found)
         return count > self.max_failures * self.num_images or count == self.num_images
 
@@ -95,16 +95,16 @@ class TrainingCrops(Dataset):
         dataset: the pictures.
         order: BatchOrder of them, whose seed is the run's.
         image_size: side of a crop in pixels.
-        smallest_share: least share of the shorter side that a crop shows; 1 shows all of it.
+        smallest_fraction: least fraction of the shorter side that a crop shows; 1 shows all of it.
         flip: whether half of the crops are mirrored.
-        max_failures: share of the pictures that may be broken.
+        max_failures: fraction of the pictures that may be broken.
         is_broken: (N,) bool, shared by all workers: what was found to be broken.
     """
 
     dataset: ImageSet
     order: BatchOrder
     image_size: int
-    smallest_share: float
+    smallest_fraction: float
     flip: bool
     max_failures: float = 0.0
     is_broken: Tensor = field(init=False)
@@ -121,7 +121,8 @@ class TrainingCrops(Dataset):
 
     def rows(self, step: int) -> np.ndarray:
         """Returns the rows (batch_size,) in the batch of a step, from 0."""
-        return self.order.rows(step)[1]
+        _, rows = self.order.rows(step)
+        return rows
 
     def __getitem__(self, key: tuple[int, range]) -> np.ndarray:
         """Returns a part of the batch of a step, (B, P, P, 3) uint8.
@@ -132,7 +133,8 @@ class TrainingCrops(Dataset):
         Raises:
             ValueError: more files are broken than may be.
         """
-        epoch, rows = self.order.rows(*key)
+        step, part = key
+        epoch, rows = self.order.rows(step, part)
         return np.stack([self.crop(epoch, row) for row in rows.tolist()])
 
     def crop(self, epoch: int, row: int) -> np.ndarray:
@@ -147,7 +149,7 @@ class TrainingCrops(Dataset):
             random = keyed_random(self.order.seed, epoch, 1 + row)
             try:
                 picture = self.dataset.read(source)
-                crop = random_crop(picture, self.image_size, random, self.smallest_share)
+                crop = random_crop(picture, self.image_size, random, self.smallest_fraction)
             except (OSError, ValueError) as error:
                 self.is_broken[source] = True
                 if self.is_broken.sum() > self.max_failures * count:

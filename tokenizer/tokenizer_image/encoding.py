@@ -16,7 +16,7 @@ from tokenizer.tokenizer_image.vq_model import VQ_MODELS, VQModel
 
 CPU_BUDGET = 2**26              # bytes of the widest feature map: two crops of 256 pixels, which
                                 # are 1.5 times as fast as ten
-GPU_SHARE = 2**-5               # of the memory; about eight feature maps of this size live at once
+GPU_FRACTION = 2**-5            # of the memory; about eight feature maps of this size live at once
 LARGEST_BATCH = 512             # crops; more than this no longer helps
 
 
@@ -35,7 +35,7 @@ def default_batch_size(vq_model: str, image_size: int, dtype: torch.dtype,
     crop_bytes = VQ_MODELS[vq_model].channels * image_size**2 * dtype.itemsize
     budget = CPU_BUDGET
     if device.type == "cuda":
-        budget = torch.cuda.get_device_properties(device).total_memory * GPU_SHARE
+        budget = torch.cuda.get_device_properties(device).total_memory * GPU_FRACTION
     return max(1, min(LARGEST_BATCH, int(budget / crop_bytes)))
 
 
@@ -96,7 +96,7 @@ class CropEncoder:
 
 def agreement(vq: VQModel, encoder: CropEncoder, pictures: np.ndarray, size: int, names: list[str],
               device: torch.device) -> float:
-    """Returns the share of codes on which `encoder` and the same tokenizer in float32 agree.
+    """Returns the fraction of codes on which `encoder` and the same tokenizer in float32 agree.
 
     Args:
         vq: VQModel in float32.

@@ -24,7 +24,7 @@ from autoregressive.runtime.entry import Parser, pixels
 from tokenizer.tokenizer_image.listing import list_images
 
 MOST_PIXELS = 2**27             # of an enlarged picture; Pillow refuses files above 2^27.4
-# Of crops: the share of the space that is above them, and left of them.
+# Of crops: the fraction of the space that is above them, and left of them.
 POSITIONS = {"top-left": (0, 0), "top-right": (0, 1), "bottom-left": (1, 0), "bottom-right": (1, 1),
              "centre": (0.5, 0.5)}
 MIRRORED = ", mirrored"         # what the name of such a crop ends with
@@ -245,30 +245,30 @@ def cut_crops(wholes: torch.Tensor | np.ndarray, size: int, names: list[str]) ->
     space = wholes.shape[1] - size
     crops = []
     for name in names:
-        share_above, share_left = POSITIONS[name.removesuffix(MIRRORED)]
-        top = round(share_above * space)
-        left = round(share_left * space)
+        fraction_above, fraction_left = POSITIONS[name.removesuffix(MIRRORED)]
+        top = round(fraction_above * space)
+        left = round(fraction_left * space)
         source = mirrored if name.endswith(MIRRORED) else wholes
         crops.append(source[:, top:top + size, left:left + size])           # (B, size, size, 3)
     return torch.stack(crops, dim=1)
 
 
 def random_crop(picture: np.ndarray, size: int, random: np.random.Generator,
-                smallest_share: float) -> np.ndarray:
+                smallest_fraction: float) -> np.ndarray:
     """Cuts ADM's random crop: any window of a picture that is resized at random.
 
-    The shorter side becomes `size` to `size / smallest_share` pixels.
+    The shorter side becomes `size` to `size / smallest_fraction` pixels.
 
     Args:
         picture: (H, W, 3) uint8.
         size: side of the crop in pixels.
         random: numpy Generator, which decides everything.
-        smallest_share: least share of the shorter side that a crop shows, above 0, at most 1.
+        smallest_fraction: least fraction of the shorter side that a crop shows, above 0, at most 1.
 
     Returns:
         (size, size, 3) uint8.
     """
-    side = random.integers(size, math.ceil(size / smallest_share), endpoint=True)
+    side = random.integers(size, math.ceil(size / smallest_fraction), endpoint=True)
     resized = _resize(picture, int(side))
     height, width = resized.shape[:2]
     top = random.integers(height - size, endpoint=True)

@@ -1,6 +1,6 @@
 """Which files of a folder of class folders are images: as torchvision's ImageFolder, in its order.
 
-Other than there, hidden files and hidden folders of classes are left out, pipes and devices are
+Unlike there, hidden files and hidden folders of classes are left out, pipes and devices are
 never opened, and links that lead back into a folder that one is already in are not followed.
 """
 
@@ -66,18 +66,18 @@ def _walk(class_folder: Path, outer: set[tuple[int, int]], left_out: Counter) ->
     images_of = {}                                              # folder -> its images
     to_enter = [(str(class_folder), outer)]
     while to_enter:
-        folder, outer = to_enter.pop()
+        folder, above = to_enter.pop()
         try:
             identity = _identity_of(folder)
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError:
             left_out["folders that cannot be read"] += 1
             continue
-        if identity in outer:
+        if identity in above:
             left_out["links that lead back"] += 1
             continue
         images_of[folder] = [entry.path for entry in entries if _is_image(entry, left_out)]
-        to_enter += [(entry.path, outer | {identity}) for entry in entries
+        to_enter += [(entry.path, above | {identity}) for entry in entries
                      if _kind_of(entry) == FOLDER]
     for folder in sorted(images_of):
         yield from images_of[folder]

@@ -93,7 +93,7 @@ class Quantizer(nn.Module):
         return F.normalize(self.embedding.weight.float(), dim=1)
 
     @torch.no_grad()
-    def record_usage(self, codes: Tensor) -> None:
+    def remember_usage(self, codes: Tensor) -> None:
         """Appends codes of any shape to the last 65,536 in `codebook_used`, newest at the end."""
         recent = torch.cat([self.codebook_used, codes.flatten().to(self.codebook_used)])
         self.codebook_used.copy_(recent[-USAGE_WINDOW:])
@@ -105,7 +105,7 @@ def _rows(latents: Tensor) -> Tensor:
 
 
 def _entropy(z: Tensor, codebook: Tensor) -> Tensor:
-    """Returns mean_n H(p_n) - H(mean_n p_n), where p_n are the shares of vector n in the codes.
+    """Returns mean_n H(p_n) - H(mean_n p_n), of the soft assignments p_n (V,) of vectors to codes.
 
     It is least where a vector has one code, and all vectors together use all of them.
 

@@ -25,7 +25,15 @@ import torch
 
 from autoregressive.runtime.checkpoint import save_checkpoint
 from autoregressive.runtime.distributed import Session, seed_everything
-from autoregressive.runtime.entry import Flags, Parser, at_least, checks, free, run, share_above_0
+from autoregressive.runtime.entry import (
+    Flags,
+    Parser,
+    at_least,
+    checks,
+    fraction_above_0,
+    may_vary,
+    run,
+)
 from autoregressive.runtime.files import check_output, read_json, write_json
 from autoregressive.runtime.loader import BatchOrder
 from autoregressive.runtime.log import LOGGER, open_logger
@@ -67,13 +75,13 @@ def build_parser() -> Parser:
     group = parser.add_argument_group("data")
     group.add_argument("--val-path", help="like --data-path: pictures to judge the tokenizer by, "
                                           "none by default")
-    group.add_argument("--smallest-crop", type=share_above_0, default=0.8,
-                       help="least share of the shorter side in a random crop; 1 shows all of it")
+    group.add_argument("--smallest-crop", type=fraction_above_0, default=0.8,
+                       help="least fraction of the shorter side in a random crop; 1 shows all")
     group.add_argument("--no-flip", action="store_true", help="mirror no pictures (digits, text)")
     add_failure_args(group)
     add_loss_args(parser)
-    free(parser.add_argument("--output", help="the finished tokenizer; "
-                                              "default: tokenizer.pt in the run folder"))
+    may_vary(parser.add_argument("--output", help="the finished tokenizer; "
+                                                  "default: tokenizer.pt in the run folder"))
     return parser
 
 
@@ -105,7 +113,7 @@ def add_loss_args(parser: Parser) -> None:
                             "0: never")
 
 
-def open_data(args: Flags, session: Session) -> TokenizerData:
+def open_images(args: Flags, session: Session) -> TokenizerData:
     """Checks the flags that concern the data, and opens what to train on and validate with.
 
     Raises:
@@ -144,12 +152,12 @@ def build_networks(args: Flags, config: VQConfig, start: VQModel | None,
     return Networks(model, discriminator, perceptual)
 
 
-def describe(args: Flags, data: TokenizerData) -> dict[str, Any]:
+def checkpoint_settings(args: Flags, data: TokenizerData) -> dict[str, Any]:
     """Returns what a reader of a checkpoint must know of it."""
-    record = args.pick(VQConfig)
+    settings = args.pick(VQConfig)
     for name in ("image_size", "dataset", "global_seed", "global_batch_size"):
-        record[name] = getattr(args, name)
-    return record | {
+        settings[name] = getattr(args, name)
+    return settings | {
         "num_classes": len(data.crops.dataset.class_names),
         "num_images": len(data.validation.dataset) if data.validation else 0,
         "python": platform.python_version(),
@@ -175,16 +183,16 @@ def save_tokenizer(output: Path, trainer: TokenizerTrainer, training: TrainingRu
         trainer: the tokenizer.
         training: the run, in whose folder the picture goes.
     """
-    record = training.record | {"steps": training.num_steps}
+    settings = training.checkpoint_settings | {"steps": training.num_steps}
     folder = training.folder.path
     model = trainer.best_model()
     validation = trainer.validation or Validation(
-        training.batches.dataset, record["image_size"], batch_size=1, num_workers=0)
+        training.batches.dataset, settings["image_size"], batch_size=1, num_workers=0)
     validation.save_pictures(folder / "reconstructions.png", model, training.session.device)
     numbers = {name.removeprefix("val_"): value for name, value in training.read_result().items()}
     owner = {"run_folder": os.path.relpath(folder, output.parent)}
-    write_json(output.with_suffix(".json"), record | numbers | owner)
-    save_checkpoint(output, {"model": model.state_dict(), "settings": record})
+    write_json(output.with_suffix(".json"), settings | numbers | owner)
+    save_checkpoint(output, {"model": model.state_dict(), "settings": settings})
 
 
 def main(args: Flags, session: Session) -> None:
@@ -194,7 +202,7 @@ def main(args: Flags, session: Session) -> None:
     # Open and check all that the run needs; what its result depends on is its identity.
     with checks(session):
         config = VQConfig(**args.pick(VQConfig))
-        data = open_data(args, session)
+        data = open_images(args, session)
         perceptual = load_lpips(args.vgg_path, args.lpips_path) if args.perceptual_weight else None
         start = None
         start_hashes = {}
@@ -226,10 +234,10 @@ def main(args: Flags, session: Session) -> None:
                                OptimSettings(**args.pick(OptimSettings)), session,
                                num_steps=num_steps, data=data)
     training = TrainingRun(folder, trainer, data.crops, settings, session,
-                           record=describe(args, data),
+                           checkpoint_settings=checkpoint_settings(args, data),
                            speed=Speedometer(session.device, session.world_size),
                            curves=CURVES + (GAN_CURVES if args.disc_weight else ()), result=RESULT,
-                           draw_every=args.val_every)
+                           pictures_every=args.val_every)
     training.resume()
     num_parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     LOGGER.info("%s, %.1fM parameters; %d images, %d steps of %d", args.vq_model,

@@ -151,7 +151,7 @@ class TokenizerTrainer:
             is_last: whether this is the last micro-batch of the step.
 
         Returns:
-            its share of the first six STATISTICS, (6,), and its reconstruction (b, 3, P, P).
+            its part of the first six STATISTICS, (6,), and its reconstruction (b, 3, P, P).
         """
         settings = self.settings
         with (sync_gradients(self.wrapped, is_last),
@@ -175,7 +175,7 @@ class TokenizerTrainer:
                 loss = loss + settings.disc_weight * adaptive * generator
                 self.discriminator.requires_grad_(True)
             self.optimizer.backward((loss + quantizer.sum()) / settings.gradient_accumulation_steps)
-        self.model.quantize.record_usage(codes)
+        self.model.quantize.remember_usage(codes)
         self._count(codes)
         terms = torch.stack([error, perceptual, *quantizer, generator])             # (6,)
         terms = terms / settings.gradient_accumulation_steps
@@ -195,13 +195,13 @@ class TokenizerTrainer:
         last = self.model.decoder.conv_out.weight
         means = []          # over the whole batch: sums would outweigh the epsilon in the ratio
         for term in (loss, generator):
-            gradient, = torch.autograd.grad(term, last, retain_graph=True)
+            (gradient,) = torch.autograd.grad(term, last, retain_graph=True)
             means.append(self.session.sum(gradient) / self.session.world_size)
         return adaptive_weight(*means)
 
     def _backward_discriminator(self, images: Tensor, reconstruction: Tensor,
                                 is_last: bool) -> Tensor:
-        """Adds the gradient of one micro-batch to the discriminator; returns its share of D."""
+        """Adds the gradient of one micro-batch to the discriminator; returns its part of D."""
         settings = self.settings
         with (sync_gradients(self.wrapped_discriminator, is_last),
               autocast(self.session.device, settings.mixed_precision)):
@@ -247,7 +247,7 @@ class TokenizerTrainer:
             return {}
         return self.validation.measure(self.best_model(), self.session)
 
-    def draw(self, path: Path) -> None:
+    def save_pictures(self, path: Path) -> None:
         """Saves validation pictures above their reconstructions (all processes call this)."""
         model = self.best_model()
         if self.validation and self.session.is_main:
@@ -265,7 +265,7 @@ class TokenizerTrainer:
     def load(self, state: dict[str, Any]) -> None:
         """Loads what `state` returned, on every process."""
         self.optimizer.load(state)
-        # The sums over all processes are what counts, so each of them takes its share.
+        # The sums over all processes are what counts, so each of them takes an equal part.
         self.used = state["used"].to(self.session.device) / self.session.world_size
         self.meter.counts = state["counts"].to(self.session.device) / self.session.world_size
         if self.discriminator is not None:

@@ -71,8 +71,8 @@ def codebook_usage(counts: Tensor) -> dict[str, float]:
         counts: (V,) how often each code occurs, at least once in total.
 
     Returns:
-        dict: codes_used, usage (their share, 0 .. 1), perplexity (exp of the entropy: as many codes
-        used evenly).
+        dict: codes_used, usage (the fraction of codes that are used, 0 .. 1), perplexity (exp of
+        the entropy: as many codes used evenly).
     """
     used = int((counts > 0).sum())
     entropy = torch.special.entr(counts.double() / counts.sum()).sum()

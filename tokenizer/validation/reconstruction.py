@@ -73,7 +73,7 @@ class Validation:
         image_size: side of their centre crops in pixels.
         batch_size: pictures reconstructed together by a process.
         num_workers: processes that read them.
-        max_failures: share of the pictures that may be broken.
+        max_failures: fraction of the pictures that may be broken.
         failures: those that are, as far as this process has met them.
     """
 
@@ -91,7 +91,7 @@ class Validation:
     @torch.inference_mode()
     def reconstruct(self, model: VQModel, meter: ReconstructionMeter, session: Session,
                     description: str) -> Iterator[np.ndarray]:
-        """Yields the reconstructions (n, P, P, 3) uint8 of this process's share of the pictures.
+        """Yields the reconstructions (n, P, P, 3) uint8 of this process's part of the pictures.
 
         Args:
             model: on the session's device.
@@ -99,7 +99,7 @@ class Validation:
             session: Session.
             description: of the work, for the progress bar.
         """
-        rows = session.share_of(len(self.dataset))
+        rows = session.part_of(len(self.dataset))
         ranges = [rows[first:first + self.batch_size]
                   for first in range(0, len(rows), self.batch_size)]
         with progress(session, len(rows), description, "image") as bar:

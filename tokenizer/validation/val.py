@@ -36,7 +36,7 @@ from tokenizer.validation.reconstruction import Measure, ReconstructionMeter, Va
 def build_parser() -> Parser:
     """Returns the parser of this script's command line."""
     parser = Parser("Reconstruct images and say how well; LPIPS is left out without VGG's weights.",
-                    draws=False)
+                    has_seed=False)
     add_image_args(parser)
     add_vq_args(parser, ckpt_required=True)
     add_lpips_args(parser)

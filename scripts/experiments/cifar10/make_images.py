@@ -4,8 +4,7 @@
 
 OUT/train gets 50,000 images, OUT/val 10,000. DATA is a folder for torchvision's CIFAR10, which
 downloads what is missing (170 MB) and compares it with its checksum; or a folder of lossless
-mosaics
-of 100 x 100 pictures: train_0.webp to train_4.webp, test.webp, and labels.npz.
+mosaics of 100 x 100 pictures: train_0.webp to train_4.webp, test.webp, and labels.npz.
 """
 
 import sys
@@ -35,7 +34,7 @@ NUM_IMAGES = {"train": 50_000, "val": 10_000}
 
 def build_parser() -> Parser:
     """Returns the parser of this script's command line."""
-    parser = Parser("Write CIFAR-10 as folders of class folders.", draws=False)
+    parser = Parser("Write CIFAR-10 as folders of class folders.", has_seed=False)
     parser.add_argument("data", help="folder of torchvision's CIFAR10, or of mosaics")
     parser.add_argument("out", help="folder to write")
     return parser
