@@ -26,6 +26,7 @@ sys.path[:0] = {paths}
 import torch
 from autoregressive.runtime.checkpoint import read_checkpoint, save_checkpoint
 from autoregressive.runtime.distributed import open_session
+from autoregressive.runtime.entry import leave
 from test_sharding import build, take_step, validate
 
 folder, parallel = Path(sys.argv[1]), sys.argv[2]
@@ -50,6 +51,7 @@ with open_session("cpu") as session:
     optimizer.load(read_checkpoint(folder / "2.pt"))
     take_step(module, optimizer, 2, session)
     save("continued.pt", optimizer.state())
+leave(0)                                # as entry scripts do: else gloo's thread may abort a rank as it ends
 """
 
 
