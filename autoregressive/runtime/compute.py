@@ -85,10 +85,10 @@ def set_up_compiler(device: torch.device, errors: str) -> bool:
         return False
     config = torch._dynamo.config
     config.suppress_errors = errors == "warn"
-    config.fail_on_cache_limit_hit = errors == "raise"      # the name that torch 2.6 knows, too
+    config.fail_on_recompile_limit_hit = errors == "raise"
     # Each bucket of a decode step is a form of its own, of which torch allows 8: 24 x 24 tokens
     # have 9.
-    config.cache_size_limit = MAX_FORMS
+    config.recompile_limit = MAX_FORMS
     # It would split the graph of a block at DDP's buckets; their gradients are averaged between
     # blocks anyway.
     config.optimize_ddp = False
