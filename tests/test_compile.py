@@ -33,7 +33,7 @@ def clean():
     """Forgets what was compiled, and restores what compiling sets."""
     torch._dynamo.reset()
     config = torch._dynamo.config
-    names = ("suppress_errors", "fail_on_cache_limit_hit", "cache_size_limit", "optimize_ddp")
+    names = ("suppress_errors", "fail_on_recompile_limit_hit", "recompile_limit", "optimize_ddp")
     with config.patch({name: getattr(config, name) for name in names}):
         assert set_up_compiler(CPU, "raise")
         yield

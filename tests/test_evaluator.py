@@ -80,11 +80,12 @@ def test_a_command_prints_the_lines_of_adm_and_leaves_them_beside_the_samples(fi
 
 def test_offline_it_says_where_to_put_inception(files, capsys, monkeypatch):
     monkeypatch.setattr("evaluations.c2i.inception.INCEPTION_URL", "http://127.0.0.1:9/graph.pb")
-    line = refusal(capsys, EVALUATE, "ref.npz", "samples.npz")
+    line = refusal(capsys, EVALUATE, "ref.npz", "samples.npz", "--backend", "torch")
     assert "pretrained_models/classify_image_graph_def.pb: could not be downloaded (<urlopen error " in line
     assert "get it from http://127.0.0.1:9/graph.pb and put it there" in line
     assert not (files / "samples.txt").exists() and not list(files.glob("pretrained_models/*"))
-    line = refusal(capsys, EVALUATE, "ref.npz", "samples.npz", "--inception-path", "no.pb")
+    line = refusal(capsys, EVALUATE, "ref.npz", "samples.npz", "--backend", "torch",
+                   "--inception-path", "no.pb")
     assert "no.pb: expected the frozen Inception graph" in line
 
 

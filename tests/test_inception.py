@@ -15,10 +15,18 @@ from evaluations.c2i import inception
 from evaluations.c2i.graph_def import read_graph
 from evaluations.c2i.inception import open_inception
 from evaluations.c2i.inception_torch import OPERATIONS, TorchInception
-from inception_stand_in import build_inception, tf
 from processes import run_here
+from scripts.benchmarks.inception_stand_in import build_inception
 
 EVALUATOR = "evaluations/c2i/evaluator.py"
+
+
+@pytest.fixture(scope="module")
+def tf():
+    """TensorFlow; without it, what is compared with it is skipped."""
+    import torch._dynamo  # noqa: F401 - before TensorFlow: loaded after it, triton's library crashes the process
+
+    return pytest.importorskip("tensorflow")
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +37,7 @@ def graph_path(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def networks(graph_path):
+def networks(graph_path, tf):
     return {backend: open_inception(graph_path, backend, torch.device("cpu"))
             for backend in ("tensorflow", "torch")}
 
@@ -66,16 +74,16 @@ def test_no_layer_waits_for_the_device_to_know_what_to_do(graph_path):
     assert pool.shape[:2] == (2, 2048) and spatial.shape[2:] == (17, 17)
 
 
-def test_probabilities_leave_out_the_bias(networks, graph_path):
+def test_probabilities_leave_out_the_bias(graph_path):
     nodes = read_graph(graph_path)
     weight, bias = (nodes[f"softmax/{name}"].attributes["value"] for name in ("weights", "biases"))
-    pool, _, probabilities = networks["torch"].features(pictures(1, 64))
+    pool, _, probabilities = TorchInception(graph_path, torch.device("cpu")).features(pictures(1, 64))
     without, with_bias = (np.exp(logits - logits.max()) for logits in (pool @ weight, pool @ weight + bias))
     assert np.allclose(probabilities, without / without.sum(), atol=1e-6)
     assert not np.allclose(probabilities, with_bias / with_bias.sum(), atol=1e-3)
 
 
-def test_reader_finds_what_tensorflow_wrote(graph_path):
+def test_reader_finds_what_tensorflow_wrote(graph_path, tf):
     definition = build_inception()
     nodes = read_graph(graph_path)
     assert list(nodes) == [node.name for node in definition.node]
@@ -89,9 +97,10 @@ def test_reader_finds_what_tensorflow_wrote(graph_path):
             assert found.attributes["padding"] == node.attr["padding"].s
 
 
-@pytest.mark.parametrize("tensor", [tf.make_tensor_proto(7.5, shape=(3, 2)), tf.make_tensor_proto([1, -2, 3]),
-                                    tf.make_tensor_proto(np.arange(6, dtype=np.int64).reshape(2, 3))])
-def test_reader_understands_all_ways_to_write_a_constant(tmp_path, tensor):
+@pytest.mark.parametrize("values, shape", [(7.5, (3, 2)), ([1, -2, 3], None),
+                                           (np.arange(6, dtype=np.int64).reshape(2, 3), None)])
+def test_reader_understands_all_ways_to_write_a_constant(tmp_path, tf, values, shape):
+    tensor = tf.make_tensor_proto(values, shape=shape)
     definition = tf.compat.v1.GraphDef()
     node = definition.node.add(name="c", op="Const")
     node.attr["value"].tensor.CopyFrom(tensor)
@@ -103,7 +112,7 @@ def test_reader_understands_all_ways_to_write_a_constant(tmp_path, tensor):
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("size", [7, 8])
 @pytest.mark.parametrize("padding", ["SAME", "VALID"])
-def test_operations_are_tensorflows_at_every_border(stride, size, padding):
+def test_operations_are_tensorflows_at_every_border(tf, stride, size, padding):
     x = np.random.default_rng(0).standard_normal((2, size, size + 2, 3)).astype(np.float32)
     weight = np.random.default_rng(1).standard_normal((3, 2, 3, 4)).astype(np.float32)
     attributes = {"strides": [1, stride, stride, 1], "ksize": [1, 3, 3, 1], "padding": padding.encode()}
@@ -126,12 +135,14 @@ def test_batch_norm_uses_gamma_only_where_the_graph_says_so(scaled):
     assert np.allclose(expected, found.permute(0, 2, 3, 1))
 
 
-def test_evaluator_prints_the_same_numbers_with_both_backends(graph_path, tmp_path, monkeypatch, capsys):
+def test_evaluator_prints_the_same_numbers_with_both_backends(graph_path, tmp_path, monkeypatch, capsys, request):
     monkeypatch.chdir(tmp_path)
     np.savez("ref.npz", arr_0=pictures(12, 32, 1))
     np.savez("samples.npz", arr_0=pictures(10, 32, 2), labels=np.arange(10))
     numbers = []
-    for backend in ("tensorflow", "torch"):
+    for backend in ("torch", "tensorflow"):
+        if backend == "tensorflow":
+            request.getfixturevalue("tf")
         code = run_here(EVALUATOR, "ref.npz", "samples.npz", "--backend", backend, "--inception-path", graph_path,
                         "--batch-size", 5)
         lines = capsys.readouterr().out.splitlines()
@@ -146,7 +157,9 @@ def test_evaluator_prints_the_same_numbers_with_both_backends(graph_path, tmp_pa
 
 @pytest.mark.parametrize("backend", ["tensorflow", "torch"])
 @pytest.mark.parametrize("content", [b"not a graph", b"", None])
-def test_other_files_are_a_clear_error(graph_path, tmp_path, backend, content):
+def test_other_files_are_a_clear_error(graph_path, tmp_path, backend, content, request):
+    if backend == "tensorflow":
+        request.getfixturevalue("tf")
     path = tmp_path / "other.pb"
     path.write_bytes(graph_path.read_bytes()[:100000] if content is None else content)
     with pytest.raises(ValueError, match="other.pb: expected"):

@@ -85,10 +85,10 @@ def set_up_compiler(device: torch.device, errors: str) -> bool:
         return False
     config = torch._dynamo.config
     config.suppress_errors = errors == "warn"
-    config.fail_on_cache_limit_hit = errors == "raise"      # the name that torch 2.6 knows, too
+    config.fail_on_recompile_limit_hit = errors == "raise"
     # Each bucket of a decode step is compiled for itself. torch allows 8 such variants; 24 x 24
     # tokens need 9.
-    config.cache_size_limit = MAX_VARIANTS
+    config.recompile_limit = MAX_VARIANTS
     # It would split the graph of a block at DDP's buckets; their gradients are averaged between
     # blocks anyway.
     config.optimize_ddp = False

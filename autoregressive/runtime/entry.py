@@ -29,7 +29,7 @@ import torch
 from autoregressive.runtime.distributed import Session, launched_rank, open_session
 
 OLDEST_PYTHON = (3, 10)
-OLDEST_TORCH = "2.6"
+OLDEST_TORCH = "2.9"
 
 Number = TypeVar("Number", int, float)
 Result = TypeVar("Result")
