@@ -184,6 +184,7 @@ def make_bad_weights(good: Path, bad: Path) -> None:
         "other-size": {"model": smaller.state_dict()},
         "steps-text": whole | {"steps": "four"},
         "other-moments": whole | {"steps": 2, "optimizer": {"state": {0: {}}, "param_groups": []}},
+        "no-moments": whole | {"steps": 2, "optimizer": {"state": {}, "param_groups": []}},
         "infinite": whole | {"model": whole["model"] | {
             "output.weight": torch.full_like(whole["model"]["output.weight"], -torch.inf)}},
     }

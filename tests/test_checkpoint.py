@@ -129,7 +129,8 @@ def test_a_folder_stands_for_its_newest_checkpoint(tmp_path):
     assert find_checkpoint(tmp_path / "checkpoints").name == find_checkpoint(tmp_path).name == "0001000.pt"
 
 
-OURS = {"model": {"weight": torch.arange(20000.0)}, "optimizer": {}, "steps": 1, "processes": [], "settings": {}}
+OURS = {"model": {"weight": torch.arange(20000.0)}, "optimizer": {"state": {}, "param_groups": []},
+        "steps": 1, "processes": [], "settings": {}}
 
 
 def truncated(size):

@@ -109,6 +109,8 @@ WRONG_INPUTS: dict[str, list[Row]] = {
         ("GPT training state", "--gpt-ckpt bad/gpt-steps-text.pt --results-dir bad/empty", "steps"),
         ("GPT training state", "--gpt-ckpt bad/gpt-other-moments.pt --results-dir bad/empty",
          "gpt-other-moments.pt: expected moments"),
+        ("GPT training state", "--gpt-ckpt bad/gpt-no-moments.pt --results-dir bad/empty",
+         "gpt-no-moments.pt: expected moments of the optimizer after 2 steps, found none"),
         ("weights", "--gpt-ckpt bad/gpt-infinite.pt --weights-only", "output.weight"),
         ("mapping", "--mapping-path bad/mapping-complex.pt", "mapping-complex.pt"),
         ("mapping", "--mapping-path bad/mapping-one-based.pt", "expected a permutation"),

@@ -14,6 +14,7 @@ from torch import Tensor
 from autoregressive.models.config import GPT_MODELS, GPTConfig
 from autoregressive.models.gpt import GPT
 from autoregressive.runtime.checkpoint import (
+    OPTIMIZER_KINDS,
     find_checkpoint,
     load_strictly,
     model_state,
@@ -179,7 +180,7 @@ def name_moments(optimizer: dict[str, Any], weights: dict[str, Tensor],
         ValueError: the state is of another model.
     """
     check_kinds({"optimizer": optimizer}, {"optimizer": dict}, path)
-    check_kinds(optimizer, {"state": dict, "param_groups": list}, path)
+    check_kinds(optimizer, OPTIMIZER_KINDS, path)
     state = optimizer["state"]
     groups = optimizer["param_groups"]
     if all(isinstance(name, str) for name in state):

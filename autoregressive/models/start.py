@@ -84,6 +84,10 @@ def read_start(path: Path | None, config: GPTConfig, settings: StartSettings, *,
     payload = {}
     if file.continues and not starts_anew:
         moments = name_moments(file.payload["optimizer"], file.state, file.path)
+        steps = file.payload.get("steps")
+        if steps and not moments["state"]:
+            raise ValueError(f"{file.path}: expected moments of the optimizer after {steps} "
+                             "steps, found none; start from the weights alone: --weights-only")
         payload = file.payload | {"model": file.state, "optimizer": moments}
         if payload.get("ema"):
             payload["ema"] = model_state({"model": payload["ema"]}, file.path)

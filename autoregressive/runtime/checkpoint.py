@@ -24,6 +24,7 @@ CHECKPOINT_SUFFIX = ".pt"
 CONSOLIDATED = "consolidated.pth"                    # LlamaGen's name for gathered shards
 # Keys of a checkpoint of our training, and their types.
 OWN_KINDS = {"model": dict, "optimizer": dict, "steps": int, "processes": list, "settings": dict}
+OPTIMIZER_KINDS = {"state": dict, "param_groups": list}     # the same of its "optimizer"
 # What torch.load raises on damage, beside pickle's error.
 DAMAGED_CHECKPOINT = (RuntimeError, OSError, EOFError, KeyError, AttributeError, UnicodeDecodeError,
                       zipfile.BadZipFile)
@@ -230,6 +231,8 @@ def check_whole(path: Path, kinds: dict[str, type]) -> None:
     """Raises ValueError unless a checkpoint has the keys of `kinds`, and every byte is intact."""
     payload = read_checkpoint(path)
     check_kinds(payload if isinstance(payload, dict) else {}, kinds, path)
+    if "optimizer" in kinds:
+        check_kinds(payload["optimizer"], OPTIMIZER_KINDS, path)
     if not zipfile.is_zipfile(path):                # an older format, without checksums
         return
     with zipfile.ZipFile(path) as archive:

@@ -101,7 +101,8 @@ def progress(session: "Session", total: int | None, description: str, unit: str,
              initial: int = 0) -> tqdm:
     """Returns a progress bar on rank 0, a silent one on others.
 
-    Where it is not on a terminal, it is printed twice a minute at most.
+    It appears after a second of work. Where it is not on a terminal, it is printed twice a minute
+    at most.
 
     Args:
         session: Session.
@@ -112,7 +113,7 @@ def progress(session: "Session", total: int | None, description: str, unit: str,
     """
     is_watched = sys.stderr.isatty()
     return tqdm(total=total, initial=initial, desc=description, unit=unit,
-                disable=not session.is_main, mininterval=0.2 if is_watched else 30,
+                disable=not session.is_main, mininterval=0.2 if is_watched else 30, delay=1,
                 dynamic_ncols=is_watched)
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import vgg16
 
 from autoregressive.runtime.checkpoint import load_strictly, model_state, read_checkpoint
 from autoregressive.runtime.entry import Parser
@@ -33,6 +32,9 @@ class LPIPS(nn.Module):
     """The distance; its weights never change."""
 
     def __init__(self) -> None:
+        # Its import takes two seconds, which only those pay who use LPIPS.
+        from torchvision.models import vgg16
+
         super().__init__()
         self.features = vgg16(weights=None).features[:STAGES[-1]]
         self.weights = nn.ParameterList(torch.ones(1, width, 1, 1) for width in WIDTHS)
