@@ -243,7 +243,8 @@ def expand(word: str, folder: Path) -> str:
 
 def command_line(text: str, side: Side, folder: Path) -> list[str]:
     """Returns a command of the table as a side calls it, ready to be run in `folder`."""
-    launcher, script, *words = " ".join(side.renamed.get(word, word) for word in text.split()).split()
+    launcher, script, *words = " ".join(side.renamed.get(word, word)
+                                        for word in text.split()).split()
     start = [sys.executable]
     if launcher == "torchrun":
         start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

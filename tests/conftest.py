@@ -13,12 +13,14 @@ FIXTURES = ROOT / "tests" / "fixtures"
 
 @pytest.fixture(scope="session")
 def fixture():
-    """Returns a function that loads tests/fixtures/{name}.pt; a missing file is an error, never a skip."""
+    """Returns a function that loads tests/fixtures/{name}.pt; a missing file is an error, never a
+    skip."""
     return lambda name: torch.load(FIXTURES / f"{name}.pt", weights_only=True)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--run-long", action="store_true", help="also run the tests marked long (scripts/test.sh --all)")
+    parser.addoption("--run-long", action="store_true",
+                     help="also run the tests marked long (scripts/test.sh --all)")
 
 
 def pytest_configure(config):

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from processes import run_here
 
 from autoregressive.models import gpt
 from autoregressive.models.config import gpt_config
 from autoregressive.runtime.checkpoint import read_checkpoint, save_checkpoint
-from processes import run_here
 from tokenizer.tokenizer_image.images import open_dataset
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 
@@ -64,7 +64,7 @@ def call(name: str, *more: str) -> int:
     """Runs a right command in this process, with more flags; returns its exit code."""
     script, flags = COMMANDS[name]
     words = flags.split()
-    if "--code-path" in more:                                   # in training a second one adds to the first
+    if "--code-path" in more:  # in training a second one adds to the first
         place = words.index("--code-path")
         del words[place:place + 2]
     return run_here(script, *words, *more)
@@ -89,7 +89,8 @@ def make_good(folder: Path) -> None:
     save_checkpoint(good / "vq.pt", {"model": VQModel(VQConfig("VQ-4-small", 64, 8)).state_dict()})
 
     def keep(name: str, *more: str, **names: str) -> None:
-        """Runs a command and moves what it left: names of files in `good` = patterns of paths in `new`."""
+        """Runs a command and moves what it left: names of files in `good` = patterns of paths in
+        `new`."""
         assert call(name, *more) == 0
         for kept, pattern in names.items():
             (found,) = new.glob(pattern)
@@ -97,7 +98,8 @@ def make_good(folder: Path) -> None:
         shutil.rmtree(new)
 
     keep("extract", codes="codes")
-    keep("balance", mapping__pt="mapping*.pt", mapping__pt__json="mapping*.json", reordered__pt="vq-reorder*.pt")
+    keep("balance", mapping__pt="mapping*.pt", mapping__pt__json="mapping*.json",
+         reordered__pt="vq-reorder*.pt")
     keep("train", gpt__pt="*/checkpoints/0000004.pt", run="*")
     keep("sample many", samples__npz="*.npz")
     keep("sample few", classes__png="classes.png")
@@ -151,7 +153,8 @@ def make_bad_weights(good: Path, bad: Path) -> None:
     """Makes relatives of the tokenizer, the GPT and the classifier."""
     content = (good / "vq.pt").read_bytes()
     (bad / "cut.pt").write_bytes(content[:len(content) * 2 // 3])
-    (bad / "late.pt").write_bytes(b"\0" * 512 + content)         # moved by a block, as a bad copy leaves it
+    # Moved by a block, as a bad copy leaves it
+    (bad / "late.pt").write_bytes(b"\0" * 512 + content)
     vq = read_checkpoint(good / "vq.pt")["model"]
     codes = vq[CODEBOOK]
     with_a_nan = codes.clone()
@@ -205,9 +208,9 @@ def make_bad_weights(good: Path, bad: Path) -> None:
 
 def make_bad_mappings(good: Path, bad: Path) -> None:
     tokens = read_checkpoint(good / "mapping.pt")
-    mappings = {"int8": tokens.to(torch.int8), "complex": tokens.to(torch.complex64), "one-based": tokens + 1,
-                "text": {"mapping": tokens}, "side-numbers": tokens, "side-empty": tokens,
-                "short": torch.arange(63), "foreign": tokens}
+    mappings = {"int8": tokens.to(torch.int8), "complex": tokens.to(torch.complex64),
+                "one-based": tokens + 1, "text": {"mapping": tokens}, "side-numbers": tokens,
+                "side-empty": tokens, "short": torch.arange(63), "foreign": tokens}
     for name, payload in mappings.items():
         torch.save(payload, bad / f"mapping-{name}.pt")
     (bad / "mapping-side-numbers.pt.json").write_text(json.dumps({"mapping_sha256": 5}))
@@ -253,11 +256,13 @@ def make_bad_stores(good: Path, bad: Path) -> None:
     (bad / "older" / "x_labels").mkdir()
     for row in range(40):
         np.save(bad / "older" / "x_codes" / f"{row}.npy", codes[row][None].astype(np.int64))
-        np.save(bad / "older" / "x_labels" / f"{row}.npy", np.array([-1 if row == 7 else labels[row]]))
+        np.save(bad / "older" / "x_labels" / f"{row}.npy",
+                np.array([-1 if row == 7 else labels[row]]))
 
 
 def make_bad_runs(good: Path, bad: Path) -> None:
-    """Makes results folders, each with one run whose end was taken away and which something happened to."""
+    """Makes results folders, each with one run whose end was taken away and which something
+    happened to."""
 
     def results(name: str, change: Callable[[Path], Any]) -> None:
         path = bad / f"results-{name}" / "000-GPT-tiny-lambda=1-cluster_size=8"
@@ -272,16 +277,19 @@ def make_bad_runs(good: Path, bad: Path) -> None:
     results("config-bytes", lambda path: (path / "config.json").write_bytes(b"\xff\xfe{}"))
     results("config-number", lambda path: (path / "config.json").write_text("7"))
     results("finished-text", lambda path: (path / "finished.json").write_text('{"steps": "many"}'))
-    results("metrics-binary", lambda path: (unfinish(path), (path / "metrics.jsonl").write_bytes(b"\0\xff\n")))
-    results("metrics-numbers", lambda path: (unfinish(path), (path / "metrics.jsonl").write_text("1\n2\n")))
+    results("metrics-binary", lambda path: (unfinish(path),
+                                            (path / "metrics.jsonl").write_bytes(b"\0\xff\n")))
+    results("metrics-numbers", lambda path: (unfinish(path),
+                                             (path / "metrics.jsonl").write_text("1\n2\n")))
     results("checkpoint-text", lambda path: unfinish(path).write_text("weights"))
     results("checkpoint-folder", lambda path: (unfinish(path).unlink(), unfinish_folder(path)))
-    results("checkpoint-steps", lambda path: torch.save(read_checkpoint(good / "gpt.pt") | {"steps": "four"},
-                                                        unfinish(path)))
+    results("checkpoint-steps", lambda path: torch.save(read_checkpoint(good / "gpt.pt") |
+                                                        {"steps": "four"}, unfinish(path)))
     results("checkpoint-moments", lambda path: torch.save(read_checkpoint(good / "gpt.pt") | {
         "optimizer": {"state": [], "param_groups": {}}}, unfinish(path)))
     results("checkpoint-tokenizer", lambda path: shutil.copy(good / "tokenizer.pt", unfinish(path)))
-    results("log-folder", lambda path: (unfinish(path), (path / "log.txt").unlink(), (path / "log.txt").mkdir()))
+    results("log-folder", lambda path: (unfinish(path), (path / "log.txt").unlink(),
+                                        (path / "log.txt").mkdir()))
 
 
 def unfinish_folder(path: Path) -> None:
@@ -291,7 +299,8 @@ def unfinish_folder(path: Path) -> None:
 def make_bad_archives(good: Path, bad: Path) -> None:
     """Makes npz files that are none, or hold what nobody asked for."""
     with np.load(good / "samples.npz") as arrays:
-        pictures, labels, settings = arrays["arr_0"], arrays["labels"], json.loads(str(arrays["settings"]))
+        pictures, labels, settings = arrays["arr_0"], arrays["labels"], json.loads(
+            str(arrays["settings"]))
 
     def archive(name: str, **arrays: Any) -> None:
         np.savez(bad / f"{name}.npz", **({"arr_0": pictures, "labels": labels} | arrays))
@@ -317,7 +326,8 @@ def make_bad_archives(good: Path, bad: Path) -> None:
     (bad / "cut.npz").write_bytes(content[:len(content) // 2])
     with zipfile.ZipFile(bad / "huge.npz", "w") as file:        # 10^18 pictures, it says
         header = repr({"descr": "|u1", "fortran_order": False, "shape": (10**18, 16, 16, 3)}).ljust(117) + "\n"
-        file.writestr("arr_0.npy", b"\x93NUMPY\x01\0" + struct.pack("<H", len(header)) + header.encode() + b"\0" * 768)
+        file.writestr("arr_0.npy", b"\x93NUMPY\x01\0" + struct.pack("<H", len(header)) +
+                      header.encode() + b"\0" * 768)
     with zipfile.ZipFile(bad / "twice.npz", "w") as file, zipfile.ZipFile(good / "samples.npz") as source:
         for name in ("arr_0.npy", "arr_0.npy"):
             file.writestr(name, source.read(name))
@@ -351,8 +361,9 @@ def make_bad_pictures(good: Path, bad: Path) -> None:
     (strange / "Größe 大 \n b").mkdir(parents=True)
     (strange / "-rf").mkdir()
     picture = Image.open(good / "pictures" / "class 0" / "000.png")
-    for name, mode in (("grey.png", "L"), ("bits.png", "1"), ("palette.png", "P"), ("alpha.png", "RGBA"),
-                       ("wide grey.png", "I;16"), ("print.jpg", "CMYK"), ("UPPER.JPG", "RGB")):
+    for name, mode in (("grey.png", "L"), ("bits.png", "1"), ("palette.png", "P"),
+                       ("alpha.png", "RGBA"), ("wide grey.png", "I;16"), ("print.jpg", "CMYK"),
+                       ("UPPER.JPG", "RGB")):
         picture.convert("L" if mode == "I;16" else mode).convert(mode).save(strange / "-rf" / name)
     picture.save(strange / "Größe 大 \n b" / "two\nlines.png")
     (bad / "hollow\nclass" / "a\nb").mkdir(parents=True)

@@ -1,8 +1,8 @@
 """Runs entry scripts in processes of their own, and kills them as clusters do.
 
-Python takes two seconds to import torch, and two more to import its compiler, which every optimizer does. So processes
-are forked from one that has imported them (multiprocessing's fork server). `command` is what users type: tests that are
-about the launching itself start that.
+Python takes two seconds to import torch, and two more to import its compiler, which every optimizer
+does. So processes are forked from one that has imported them (multiprocessing's fork server).
+`command` is what users type: tests that are about the launching itself start that.
 """
 
 import contextlib
@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from conftest import ROOT
 
 from autoregressive.runtime.checkpoint import read_checkpoint
 from autoregressive.runtime.entry import run
-from conftest import ROOT
 
 # Shell scripts call `python`: it is the one that runs the tests.
 ENVIRONMENT = os.environ | {
@@ -32,12 +32,13 @@ ENVIRONMENT = os.environ | {
     "PATH": os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]),
 }
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "torchvision", "matplotlib.pyplot",
-                              "sklearn.datasets", "processes"])
+FORKS.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "torchvision",
+                              "matplotlib.pyplot", "sklearn.datasets", "processes"])
 
 
 def command(script, *flags, processes=0):
-    """Returns the command line of an entry script: by python, or by torchrun if processes are given."""
+    """Returns the command line of an entry script: by python, or by torchrun if processes are
+    given."""
     launcher = [sys.executable]
     if processes:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -86,7 +87,8 @@ class Job:
     Args:
         function: a function of a module, which the processes import.
         arguments: of the function.
-        processes: number of ranks that find each other as under torchrun; 0 for a process without a rank.
+        processes: number of ranks that find each other as under torchrun; 0 for a process without a
+        rank.
         cwd: the folder in which they work.
         pause: where each of them stops for good.
     """
@@ -98,10 +100,12 @@ class Job:
         for rank in range(max(processes, 1)):
             place = {}
             if processes:
-                place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes,
-                         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes,
+                         "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1",
+                         "MASTER_PORT": port}
             environment = ENVIRONMENT | {name: str(value) for name, value in place.items()}
-            worker = FORKS.Process(target=work, args=(function, arguments, environment, cwd or os.getcwd(), pause,
+            worker = FORKS.Process(target=work, args=(function, arguments, environment,
+                                                      cwd or os.getcwd(), pause,
                                                       str(self.outputs / str(rank))))
             worker.start()
             self.workers.append(worker)
@@ -110,7 +114,8 @@ class Job:
 
     @property
     def returncode(self):
-        """The first exit code that is not 0; None while a process is at work and none has failed."""
+        """The first exit code that is not 0; None while a process is at work and none has
+        failed."""
         codes = [worker.exitcode for worker in self.workers]
         failed = [code for code in codes if code]
         if failed:
@@ -124,7 +129,8 @@ class Job:
                 os.killpg(worker.pid, number)
 
     def wait(self):
-        """Waits for the end, like torchrun: one that fails takes the others along. Returns the job."""
+        """Waits for the end, like torchrun: one that fails takes the others along. Returns the
+        job."""
         while self.returncode is None:
             time.sleep(0.002)
         if self.returncode:
@@ -155,8 +161,9 @@ def free_port():
 
 
 def work(function, arguments, environment, cwd, pause, output):
-    """Is what a new process does: makes its surroundings those of a command, and calls the function."""
-    os.setsid()                                                 # a group, so that signals reach its children
+    """Is what a new process does: makes its surroundings those of a command, and calls the
+    function."""
+    os.setsid()  # a group, so that signals reach its children
     for number, ending in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{output}.{ending}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
     os.environ.clear()
@@ -169,7 +176,8 @@ def work(function, arguments, environment, cwd, pause, output):
 
 
 def start(script, *flags, processes=0, cwd=None):
-    """Runs an entry script to its end; the job that is returned has its returncode, stdout and stderr."""
+    """Runs an entry script to its end; the job that is returned has its returncode, stdout and
+    stderr."""
     return Job(run_here, script, *flags, processes=processes, cwd=cwd).wait()
 
 
@@ -190,7 +198,8 @@ def start_and_kill(script, *flags, processes=0, when, stop=signal.SIGKILL, cwd=N
 
 def descendants(pid: int) -> list[int]:
     """Returns the processes that a process started, and those that these started, and so on."""
-    parents = {int(path.parent.name): stat_of(path)[1] for path in Path("/proc").glob("[0-9]*/stat")}
+    parents = {int(path.parent.name): stat_of(path)[1]
+               for path in Path("/proc").glob("[0-9]*/stat")}
     found = [pid]
     for parent in found:                                        # it grows on the way
         found += [child for child, its_parent in parents.items() if its_parent == str(parent)]
@@ -216,7 +225,8 @@ def kill_and_wait(pid: int) -> None:
 
 
 def run_here(script, *flags):
-    """Runs an entry script in this process, which spares seconds of imports; returns its exit code."""
+    """Runs an entry script in this process, which spares seconds of imports; returns its exit
+    code."""
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     before = sys.argv
     sys.argv = [script, *map(str, flags)]
@@ -230,13 +240,14 @@ def run_here(script, *flags):
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """Returns all files below a folder by their paths: bytes, or what does not depend on the time of the run."""
+    """Returns all files below a folder by their paths: bytes, or what does not depend on the time
+    of the run."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if path.is_dir():
             found[name] = "a folder"
-        elif path.name == "log.txt":                            # it says when, and whence it continued
+        elif path.name == "log.txt":  # it says when, and whence it continued
             found[name] = "a log"
         elif path.name == "metrics.jsonl":
             found[name] = [without_time(json.loads(line)) for line in path.read_text().splitlines()]
@@ -251,7 +262,8 @@ def contents(folder: Path) -> dict[str, Any]:
 
 
 def plain(saved: Any) -> Any:
-    """Returns what a checkpoint holds, with bytes in place of tensors, and lists in place of tuples."""
+    """Returns what a checkpoint holds, with bytes in place of tensors, and lists in place of
+    tuples."""
     if isinstance(saved, torch.Tensor):
         return [str(saved.dtype), list(saved.shape), saved.numpy().tobytes()]
     if isinstance(saved, dict):

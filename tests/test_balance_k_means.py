@@ -1,4 +1,5 @@
-"""balance_k_means.py: its files, the hashes in them, equal bytes for equal seeds, and one line for every mistake."""
+"""balance_k_means.py: its files, the hashes in them, equal bytes for equal seeds, and one line for
+every mistake."""
 
 import argparse
 import hashlib
@@ -10,12 +11,12 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
+from processes import run_here
 
 from autoregressive.runtime.checkpoint import read_checkpoint, save_checkpoint
 from autoregressive.runtime.lock import hold
-from conftest import ROOT
-from processes import run_here
 from tokenizer.clustering import balanced_sse, normalise_codes
 
 SCRIPT = "balance_k_means.py"
@@ -26,7 +27,8 @@ FILES = {REORDERED, MAPPING, f"{MAPPING}.json", f"report-{SUFFIX}.json", f"codeb
 
 
 def raw_codebook(num_codes=42, dimensions=5):
-    """Returns codes of many lengths, so that normalized ones cannot be stored in their place unseen."""
+    """Returns codes of many lengths, so that normalized ones cannot be stored in their place
+    unseen."""
     random = torch.Generator().manual_seed(3)
     return torch.randn(num_codes, dimensions, generator=random) * (1 + 4 * torch.rand(num_codes, 1, generator=random))
 
@@ -44,7 +46,8 @@ def saved(tmp_path):
     """A checkpoint of our own layout, with EMA weights and things that must stay."""
     path = tmp_path / "in" / "vq.pt"
     payload = {"model": {"encoder.conv_in.weight": torch.ones(2, 3), CODEBOOK: raw_codebook()},
-               "ema": {CODEBOOK: raw_codebook() + 0.25}, "steps": 11, "args": argparse.Namespace(codebook_size=42)}
+               "ema": {CODEBOOK: raw_codebook() + 0.25}, "steps": 11,
+               "args": argparse.Namespace(codebook_size=42)}
     save_checkpoint(path, payload)
     return path
 
@@ -57,8 +60,10 @@ def test_codes_stand_where_the_mapping_says_and_everything_else_stays(saved):
     assert mapping.dtype == torch.int64 and mapping.is_contiguous()
     assert mapping.sort().values.tolist() == list(range(42))
     for part in ("model", "ema"):
-        assert torch.equal(after[part][CODEBOOK][mapping], before[part][CODEBOOK])      # raw codes, not normalized
-    assert torch.equal(after["model"]["encoder.conv_in.weight"], before["model"]["encoder.conv_in.weight"])
+        # Raw codes, not normalized
+        assert torch.equal(after[part][CODEBOOK][mapping], before[part][CODEBOOK])
+    assert torch.equal(after["model"]["encoder.conv_in.weight"],
+                       before["model"]["encoder.conv_in.weight"])
     assert (after["steps"], after["args"]) == (11, before["args"])
 
 
@@ -68,9 +73,10 @@ def test_hashes_travel_with_both_files_and_fit_them(saved, tmp_path):
     after, mapping = read_checkpoint(out / REORDERED), read_checkpoint(out / MAPPING)
     record = after["reordering"]
 
-    assert record == {"codebook_sha256": sha256(after["model"][CODEBOOK]), "mapping_sha256": sha256(mapping),
-                      "original_codebook_sha256": sha256(raw_codebook()), "cluster_size": 7, "num_clusters": 6,
-                      "method": "optimal", "seed": 5}
+    assert record == {"codebook_sha256": sha256(after["model"][CODEBOOK]),
+                      "mapping_sha256": sha256(mapping),
+                      "original_codebook_sha256": sha256(raw_codebook()), "cluster_size": 7,
+                      "num_clusters": 6, "method": "optimal", "seed": 5}
     assert json.loads((out / f"{MAPPING}.json").read_text()) == record
 
 
@@ -89,7 +95,8 @@ def test_report_holds_what_was_found(saved):
 def test_picture_shows_both_orders(saved):
     balance("--vq-ckpt", saved, "--cluster-size", 7)
     with Image.open(saved.parent / f"codebook-{SUFFIX}.png") as picture:
-        assert picture.width > 2 * picture.height and len(picture.convert("RGB").getcolors(10**6)) > 20
+        assert picture.width > 2 * picture.height and len(picture.convert("RGB").getcolors(
+            10**6)) > 20
 
 
 def test_equal_seeds_give_equal_files_on_any_number_of_threads(tmp_path):
@@ -119,11 +126,13 @@ def test_greedy_from_the_published_start_reproduces_the_published_mapping(fixtur
 
 
 def test_keep_best_never_gives_more_sse_than_the_last_greedy_round(fixture, tmp_path):
-    save_checkpoint(tmp_path / "vq.pt", {"model": {CODEBOOK: fixture("kmeans_sphere")["embedding"]}})
+    save_checkpoint(tmp_path / "vq.pt",
+                    {"model": {CODEBOOK: fixture("kmeans_sphere")["embedding"]}})
     found = []
     for flags in ([], ["--keep-best", "--overwrite"]):
         balance("--vq-ckpt", tmp_path / "vq.pt", "--cluster-size", 32, "--method", "greedy", *flags)
-        report = json.loads((tmp_path / "report-kmeans+nearest-cluster_size=32-greedy.json").read_text())
+        report = json.loads((tmp_path /
+                             "report-kmeans+nearest-cluster_size=32-greedy.json").read_text())
         found.append(report["sse"])
     assert found[1] < found[0]
 
@@ -142,7 +151,8 @@ def test_every_layout_of_a_checkpoint_is_read(wrap, tmp_path):
 
 
 def test_the_script_runs_with_no_flag_on_the_original_file_name(tmp_path, monkeypatch):
-    save_checkpoint(tmp_path / "pretrained_models" / "vq_ds16_c2i.pt", {"model": {CODEBOOK: raw_codebook(256)}})
+    save_checkpoint(tmp_path / "pretrained_models" / "vq_ds16_c2i.pt",
+                    {"model": {CODEBOOK: raw_codebook(256)}})
     monkeypatch.chdir(tmp_path)
     balance()
     suffix = "kmeans+nearest-cluster_size=128.pt"
@@ -219,7 +229,8 @@ def test_one_start_at_a_time_writes_a_mapping_or_what_belongs_to_it(saved, capsy
         assert f"{MAPPING}: expected to be the only one who writes here" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("lost", [[], [REORDERED], [MAPPING], [f"report-{SUFFIX}.json"], [MAPPING, REORDERED]])
+@pytest.mark.parametrize("lost", [[], [REORDERED], [MAPPING], [f"report-{SUFFIX}.json"],
+                                  [MAPPING, REORDERED]])
 def test_the_same_command_again_leaves_the_same_files(lost, saved, capsys):
     balance("--vq-ckpt", saved, "--cluster-size", 7)
     before = contents(saved.parent)
@@ -228,7 +239,8 @@ def test_the_same_command_again_leaves_the_same_files(lost, saved, capsys):
     balance("--vq-ckpt", saved, "--cluster-size", 7)
     after = contents(saved.parent)
     assert before.keys() == after.keys()
-    assert not [name for name in after if after[name] != before[name] and not name.startswith("report")]
+    assert not [name for name in after if after[name] != before[name]
+                and not name.startswith("report")]
     assert ("is finished" in capsys.readouterr().out) == (not lost)
 
 
@@ -241,7 +253,7 @@ def test_methods_lie_side_by_side(saved):
 
 def test_a_mapping_that_ships_alone_gets_its_reordered_checkpoint(saved, capsys):
     order = torch.randperm(42, generator=torch.Generator().manual_seed(1))
-    view = torch.cat([torch.arange(42), order])[42:]            # as IAR saved it: not its own storage
+    view = torch.cat([torch.arange(42), order])[42:]  # as IAR saved it: not its own storage
     save_checkpoint(saved.parent / MAPPING, view)
     assert read_checkpoint(saved.parent / MAPPING).storage_offset() == 42
     before = contents(saved.parent)

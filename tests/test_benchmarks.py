@@ -1,4 +1,5 @@
-"""The benchmarks: a report that loses no row, what fits into a GPU, the published way, and gpu.sh in tiny sizes."""
+"""The benchmarks: a report that loses no row, what fits into a GPU, the published way, and gpu.sh
+in tiny sizes."""
 
 import json
 import subprocess
@@ -6,13 +7,19 @@ import time
 
 import pytest
 import torch
+from conftest import ROOT
+from processes import ENVIRONMENT
 
 from autoregressive.models.config import GPTConfig, gpt_config
 from autoregressive.models.gpt import GPT
-from conftest import ROOT
-from processes import ENVIRONMENT
 from scripts.benchmarks import gpu
-from scripts.benchmarks.sampling import PublishedWay, cache_bytes, check_fits, temporary_bytes, weight_bytes
+from scripts.benchmarks.sampling import (
+    PublishedWay,
+    cache_bytes,
+    check_fits,
+    temporary_bytes,
+    weight_bytes,
+)
 from scripts.benchmarks.turns import SKIPPED_FOR_TIME, DoesNotFit, Report
 
 
@@ -28,7 +35,8 @@ def rows_of(folder):
 def test_an_error_is_that_of_its_row_alone(tmp_path, capsys):
     report = Report("part", tmp_path)
     report.measure("too large", lambda: fail_with(DoesNotFit("2 + 3 = 5 GiB, free are 4 GiB")))
-    report.measure("larger than thought", lambda: fail_with(torch.OutOfMemoryError("CUDA out of memory. Tried it.")))
+    report.measure("larger than thought",
+                   lambda: fail_with(torch.OutOfMemoryError("CUDA out of memory. Tried it.")))
     report.measure("wrong", lambda: fail_with(TypeError("a list\nof many lines")))
     right = {"published": {"images/s": 2.0}, "ours": {"images/s": 3.0}, "more": {"images/s": 9.0}}
     report.measure("right", lambda: right)
@@ -64,19 +72,22 @@ def test_gpt_xl_of_576_tokens_fits_into_80_gib_up_to_a_batch(batch_size, fits):
 
 def test_the_published_way_computes_the_logits_of_the_model():
     torch.manual_seed(0)
-    model = GPT(GPTConfig("small", 2, 4, 16, grid=3, vocab_size=20, num_classes=1000, num_kv_heads=2)).eval()
+    model = GPT(GPTConfig("small", 2, 4, 16, grid=3, vocab_size=20, num_classes=1000,
+                          num_kv_heads=2)).eval()
     torch.nn.init.normal_(model.output.weight)
     way = PublishedWay(model.requires_grad_(False), batch_size=2, compiled=False)
     labels = torch.tensor([3, 5])
     tokens = way.generate(labels)
-    expected = model(tokens[:, :-1].repeat(2, 1), torch.tensor([3, 5, 1000, 1000]))[:, -1]      # of the last step
+    # Of the last step
+    expected = model(tokens[:, :-1].repeat(2, 1), torch.tensor([3, 5, 1000, 1000]))[:, -1]
     assert torch.allclose(way.logits, expected, atol=1e-5)
 
 
 @pytest.mark.long
 def test_gpu_sh_fills_every_section_in_tiny_sizes(tmp_path):
-    done = subprocess.run(["bash", ROOT / "scripts/benchmarks/gpu.sh", "--device", "cpu", "--smoke", "--out", "there",
-                           "--minutes", "60"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run(["bash", ROOT / "scripts/benchmarks/gpu.sh", "--device", "cpu", "--smoke",
+                           "--out", "there", "--minutes", "60"], cwd=tmp_path, env=ENVIRONMENT,
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((tmp_path / "there" / "results.json").read_text())
     assert {row["section"] for row in results["rows"]} == {section.name for section in gpu.SECTIONS}
@@ -86,6 +97,6 @@ def test_gpu_sh_fills_every_section_in_tiny_sizes(tmp_path):
 
 def test_gpu_sh_does_not_mix_two_runs(tmp_path):
     (tmp_path / "results.json").write_text("{}")
-    done = subprocess.run(["bash", ROOT / "scripts/benchmarks/gpu.sh", "--device", "cpu", "--smoke", "--out", tmp_path],
-                          env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run(["bash", ROOT / "scripts/benchmarks/gpu.sh", "--device", "cpu", "--smoke",
+                           "--out", tmp_path], env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 2 and "expected a folder without results" in done.stderr

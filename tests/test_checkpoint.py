@@ -1,4 +1,5 @@
-"""Checkpoints: every published layout is read, nothing in a file ever runs, and differences are named."""
+"""Checkpoints: every published layout is read, nothing in a file ever runs, and differences are
+named."""
 
 import argparse
 import contextlib
@@ -49,7 +50,8 @@ def prefixed(prefix):
 def test_every_published_layout_is_read(payload, tmp_path):
     torch.save(payload, tmp_path / "file.pt")
     found = model_state(read_checkpoint(tmp_path / "file.pt"), "file.pt")
-    assert found.keys() == STATE.keys() and all(torch.equal(found[name], STATE[name]) for name in STATE)
+    assert found.keys() == STATE.keys() and all(torch.equal(found[name], STATE[name])
+                                                for name in STATE)
 
 
 def test_files_of_the_older_format_are_read(tmp_path):
@@ -61,7 +63,8 @@ def test_files_of_the_older_format_are_read(tmp_path):
 def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, as_zip):
     torch.save({"model": STATE, "extra": Runs(tmp_path / "made")}, tmp_path / "evil.pt",
                _use_new_zipfile_serialization=as_zip)
-    with pytest.raises(ValueError, match=r"expected tensors and plain containers, found posix\.mkdir; refused"):
+    with pytest.raises(ValueError,
+                       match=r"expected tensors and plain containers, found posix\.mkdir; refused"):
         read_checkpoint(tmp_path / "evil.pt")
     assert not (tmp_path / "made").exists()
 
@@ -110,7 +113,8 @@ def test_a_model_on_the_meta_device_takes_the_tensors_themselves_in_its_own_prec
 
 def test_equal_contents_give_equal_bytes(tmp_path):
     save_checkpoint(tmp_path / "one.pt", {"model": STATE})
-    save_checkpoint(tmp_path / "another_name.pt", {"model": {name: t.clone() for name, t in STATE.items()}})
+    save_checkpoint(tmp_path / "another_name.pt",
+                    {"model": {name: t.clone() for name, t in STATE.items()}})
     assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "another_name.pt").read_bytes()
 
 
@@ -126,7 +130,8 @@ def test_a_folder_stands_for_its_newest_checkpoint(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     for name in ("0000900.pt", "0001000.pt", ".0002000.pt.abc.tmp", "notes.pt"):
         save_checkpoint(tmp_path / "checkpoints" / name, {"model": {"weight": torch.ones(2)}})
-    assert find_checkpoint(tmp_path / "checkpoints").name == find_checkpoint(tmp_path).name == "0001000.pt"
+    assert find_checkpoint(tmp_path / "checkpoints").name == find_checkpoint(
+        tmp_path).name == "0001000.pt"
 
 
 OURS = {"model": {"weight": torch.arange(20000.0)}, "optimizer": {"state": {}, "param_groups": []},
@@ -153,7 +158,8 @@ def test_training_goes_on_from_the_newest_checkpoint_that_is_whole_and_ours(tmp_
     save_checkpoint(tmp_path / "0000006.pt", OURS)
     spoil(tmp_path / "0000006.pt")
     found, skipped = newest_whole_checkpoint(tmp_path)
-    assert found == tmp_path / "0000003.pt" and len(skipped) == 1 and "0000006.pt: expected " in skipped[0].reason
+    assert found == tmp_path / "0000003.pt" and len(
+        skipped) == 1 and "0000006.pt: expected " in skipped[0].reason
 
 
 def test_sampling_takes_the_newest_whole_file_of_a_folder_too(tmp_path):

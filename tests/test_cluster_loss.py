@@ -1,4 +1,5 @@
-"""Both forms of the loss against torch's cross-entropy, against the gradient's equation, and against each other."""
+"""Both forms of the loss against torch's cross-entropy, against the gradient's equation, and
+against each other."""
 
 import functools
 
@@ -50,7 +51,8 @@ def test_gradient_equals_the_equation(head_loss, dtype, tolerance):
         s_c = z[row][inside].logsumexp(0)
         peak = torch.arange(12) == t
         expected = (1 + weight) * z[row].softmax(0) - 1.0 * peak - weight * inside * (z[row] - s_c).exp()
-        assert torch.allclose(gradient[row] * 5, expected, atol=tolerance)   # the loss is a mean over 5 rows
+        # The loss is a mean over 5 rows
+        assert torch.allclose(gradient[row] * 5, expected, atol=tolerance)
 
 
 @pytest.mark.parametrize("head_loss", BOTH)
@@ -99,7 +101,7 @@ def test_fused_loss_follows_autocast(precision):
     found = losses_and_gradients(fused_head_loss, 5, precision=precision)
     exact = losses_and_gradients(plain_head_loss)
     torch.testing.assert_close(found[:2], expected[:2], rtol=1e-5, atol=1e-6)
-    for place in (2, 3):                                         # as near to float32 as autograd's is, within a factor
+    for place in (2, 3):  # as near to float32 as autograd's is, within a factor
         error, allowed = ((result[place] - exact[place]).norm() for result in (found, expected))
         assert 0 < error < 2 * allowed and found[place].dtype == torch.float32
 
@@ -112,13 +114,14 @@ def test_fused_loss_of_many_rows_keeps_small_gradients_in_fp16():
     for precision in (torch.float16, None):
         with torch.autocast("cpu", precision, enabled=precision is not None):
             loss, _ = fused_head_loss(features, head, targets, 4, 1.0, 512)
-        gradients += torch.autograd.grad(loss * 2**12, features)                    # scaled, as a GradScaler does
+        gradients += torch.autograd.grad(loss * 2**12, features)  # scaled, as a GradScaler does
     assert (gradients[0] - gradients[1]).norm() < 0.01 * gradients[1].norm()
 
 
 def test_accuracy_counts_rows_whose_largest_logit_lies_in_the_cluster():
     features = torch.eye(4)[[0, 1, 2]]
-    head = torch.tensor([[5.0, 0, 0, 0], [0, 5, 0, 0], [0, 0, 5, 0], [0, 0, 0, 5]])  # row i prefers code i
+    # Row i prefers code i
+    head = torch.tensor([[5.0, 0, 0, 0], [0, 5, 0, 0], [0, 0, 5, 0], [0, 0, 0, 5]])
     for options in ((plain_head_loss,), (fused_head_loss, 2)):
         statistics = options[0](features, head, torch.tensor([1, 3, 3]), 2, 1.0, *options[1:])[1]
         assert statistics[2] == pytest.approx(2 / 3)

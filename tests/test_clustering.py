@@ -1,4 +1,5 @@
-"""The balanced clustering: sizes, exactness against brute force, the published method against its fixture."""
+"""The balanced clustering: sizes, exactness against brute force, the published method against its
+fixture."""
 
 import itertools
 
@@ -35,7 +36,8 @@ def total_cost(costs, assignment):
     return costs[np.arange(len(costs)), assignment].sum()
 
 
-# ---------------------------------------------------------------------------------------------- the published method
+# ---------------------------------------------------------------------------------------------- the
+# published method
 
 def test_greedy_equals_the_published_algorithm(fixture):
     published = fixture("kmeans_sphere")
@@ -77,7 +79,8 @@ def test_greedy_ties_go_to_the_lower_code_and_the_lower_cluster():
     assert clustering.cluster_greedy(codes, np.array([5, 3, 1])).assignment.tolist() == [0, 0, 1, 1, 2, 2]
 
 
-# ------------------------------------------------------------------------------------------------------- any codebook
+# -------------------------------------------------------------------------------------------------------
+# any codebook
 
 def degenerate(name):
     codes = random_codes(30)
@@ -124,14 +127,17 @@ def test_zero_rows_stay_zero_when_normalized():
     np.testing.assert_allclose(codes, [[0, 0], [0.6, 0.8]], rtol=1e-6)
 
 
-# --------------------------------------------------------------------------------------------------------- exactness
+# ---------------------------------------------------------------------------------------------------------
+# exactness
 
 @pytest.mark.parametrize("num_codes, num_clusters", [(8, 2), (6, 3), (9, 3), (8, 4)])
 def test_exact_assignment_costs_no_more_than_any_other(num_codes, num_clusters):
     for seed in range(4):
         costs = np.random.default_rng(seed).standard_normal((num_codes, num_clusters))
-        everything = [total_cost(costs, assignment) for assignment in balanced_assignments(num_codes, num_clusters)]
-        for start in (balanced_assignment.fill_clusters(costs), np.arange(num_codes) % num_clusters):
+        everything = [total_cost(costs, assignment)
+                      for assignment in balanced_assignments(num_codes, num_clusters)]
+        for start in (balanced_assignment.fill_clusters(costs),
+                      np.arange(num_codes) % num_clusters):
             found = balanced_assignment.assign_exactly(costs, start)
             assert total_cost(costs, found) == pytest.approx(min(everything))
 
@@ -194,16 +200,20 @@ def test_an_unbalanced_assignment_gets_no_certificate():
 
 
 def test_random_clusters_are_dealt_from_the_permutation_of_the_seed_whatever_the_codes_are():
-    codes = clustering.normalise_codes(torch.randn(60, 4, generator=torch.Generator().manual_seed(0)))
+    codes = clustering.normalise_codes(torch.randn(60, 4,
+                                                   generator=torch.Generator().manual_seed(0)))
     found = clustering.cluster_random(codes, 12, seed=3)
     permutation = torch.randperm(60, generator=torch.Generator().manual_seed(3)).numpy()
     assert np.array_equal(found.assignment[permutation], np.arange(60) // 5)
-    assert np.array_equal(clustering.cluster_random(codes[::-1], 12, seed=3).assignment, found.assignment)
+    assert np.array_equal(clustering.cluster_random(codes[::-1], 12, seed=3).assignment,
+                          found.assignment)
     assert found.sse > 2 * clustering.cluster_optimal(codes, np.arange(12)).sse
-    assert not np.array_equal(clustering.cluster_random(codes, 12, seed=4).assignment, found.assignment)
+    assert not np.array_equal(clustering.cluster_random(codes, 12, seed=4).assignment,
+                              found.assignment)
 
 
-# ------------------------------------------------------------------------------------------------------------ quality
+# ------------------------------------------------------------------------------------------------------------
+# quality
 
 @pytest.mark.parametrize("make_codes", [random_codes, clumped_codes])
 def test_optimal_is_never_worse_than_greedy(make_codes):
@@ -218,8 +228,10 @@ def test_optimal_finds_the_least_sse_of_small_codebooks():
     found = []
     for seed in range(5):
         codes = random_codes(8, seed=seed)
-        least = min(clustering.balanced_sse(codes, assignment, 2) for assignment in balanced_assignments(8, 2))
-        best = min(clustering.cluster_optimal(codes, clustering.start_codes(8, 2, start)).sse for start in range(3))
+        least = min(clustering.balanced_sse(codes, assignment, 2)
+                    for assignment in balanced_assignments(8, 2))
+        best = min(clustering.cluster_optimal(codes, clustering.start_codes(8, 2, start)).sse
+                   for start in range(3))
         found.append(best == pytest.approx(least))
     assert sum(found) >= 4
 
@@ -261,15 +273,18 @@ def test_inputs_are_left_as_they_were():
     assert np.array_equal(codes, kept)
 
 
-# ------------------------------------------------------------------------------------------------- order in a cluster
+# -------------------------------------------------------------------------------------------------
+# order in a cluster
 
 def slow_chain(points):
-    """The rule of the order, written out: two ends that take turns, the left one first, from the middle."""
+    """The rule of the order, written out: two ends that take turns, the left one first, from the
+    middle."""
     unplaced = list(range(len(points)))
     middle = (len(points) - 1) // 2
 
     def nearest(target):
-        return min(unplaced, key=lambda index: (round(float(((points[index] - target) ** 2).sum()), 12), index))
+        return min(unplaced, key=lambda index: (round(float(((points[index] - target) ** 2).sum()),
+                                                      12), index))
 
     def take(target):
         chosen = nearest(target)

@@ -37,8 +37,8 @@ def fill(path, manifest=MANIFEST, failures=None, upto=7):
     writer.create(LABELS)
     for first in range(0, upto, 3):
         rows = range(first, min(first + 3, 7))
-        writer.write(rows, codes[rows.start:rows.stop], {row: why for row, why in (failures or {}).items()
-                                                         if row in rows})
+        writer.write(rows, codes[rows.start:rows.stop],
+                     {row: why for row, why in (failures or {}).items() if row in rows})
     return writer, codes
 
 
@@ -85,7 +85,8 @@ def test_store_of_another_extraction_is_never_touched_without_overwrite(tmp_path
     path, other = tmp_path / "codes", MANIFEST | {"num_crops": 1}
     fill(path)
     before = contents(path)
-    with pytest.raises(ValueError, match="expected a store with num_crops 1, found one with 2; .* --overwrite"):
+    with pytest.raises(ValueError,
+                       match="expected a store with num_crops 1, found one with 2; .* --overwrite"):
         CodeWriter(path, other).create(LABELS)
     assert before == contents(path)
     CodeWriter(path, other).create(LABELS, overwrite=True)
@@ -116,7 +117,8 @@ def test_lock_in_a_folder_and_its_leftovers_are_no_other_files(tmp_path):
     with hold(writer.target):
         (tmp_path / "codes" / ".codes.npy.takeover.tmp").touch()
         writer.create(LABELS)
-        assert lock_of(writer.target).parent == tmp_path / "codes" and lock_of(writer.target).exists()
+        assert lock_of(writer.target).parent == tmp_path / "codes" and lock_of(
+            writer.target).exists()
     assert sorted(path.name for path in (tmp_path / "codes").iterdir()) == [
         "codes.npy", "labels.npy", "manifest.json", "status.npy"]
 
@@ -127,7 +129,8 @@ def test_full_disk_is_a_clear_error_and_the_same_command_works_when_there_is_roo
 
     monkeypatch.setattr(os, "posix_fallocate", no_room)
     writer = CodeWriter(tmp_path / "codes", MANIFEST)
-    with pytest.raises(ValueError, match=r"codes.npy: expected room for 0.0 MiB, No space left on device"):
+    with pytest.raises(ValueError,
+                       match=r"codes.npy: expected room for 0.0 MiB, No space left on device"):
         writer.create(LABELS)
     monkeypatch.undo()
     fill(tmp_path / "codes")[0].finish(0)
@@ -135,7 +138,8 @@ def test_full_disk_is_a_clear_error_and_the_same_command_works_when_there_is_roo
 
 
 @pytest.mark.parametrize("name, words", [("codes.npy", "expected rows 0 to 6 as they were written"),
-                                         ("labels.npy", "expected the labels as they were written")])
+                                         ("labels.npy",
+                                          "expected the labels as they were written")])
 def test_one_changed_byte_breaks_a_checksum(store, name, words):
     verify_checksums(store)
     content = bytearray((Path(store.path) / name).read_bytes())
@@ -159,8 +163,9 @@ def test_checksum_of_labels_covers_all_of_them_and_that_of_older_stores_holds(tm
     fill(path)[0].finish(0)
     manifest = json.loads((path / "manifest.json").read_text())
     assert manifest["labels_sha256"] == checksum(LABELS)
-    if written_by == "before":                                   # by a commit that covered the first block alone
-        write_json(path / "manifest.json", manifest | {"labels_sha256": checksum(LABELS[:block_rows])})
+    if written_by == "before":  # by a commit that covered the first block alone
+        write_json(path / "manifest.json",
+                   manifest | {"labels_sha256": checksum(LABELS[:block_rows])})
     verify_checksums(open_codes(path))
     content = bytearray((path / "labels.npy").read_bytes())
     content[-8] ^= 1                                             # the last label
@@ -204,7 +209,7 @@ def test_codes_that_are_no_integers_are_refused(store):
 def test_file_that_was_cut_off_is_a_clear_error(store, name):
     content = (Path(store.path) / name).read_bytes()
     for length in (0, 50, len(content) - 1):
-        (Path(store.path) / name).unlink()                       # the map of the fixture keeps the old one
+        (Path(store.path) / name).unlink()  # the map of the fixture keeps the old one
         (Path(store.path) / name).write_bytes(content[:length])
         with pytest.raises(ValueError, match=f"{name}: expected an array, .*the store is damaged"):
             open_codes(store.path)
@@ -232,14 +237,16 @@ def test_too_many_failures_leave_a_store_unfinished_and_are_tried_again(tmp_path
     assert writer.finish(1) == [] and np.array_equal(open_codes(tmp_path / "codes").codes, codes)
 
 
-def test_store_of_broken_images_alone_is_unfinished_whatever_may_fail_and_all_are_tried_again(tmp_path):
+def test_store_of_broken_images_alone_is_unfinished_whatever_may_fail_and_all_are_tried_again(
+    tmp_path):
     writer, _ = fill(tmp_path / "codes", failures=dict.fromkeys(range(7), ("x.jpg", "truncated")))
     assert len(writer.finish(7)) == 7 and not writer.is_complete
     writer.create(LABELS)
     assert writer.rows.missing(7) == [range(7)]
 
 
-def test_several_stores_of_the_same_images_add_their_crops_and_leave_out_what_failed_in_either(tmp_path):
+def test_several_stores_of_the_same_images_add_their_crops_and_leave_out_what_failed_in_either(
+    tmp_path):
     codes = [fill(tmp_path / "one", failures={4: ("b/x.jpg", "truncated")})[1]]
     writer = CodeWriter(tmp_path / "two", MANIFEST | {"num_crops": 3})
     writer.create(LABELS)
@@ -289,7 +296,8 @@ def test_older_layout_is_read_without_the_images_that_filled_its_last_round_and_
     rows = [*range(11), *range(padding)]
     write_older(tmp_path / "old", codes[rows], labels[rows])
     store = open_codes(tmp_path / "old")
-    assert store.grid == 3 and np.array_equal(store.labels, labels) and store.rows.tolist() == list(range(11))
+    assert store.grid == 3 and np.array_equal(store.labels,
+                                              labels) and store.rows.tolist() == list(range(11))
     chosen, crops = np.array([10, 0, 10]), np.array([1, 0, 0])
     assert np.array_equal(store.codes[chosen, crops], codes[chosen, crops])
     tokens, _ = TokenBatches(store, np.arange(24), 4, 0, 3, 0.0)[0, range(4)]
@@ -316,8 +324,9 @@ def test_older_layout_has_checksums_by_which_other_codes_and_labels_are_told_apa
     other_codes, other_labels = codes.copy(), labels.copy()
     other_codes[0, 1, 8] += 1
     other_labels[-1] += 1
-    stores = {"old": (codes, labels), "same": (codes.astype(np.int32), labels), "codes": (other_codes, labels),
-              "labels": (codes, other_labels), "longer": (codes[[*range(count), 0]], labels[[*range(count), 0]])}
+    stores = {"old": (codes, labels), "same": (codes.astype(np.int32), labels),
+              "codes": (other_codes, labels), "labels": (codes, other_labels),
+              "longer": (codes[[*range(count), 0]], labels[[*range(count), 0]])}
     found = {}
     for name, (its_codes, its_labels) in stores.items():
         write_older(tmp_path / name, its_codes, its_labels)
@@ -337,7 +346,8 @@ def test_older_layout_of_data_that_repeat_themselves_is_read_whole_with_a_warnin
     write_older(tmp_path / "old", codes[rows], np.zeros(len(rows), np.int64))
     store = open_codes(tmp_path / "old")
     assert store.rows.tolist() == list(range(len(rows))) and np.array_equal(store.codes[store.rows, 0], codes[rows, 0])
-    assert len(warnings) == 1 and f"the last files repeat the first ones, {lengths} of them" in warnings[0]
+    assert len(
+        warnings) == 1 and f"the last files repeat the first ones, {lengths} of them" in warnings[0]
 
 
 @pytest.mark.parametrize(("kind", "row", "content", "words"), [
@@ -410,11 +420,12 @@ def test_stores_are_drawn_equally_often_whatever_their_crops_and_their_crops_equ
 
 
 def test_images_of_two_stores_of_unequal_size_come_from_each_half_of_the_time():
-    codes = CombinedCodes([np.full((100, crops, 4), store, np.uint16) for store, crops in enumerate((1, 3))])
+    codes = CombinedCodes([np.full((100, crops, 4), store, np.uint16)
+                           for store, crops in enumerate((1, 3))])
     store = CodeStore("", {}, codes, np.zeros(100, np.int64), np.arange(100))
     batches = TokenBatches(store, np.arange(2), 100, seed=1, num_classes=1, label_dropout=0.0)
     drawn = torch.cat([batches[epoch, range(100)][0] for epoch in range(20)])
-    assert 0.46 < drawn.double().mean() < 0.54                   # uniformly over the crops it would be 0.75
+    assert 0.46 < drawn.double().mean() < 0.54  # uniformly over the crops it would be 0.75
 
 
 def test_parts_of_processes_make_up_the_batch_of_one_process(store):
@@ -441,18 +452,21 @@ def test_dropped_labels_become_the_null_label_at_the_given_rate(store):
 
 
 @pytest.mark.parametrize("settings, message", [({"batch_size": 8}, "at least one batch of 8"),
-                                               ({"num_classes": 2}, r"expected labels 0 \.\. 1, found 0 \.\. 2")])
+                                               ({"num_classes": 2},
+                                                r"expected labels 0 \.\. 1, found 0 \.\. 2")])
 def test_batches_that_cannot_be_are_refused(store, settings, message):
     with pytest.raises(ValueError, match=message):
-        TokenBatches(**{"store": store, "mapping": np.arange(24), "batch_size": 2, "seed": 0, "num_classes": 3,
-                        "label_dropout": 0.1} | settings)
+        TokenBatches(**{"store": store, "mapping": np.arange(24), "batch_size": 2, "seed": 0,
+                        "num_classes": 3, "label_dropout": 0.1} | settings)
 
 
 def test_mapping_comes_with_its_hashes(tmp_path):
     permutation = torch.randperm(24)
     torch.save(permutation, tmp_path / "mapping.pt")
-    assert read_mapping(tmp_path / "mapping.pt", 24).hashes == {"mapping_sha256": mapping_sha256(permutation)}
-    write_json(tmp_path / "mapping.pt.json", {"mapping_sha256": mapping_sha256(permutation), "cluster_size": 4})
+    assert read_mapping(tmp_path / "mapping.pt",
+                        24).hashes == {"mapping_sha256": mapping_sha256(permutation)}
+    write_json(tmp_path / "mapping.pt.json", {"mapping_sha256": mapping_sha256(permutation),
+                                              "cluster_size": 4})
     assert read_mapping(tmp_path / "mapping.pt", 24).hashes["cluster_size"] == 4
 
 

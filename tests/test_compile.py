@@ -1,4 +1,5 @@
-"""What torch.compile makes of the blocks, by a backend that needs no compiler, and the precision of both --parallel."""
+"""What torch.compile makes of the blocks, by a backend that needs no compiler, and the precision of
+both --parallel."""
 
 import copy
 import functools
@@ -49,12 +50,13 @@ def group():
 
 def new_objective(drop_path=0.0, recomputes=False, num_layers=NUM_LAYERS, dropout=0.1):
     torch.manual_seed(0)
-    model = GPT(GPTConfig("small", num_layers, 2, 16, grid=3, vocab_size=24, num_classes=5, dropout=dropout,
-                          drop_path=drop_path))
+    model = GPT(GPTConfig("small", num_layers, 2, 16, grid=3, vocab_size=24, num_classes=5,
+                          dropout=dropout, drop_path=drop_path))
     torch.nn.init.normal_(model.output.weight)
     for layer in model.layers:
         layer.recomputes = recomputes
-    return Objective(model, functools.partial(fused_head_loss, cluster_size=4, lambda_cce=1.0, rows_at_once=7))
+    return Objective(model, functools.partial(fused_head_loss, cluster_size=4, lambda_cce=1.0,
+                                              rows_at_once=7))
 
 
 def batch():
@@ -63,12 +65,14 @@ def batch():
 
 
 def loss_and_gradients(wrapped, precision="none"):
-    """Returns the loss and all gradients, joined, of a forward and backward pass with given random numbers."""
+    """Returns the loss and all gradients, joined, of a forward and backward pass with given random
+    numbers."""
     torch.manual_seed(2)
     with autocast(CPU, precision):
         loss, _ = wrapped(*batch())
     loss.backward()
-    return loss.item(), torch.cat([whole_tensor(parameter.grad).flatten() for parameter in wrapped.parameters()])
+    return loss.item(), torch.cat([whole_tensor(parameter.grad).flatten()
+                                   for parameter in wrapped.parameters()])
 
 
 @pytest.mark.parametrize("recomputes", [False, True])
@@ -88,7 +92,8 @@ def test_recomputing_a_block_keeps_less():
     for recomputes in (False, True):
         kept = []
         objective = new_objective(recomputes=recomputes)
-        with torch.autograd.graph.saved_tensors_hooks(lambda tensor, kept=kept: kept.append(tensor), lambda _: None):
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor, kept=kept: kept.append(tensor),
+                                                      lambda _: None):
             objective(*batch())
         sizes.append(sum(tensor.numel() for tensor in kept))
     assert sizes[1] < sizes[0] / 5
@@ -119,11 +124,13 @@ def test_fsdp_in_bfloat16_computes_what_ddp_does(group, monkeypatch):
         objective = new_objective(dropout=0.0)
         layers = objective.model.layers
         for layer in layers:
-            layer.register_forward_hook(lambda module, inputs, output: streams.update({inputs[0].dtype, output.dtype}))
+            layer.register_forward_hook(lambda module, inputs, output: streams.update(
+                {inputs[0].dtype, output.dtype}))
         found.append(loss_and_gradients(wrap_for_training(objective, ALONE, parallel, layers, torch.bfloat16), "bf16"))
     assert tables == streams == {torch.float32}
     (loss, gradients), (sharded_loss, sharded_gradients) = found
-    assert sharded_loss == pytest.approx(loss, rel=1e-6)        # the norm weights are 1: nothing else is rounded
+    # The norm weights are 1: nothing else is rounded
+    assert sharded_loss == pytest.approx(loss, rel=1e-6)
     assert (sharded_gradients - gradients).norm() < 1e-4 * gradients.norm()
 
 

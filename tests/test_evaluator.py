@@ -7,16 +7,16 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
+from processes import run_here
 
 from autoregressive.runtime.files import file_sha256
 from autoregressive.runtime.lock import hold
-from conftest import ROOT
 from evaluations.c2i import train_classifier
 from evaluations.c2i.classifier import ClassifierFeatures, SmallClassifier, save_classifier
 from evaluations.c2i.features import extract_features, to_numpy
 from evaluations.c2i.npz_reader import NpzImages
-from processes import run_here
 from tokenizer.tokenizer_image.images import dataset_sha256, open_dataset
 
 EVALUATE, MAKE_REFERENCE = "evaluations/c2i/evaluator.py", "evaluations/c2i/make_reference.py"
@@ -25,8 +25,8 @@ SCORE = ("ref.npz", "samples.npz", "--classifier", "classifier.pt")
 ON_DIGITS = ("--dataset", "digits", "--data-path", "val", "--val-path", "val", "--image-size", 8)
 SIZE = 12           # pixels
 NUM_CLASSES = 3
-SETTINGS = {"class_names": ["cat", "dog", "owl"], "image_size": SIZE, "accuracy": 0.875, "num_val": 40,
-            "dataset": "imagenet", "seed": 0}
+SETTINGS = {"class_names": ["cat", "dog", "owl"], "image_size": SIZE, "accuracy": 0.875,
+            "num_val": 40, "dataset": "imagenet", "seed": 0}
 
 
 def random_pictures(count, seed, size=SIZE):
@@ -35,7 +35,8 @@ def random_pictures(count, seed, size=SIZE):
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-    """A working folder with ref.npz (90 pictures), samples.npz (80, labelled, with settings) and classifier.pt."""
+    """A working folder with ref.npz (90 pictures), samples.npz (80, labelled, with settings) and
+    classifier.pt."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     save_classifier("classifier.pt", SmallClassifier(NUM_CLASSES), SETTINGS)
@@ -61,15 +62,18 @@ def refusal(capsys, script, *words):
 def test_a_command_prints_the_lines_of_adm_and_leaves_them_beside_the_samples(files):
     before = file_sha256("samples.npz")
     done = subprocess.run([sys.executable, ROOT / EVALUATE, "ref.npz", "samples.npz",
-                           "--classifier", "classifier.pt", "--batch-size", "32"], capture_output=True, text=True)
+                           "--classifier", "classifier.pt", "--batch-size", "32"],
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     titles = [line.split(": ")[0] for line in done.stdout.splitlines()]
     assert titles == ["Inception Score", "FID", "sFID", "Precision", "Recall", "Label agreement",
                       "Validation accuracy of the classifier"]
     assert (files / "samples.txt").read_text() == done.stdout
     record = json.loads((files / "samples.json").read_text())
-    assert {line.split(": ")[0]: float(line.split(": ")[1]) for line in done.stdout.splitlines()} == record["numbers"]
-    assert record["reference"]["sha256"] == file_sha256("ref.npz") and record["reference"]["num_images"] == 90
+    assert {line.split(": ")[0]: float(line.split(": ")[1])
+            for line in done.stdout.splitlines()} == record["numbers"]
+    assert record["reference"]["sha256"] == file_sha256(
+        "ref.npz") and record["reference"]["num_images"] == 90
     assert record["samples"]["settings"] == {"cfg_scale": 2.0} and record["samples"]["num_images"] == 80
     assert record["feature_network"]["name"] == "small classifier classifier.pt (not Inception)"
     assert record["numbers"]["Validation accuracy of the classifier"] == SETTINGS["accuracy"]
@@ -115,7 +119,8 @@ def test_fewer_pictures_than_features_are_a_warning(files, capsys):
 
 def test_numbers_do_not_depend_on_the_batch_size(files):
     network, images = ClassifierFeatures("classifier.pt"), NpzImages("samples.npz")
-    whole, parts = (extract_features(network, images, batch_size, lambda count: None) for batch_size in (80, 7))
+    whole, parts = (extract_features(network, images, batch_size, lambda count: None)
+                    for batch_size in (80, 7))
     assert whole.pool.shape == (80, 64) and whole.spatial.shape == (80, 3 * 3 * 7)
     assert whole.probabilities.shape == (80, NUM_CLASSES)
     for name in ("pool", "spatial", "probabilities"):
@@ -177,7 +182,8 @@ def test_bad_samples_are_refused_in_one_line(files, capsys, case):
 
 def save(path, count=9, seed=0, size=SIZE, **settings):
     arrays = {name: settings.pop(name) for name in ("labels", "mu", "sigma") if name in settings}
-    np.savez(path, arr_0=random_pictures(count, seed, size), settings=np.array(json.dumps(settings)), **arrays)
+    np.savez(path, arr_0=random_pictures(count, seed, size),
+             settings=np.array(json.dumps(settings)), **arrays)
 
 
 RECONSTRUCTIONS = {"kind": "reconstructions", "images_sha256": "one"}
@@ -284,7 +290,8 @@ def test_a_record_is_reused_for_the_same_samples_reference_and_network(files, ch
         save_classifier("classifier.pt", SmallClassifier(NUM_CLASSES), SETTINGS)
     if "damaged" in change:
         (files / "samples.json").write_text("[]")
-    save("samples.npz", seed=1, **settings | {name: change[name] for name in change.keys() & settings.keys()})
+    save("samples.npz", seed=1, **settings | {name: change[name] for name in change.keys() &
+                                              settings.keys()})
     call(EVALUATE, *SCORE, "--reuse",
          *(words or ("--metrics", "recall")))
     found = capsys.readouterr()
@@ -336,7 +343,8 @@ def test_a_folder_becomes_a_reference(folder, capsys):
     np.testing.assert_array_equal(images.labels(), [0] * 7 + [1] * 5)
     assert images.settings["kind"] == "rfid reference" and images.settings["num_images"] == 12
     assert images.settings["class_names"] == ["dark", "light"] and "ADM centre crop" in images.settings["resize"]
-    assert file_sha256("made.npz") and np.load("made.npz", allow_pickle=False)["arr_0"].dtype == np.uint8
+    assert file_sha256("made.npz") and np.load("made.npz",
+                                               allow_pickle=False)["arr_0"].dtype == np.uint8
 
 
 def test_fewer_pictures_are_spread_evenly_and_equal_commands_give_equal_files(folder, capsys):
@@ -382,7 +390,8 @@ def test_a_reference_of_originals_knows_which_pictures_these_are(folder, capsys)
     call(MAKE_REFERENCE, "--data-path", folder, *words, "--output", "fewer.npz", "--num-images", 5)
     made, again, some, fewer = (NpzImages(f"{name}.npz").settings["images_sha256"]
                                 for name in ("made", "again", "some", "fewer"))
-    assert made == again == dataset_sha256(open_dataset("imagenet", folder)) != fewer and some is None
+    assert made == again == dataset_sha256(open_dataset("imagenet",
+                                                        folder)) != fewer and some is None
 
 
 @pytest.mark.parametrize("lr", [1e3, 1e30])
@@ -396,7 +405,8 @@ def test_a_classifier_whose_training_diverged_is_not_saved(files, capsys, lr):
 def test_a_classifier_with_weights_that_are_not_finite_is_not_saved(files):
     model = SmallClassifier(NUM_CLASSES)
     model.lower[0][1].running_var[3] = torch.inf                # a loss in training does not see it
-    with pytest.raises(ValueError, match="new.pt: expected finite weights.*lower.0.1.running_var.*diverged"):
+    with pytest.raises(ValueError,
+                       match="new.pt: expected finite weights.*lower.0.1.running_var.*diverged"):
         save_classifier("new.pt", model, SETTINGS)
     assert not list(files.glob("*new*"))
 
@@ -432,6 +442,8 @@ def test_shift_moves_whole_pictures_and_repeats_the_border():
     picture = torch.arange(5 * 5, dtype=torch.uint8).reshape(1, 5, 5, 1).expand(200, 5, 5, 3)
     torch.manual_seed(0)
     moved = train_classifier.shift(picture, reach=1)
-    padded = torch.nn.functional.pad(picture[:1, ..., 0].float(), (1, 1, 1, 1), mode="replicate")[0].byte()
-    allowed = {tuple(padded[top:top + 5, left:left + 5].flatten().tolist()) for top in range(3) for left in range(3)}
+    padded = torch.nn.functional.pad(picture[:1, ..., 0].float(), (1, 1, 1, 1),
+                                     mode="replicate")[0].byte()
+    allowed = {tuple(padded[top:top + 5, left:left + 5].flatten().tolist()) for top in range(3)
+               for left in range(3)}
     assert {tuple(each.flatten().tolist()) for each in moved[..., 0]} == allowed

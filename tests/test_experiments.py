@@ -1,4 +1,5 @@
-"""Experiments: the table's numbers, a plan of arms and seeds, and a harness that is killed anywhere."""
+"""Experiments: the table's numbers, a plan of arms and seeds, and a harness that is killed
+anywhere."""
 
 import json
 import os
@@ -11,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
+from processes import ENVIRONMENT, descendants, kill_and_wait, run_here, stat_of
 from scipy import stats
 
 from autoregressive.runtime.files import write_json
-from conftest import ROOT
-from processes import ENVIRONMENT, descendants, kill_and_wait, run_here, stat_of
 from scripts.experiments.plan import Experiment, Run
 from scripts.experiments.table import detectable, interval, make_table
 
@@ -74,12 +75,13 @@ def test_the_least_difference_that_shows_is_shown_by_eight_of_ten_experiments():
 def test_differences_are_paired_by_seed():
     """Seeds differ by far more than arms do, so that only pairs show the difference."""
     def result(arm, seed, number):
-        return {"arm": arm, "seed": seed, "numbers": {"x": number}, "cfg_scale": 1.5, "cpu_hours": 0.5,
-                "commit": "a" * 40}
+        return {"arm": arm, "seed": seed, "numbers": {"x": number}, "cfg_scale": 1.5,
+                "cpu_hours": 0.5, "commit": "a" * 40}
 
     results = [result("base", seed, 10.0 * seed) for seed in range(3)]
     results += [result("other", seed, 10.0 * seed + 1) for seed in (2, 1, 0)]
-    table = make_table([*results, result("other", 7, 99.0)], {"floor": {"x": 0.25}}, "base", {"x": "number"}, 5)
+    table = make_table([*results, result("other", 7, 99.0)], {"floor": {"x": 0.25}}, "base",
+                       {"x": "number"}, 5)
     assert "| base | 3 | 10.0000 ± 24.8414 | 1.5 | 0.50 | aaaaaaa |" in table
     assert "| floor |  | 0.2500 |  |  |  |" in table
     assert "| other | 3 | +1.0000 ± 0.0000 |" in table
@@ -103,7 +105,8 @@ def test_a_wrong_plan_is_one_line(tmp_path, capsys, change, words):
 def start_harness(folder):
     (folder / "experiment.json").write_text(json.dumps(PLAN))
     words = [sys.executable, ROOT / RUN, folder / "experiment.json", "--work", folder / "work"]
-    return subprocess.Popen(words, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(words, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
 
 
 def finish(folder):
@@ -120,14 +123,16 @@ def kinds_of_times(folder):
 
 
 @pytest.mark.long
-def test_a_harness_that_is_killed_five_times_ends_with_the_same_table_and_does_no_run_twice(tmp_path):
+def test_a_harness_that_is_killed_five_times_ends_with_the_same_table_and_does_no_run_twice(
+    tmp_path):
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     straight.mkdir()
     killed.mkdir()
     started = time.monotonic()
     expected = finish(straight)
     seconds = time.monotonic() - started
-    assert len(expected) == 11            # three heads of two lines, two arms, a floor, a difference and what shows
+    # Three heads of two lines, two arms, a floor, a difference and what shows
+    assert len(expected) == 11
     choose, written = random.Random(0), {}
     for number in range(5):
         harness = start_harness(killed)
@@ -135,7 +140,7 @@ def test_a_harness_that_is_killed_five_times_ends_with_the_same_table_and_does_n
         assert harness.poll() is None
         children = descendants(harness.pid)
         harness.kill()
-        if number % 2:                                          # of some, whoever was at work is killed, too
+        if number % 2:  # of some, whoever was at work is killed, too
             for pid in children:
                 kill_and_wait(pid)
         harness.wait()
@@ -154,8 +159,9 @@ def write_result(folder, arm, seed, **more):
     experiment = Experiment(folder / "experiment.json", folder / "work", None)
     path = experiment.result(Run(arm, seed))
     numbers = {"val_token_loss": 3.0 + seed, "FID": 0.5}
-    write_json(path, {"arm": arm, "seed": seed, **experiment.identity(Run(arm, seed)), "commit": "a" * 40,
-                      "inputs": {"codes": "1" * 64}, "cfg_scale": 1.5, "numbers": numbers, "cpu_hours": 0.5} | more)
+    write_json(path, {"arm": arm, "seed": seed, **experiment.identity(Run(arm, seed)),
+                      "commit": "a" * 40, "inputs": {"codes": "1" * 64}, "cfg_scale": 1.5,
+                      "numbers": numbers, "cpu_hours": 0.5} | more)
 
 
 def test_a_table_is_made_of_results_alone_and_lacks_what_they_lack(tmp_path, capsys):
@@ -190,7 +196,8 @@ def test_a_harness_that_is_asked_to_leave_takes_its_jobs_along(tmp_path):
     assert harness.wait(timeout=60) == 128 + signal.SIGTERM
     assert children
     deadline = time.monotonic() + 20
-    while any(stat_of(Path(f"/proc/{pid}/stat"))[0] for pid in children):   # one may not have been known yet
+    # One may not have been known yet
+    while any(stat_of(Path(f"/proc/{pid}/stat"))[0] for pid in children):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert not list(records.iterdir()) and not list((tmp_path / "work").glob(".*.lock"))
@@ -203,7 +210,8 @@ def test_a_harness_is_held_still_and_goes_on_and_says_where_it_stands(tmp_path, 
     while not list((tmp_path / "work").glob("processes/*.json")):
         time.sleep(0.1)
     assert run_here(RUN, *where, "--pause") == 0
-    processes = [json.loads(path.read_text())["pid"] for path in (tmp_path / "work/processes").glob("*.json")]
+    processes = [json.loads(path.read_text())["pid"]
+                 for path in (tmp_path / "work/processes").glob("*.json")]
     time.sleep(1)
     assert processes and {stat_of(Path(f"/proc/{pid}/stat"))[0] for pid in processes} == {"T"}
     assert run_here(RUN, *where, "--status") == 0

@@ -1,4 +1,5 @@
-"""Extraction from folders of real files: kills, broken files, precision, and the look at its result."""
+"""Extraction from folders of real files: kills, broken files, precision, and the look at its
+result."""
 
 import json
 import random
@@ -9,13 +10,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from processes import run_here, start, start_and_kill
 
 from autoregressive.data.opening import open_codes
 from autoregressive.runtime.checkpoint import save_checkpoint
 from autoregressive.runtime.lock import hold
-from processes import run_here, start, start_and_kill
 from tokenizer.tokenizer_image.encoding import CropEncoder, agreement, default_batch_size
-from tokenizer.tokenizer_image.images import center_crop, crop_names, cut_crops, open_dataset, to_float
+from tokenizer.tokenizer_image.images import (
+    center_crop,
+    crop_names,
+    cut_crops,
+    open_dataset,
+    to_float,
+)
 from tokenizer.tokenizer_image.loading import load_vq
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 
@@ -26,7 +33,8 @@ BROKEN = ("apple/broken.jpg", "apple/empty.jpg", "pear/nowhere.jpg", "pear/text.
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder of 41 photos of noise and shapes in three classes, four of them broken, and a tokenizer."""
+    """A folder of 41 photos of noise and shapes in three classes, four of them broken, and a
+    tokenizer."""
     folder = tmp_path_factory.mktemp("extraction")
     noise = np.random.default_rng(0)
     for number in range(36):
@@ -48,9 +56,9 @@ def folder(tmp_path_factory):
 
 
 def flags(folder, name, *more):
-    return ("--data-path", folder / "images", "--code-path", folder / name, "--vq-ckpt", folder / "vq.pt", "--vq-model",
-            "VQ-4-small", "--codebook-size", 64, "--image-size", 32, "--ten-crop", "--batch-size", 10,
-            "--num-workers", 1, "--max-failures", 0.2, *more)
+    return ("--data-path", folder / "images", "--code-path", folder / name, "--vq-ckpt",
+            folder / "vq.pt", "--vq-model", "VQ-4-small", "--codebook-size", 64, "--image-size", 32,
+            "--ten-crop", "--batch-size", 10, "--num-workers", 1, "--max-failures", 0.2, *more)
 
 
 def extract(folder, name, *more, processes=0):
@@ -90,10 +98,13 @@ def test_failures_are_listed_and_labels_do_not_shift(folder):
     failed = store.manifest["failed"]
     assert sorted(failure["path"] for failure in failed) == sorted(BROKEN)
     for failure in failed:
-        assert images.name_of(failure["row"]) == failure["path"] and failure["path"] in failure["reason"]
+        assert images.name_of(
+            failure["row"]) == failure["path"] and failure["path"] in failure["reason"]
         assert not store.codes[failure["row"]].any() and failure["row"] not in store.rows
-    assert store.manifest["class_names"] == ["apple", "fig", "pear"] and len(store.rows) == len(images) - 4 == 37
-    assert all(images.name_of(row).split("/")[0] == ["apple", "fig", "pear"][store.labels[row]] for row in store.rows)
+    assert store.manifest["class_names"] == ["apple", "fig",
+                                             "pear"] and len(store.rows) == len(images) - 4 == 37
+    assert all(images.name_of(row).split("/")[0] == ["apple", "fig", "pear"][store.labels[row]]
+               for row in store.rows)
 
 
 def test_codes_equal_encoding_each_image_alone_where_the_nearest_code_is_clear(folder):
@@ -103,9 +114,11 @@ def test_codes_equal_encoding_each_image_alone_where_the_nearest_code_is_clear(f
     num_clear = 0
     for row in store.rows.tolist():
         crops, = cut_crops(center_crop(images.read(row), 35)[None], 32, TEN)
-        latents = torch.cat([vq.encode(image[None]) for image in to_float(crops)])          # each image alone
-        distances = torch.cdist(F.normalize(latents.permute(0, 2, 3, 1).flatten(1, 2), dim=-1), codebook).square()
-        nearest, codes = distances.topk(2, largest=False)                                   # (10, T, 2)
+        # Each image alone
+        latents = torch.cat([vq.encode(image[None]) for image in to_float(crops)])
+        distances = torch.cdist(F.normalize(latents.permute(0, 2, 3, 1).flatten(1, 2), dim=-1),
+                                codebook).square()
+        nearest, codes = distances.topk(2, largest=False)  # (10, T, 2)
         clear = (nearest[..., 1] - nearest[..., 0] > 1e-5).numpy()
         assert np.array_equal(codes[..., 0].numpy()[clear], store.codes[row][clear])
         num_clear += clear.sum()
@@ -124,7 +137,8 @@ def test_half_precision_agrees_with_float32_on_most_codes(folder, precision, lea
 def test_codes_do_not_depend_on_how_crops_are_put_together(folder):
     vq, _ = load_vq(folder / "vq.pt", VQConfig("VQ-4-small", 64, 8))
     pictures = np.random.default_rng(0).integers(256, size=(3, 35, 35, 3), dtype=np.uint8)
-    alone, together = (CropEncoder(vq, torch.device("cpu"), "none", size).codes(pictures, 32, TEN) for size in (1, 7))
+    alone, together = (CropEncoder(vq, torch.device("cpu"), "none", size).codes(pictures, 32, TEN)
+                       for size in (1, 7))
     assert alone.shape == (3, 10, 64) and (alone == together).float().mean() > 0.999
 
 
@@ -163,8 +177,8 @@ def test_finished_store_is_verified_and_replaced_only_by_overwrite(folder):
 
 
 def check(folder, name, images="images"):
-    return start(CHECK, "--code-path", folder / name, "--data-path", folder / images, "--vq-ckpt", folder / "vq.pt",
-                 "--output", folder / f"{name}.png")
+    return start(CHECK, "--code-path", folder / name, "--data-path", folder / images, "--vq-ckpt",
+                 folder / "vq.pt", "--output", folder / f"{name}.png")
 
 
 def test_check_passes_a_right_store_and_draws_it(folder):
@@ -190,14 +204,16 @@ def test_check_fails_images_in_another_order(folder):
     done = check(folder, "codes", "renamed")
     assert done.returncode == 1
     for what in ("class names", "names of the images", "labels of the images", "random rows"):
-        assert any("WRONG" in line and what in line for line in done.stdout.splitlines()), done.stdout
+        assert any("WRONG" in line and what in line
+                   for line in done.stdout.splitlines()), done.stdout
 
 
 def test_strip_that_would_be_enlarged_beyond_memory_is_one_failure_that_is_listed(folder, tmp_path, capsys):
     (tmp_path / "images" / "a").mkdir(parents=True)
     shutil.copy(folder / "images/apple/0.jpg", tmp_path / "images/a/0.jpg")
     Image.new("RGB", (1, 600000)).save(tmp_path / "images/a/strip.png")
-    more = ("--data-path", tmp_path / "images", "--code-path", tmp_path / "codes", "--num-workers", 0)
+    more = ("--data-path", tmp_path / "images", "--code-path", tmp_path / "codes", "--num-workers",
+            0)
     assert run_here(EXTRACT, *flags(folder, "", *more, "--max-failures", 0.5)) == 0
     failure, = open_codes(tmp_path / "codes").manifest["failed"]
     assert failure["path"] == "a/strip.png" and "a/strip.png: expected a picture whose sides" in failure["reason"]
@@ -208,12 +224,13 @@ def test_broken_images_alone_are_tried_again_by_the_same_command_as_it_says(fold
     broken = tmp_path / "images" / "a" / "0.jpg"
     broken.parent.mkdir(parents=True)
     broken.write_text("not a picture")
-    more = ("--data-path", tmp_path / "images", "--code-path", tmp_path / "codes", "--num-workers", 0, "--max-failures",
-            1)
+    more = ("--data-path", tmp_path / "images", "--code-path", tmp_path / "codes", "--num-workers",
+            0, "--max-failures", 1)
     for _ in range(2):
         assert run_here(EXTRACT, *flags(folder, "", *more)) == 1
         printed = capsys.readouterr()
-        assert "the same command tries only these again" in printed.out and not printed.err.count("error")
+        assert "the same command tries only these again" in printed.out and not printed.err.count(
+            "error")
     shutil.copy(folder / "images/apple/0.jpg", broken)
     assert run_here(EXTRACT, *flags(folder, "", *more)) == 0
     assert open_codes(tmp_path / "codes").rows.tolist() == [0]
@@ -230,8 +247,9 @@ def test_one_extraction_at_a_time_by_a_lock_inside_its_folder(folder, tmp_path, 
 def test_check_removes_what_a_killed_one_left(folder, tmp_path):
     for name in (".check.png.host.7.tmp", ".other.png.host.7.tmp"):
         (tmp_path / name).touch()
-    assert run_here(CHECK, "--code-path", folder / "codes", "--data-path", folder / "images", "--vq-ckpt",
-                    folder / "vq.pt", "--output", tmp_path / "check.png", "--num-rows", 1) == 0
+    assert run_here(CHECK, "--code-path", folder / "codes", "--data-path", folder / "images",
+                    "--vq-ckpt", folder / "vq.pt", "--output", tmp_path / "check.png", "--num-rows",
+                    1) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == [".other.png.host.7.tmp", "check.png"]
 
 
@@ -239,8 +257,9 @@ def test_check_of_labels_and_codes_out_of_range_says_so_instead_of_failing(folde
     shutil.copytree(folder / "codes", tmp_path / "codes")
     np.save(tmp_path / "codes/labels.npy", np.full(41, -1))
     np.save(tmp_path / "codes/codes.npy", np.full((41, 10, 64), -7, np.int32))
-    assert run_here(CHECK, "--code-path", tmp_path / "codes", "--data-path", folder / "images", "--vq-ckpt",
-                    folder / "vq.pt") == 1
+    assert run_here(CHECK, "--code-path", tmp_path / "codes", "--data-path", folder / "images",
+                    "--vq-ckpt", folder / "vq.pt") == 1
     printed = capsys.readouterr().out
-    for line in ("WRONG  codes are below 64: 0 different ones", "WRONG  0 classes with images: 0 to 0 each"):
+    for line in ("WRONG  codes are below 64: 0 different ones",
+                 "WRONG  0 classes with images: 0 to 0 each"):
         assert line in printed

@@ -1,4 +1,5 @@
-"""Filters against the fixture, draws against exact probabilities, guidance and independence of the batch."""
+"""Filters against the fixture, draws against exact probabilities, guidance and independence of the
+batch."""
 
 import copy
 import gc
@@ -19,7 +20,14 @@ from autoregressive.models.generate import generate
 from autoregressive.models.gpt import GPT
 from autoregressive.models.packed import can_pack, pack_linears
 from autoregressive.models.random_numbers import random_numbers
-from autoregressive.models.sampler import Sampler, add_sampler_args, filter_logits, guide, invert_cdf, probabilities
+from autoregressive.models.sampler import (
+    Sampler,
+    add_sampler_args,
+    filter_logits,
+    guide,
+    invert_cdf,
+    probabilities,
+)
 from autoregressive.runtime.entry import Parser
 from autoregressive.sample.labels import labels_in_turn
 
@@ -37,7 +45,8 @@ def model():
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3])
 def test_filters_equal_the_fixture(fixture, top_k, top_p):
     numbers = fixture("sampling_filter")
-    assert torch.equal(filter_logits(numbers["logits"], top_k, top_p), numbers[f"k{top_k}_p{top_p}"])
+    assert torch.equal(filter_logits(numbers["logits"], top_k, top_p),
+                       numbers[f"k{top_k}_p{top_p}"])
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
@@ -54,7 +63,8 @@ def test_ties_at_the_kth_logit_stay():
 
 
 def test_the_most_likely_token_stays_at_any_top_p():
-    assert filter_logits(torch.tensor([[0.0, 5.0, 1.0]]), top_p=1e-9).isfinite().tolist() == [[False, True, False]]
+    assert filter_logits(torch.tensor([[0.0, 5.0, 1.0]]),
+                         top_p=1e-9).isfinite().tolist() == [[False, True, False]]
 
 
 def test_draws_invert_the_cumulative_distribution():
@@ -66,7 +76,7 @@ def test_draws_invert_the_cumulative_distribution():
 def test_draws_never_hit_a_token_of_probability_zero():
     torch.manual_seed(0)
     distribution = torch.softmax(20 * torch.randn(300, 50), -1) * (torch.rand(300, 50) < 0.3)
-    distribution[:, 7] += 1e-30                                              # a denormal chance is a chance
+    distribution[:, 7] += 1e-30  # a denormal chance is a chance
     uniforms = torch.rand(300, dtype=torch.float64)
     uniforms[:100], uniforms[100:200] = 0.0, 1 - 2 ** -53
     assert (distribution[torch.arange(300), invert_cdf(distribution, uniforms)] > 0).all()
@@ -105,10 +115,12 @@ def test_random_numbers_depend_on_seed_and_index_alone():
 
 def test_random_labels_cover_all_classes_evenly():
     counts = np.bincount(random_numbers(0, range(4000), 10, 1)[0], minlength=10)
-    assert len(counts) == 10 and ((counts - 400) ** 2 / 400).sum() < 27.9    # chi-square, 9 degrees, 0.1 %
+    # Chi-square, 9 degrees, 0.1 %
+    assert len(counts) == 10 and ((counts - 400) ** 2 / 400).sum() < 27.9
 
 
-@pytest.mark.parametrize("settings, message", [({"temperature": 0.0}, "--temperature"), ({"top_k": 21}, "--top-k")])
+@pytest.mark.parametrize("settings, message", [({"temperature": 0.0}, "--temperature"),
+                                               ({"top_k": 21}, "--top-k")])
 def test_settings_without_a_meaning_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         Sampler(**settings).check(vocab_size=20)
@@ -127,7 +139,8 @@ def test_flags_without_a_meaning_are_refused(flag, value, capsys):
 
 def test_balanced_labels_hold_every_class_evenly_in_any_stretch():
     for first in (0, 5000, 12345):
-        counts = np.bincount(labels_in_turn(range(1000), range(first, first + 5000)), minlength=1000)
+        counts = np.bincount(labels_in_turn(range(1000), range(first, first + 5000)),
+                             minlength=1000)
         assert counts.min() == counts.max() == 5
 
 
@@ -139,7 +152,8 @@ def test_first_two_tokens_follow_the_exact_probabilities(model, scale):
 
     def probability_after(tokens):
         rows = [model(tokens, torch.full((len(tokens),), label))[:, -1] for label in (2, 4)]
-        return probabilities(guide(torch.cat(rows), scale) if scale > 1 else rows[0], sampler).double()
+        return probabilities(guide(torch.cat(rows), scale) if scale > 1 else rows[0],
+                             sampler).double()
 
     with torch.no_grad():
         first = probability_after(torch.empty(1, 0, dtype=torch.int64))[0]                  # (V,)
@@ -147,14 +161,15 @@ def test_first_two_tokens_follow_the_exact_probabilities(model, scale):
     drawn = torch.cat([generate(model, labels[:4000], torch.from_numpy(part), sampler)
                        for part in np.split(uniforms, 5)])
     counts = torch.zeros(20, 20, dtype=torch.float64)
-    counts.index_put_((drawn[:, 0], drawn[:, 1]), torch.ones(count, dtype=torch.float64), accumulate=True)
+    counts.index_put_((drawn[:, 0], drawn[:, 1]), torch.ones(count, dtype=torch.float64),
+                      accumulate=True)
     expected = both / both.sum() * count
     assert counts[expected == 0].sum() == 0
     common = expected >= 5
     found, expected = (torch.cat([table[common], table[~common].sum()[None]]) for table in (counts, expected))
     statistic = ((found - expected) ** 2 / expected.clamp(min=1e-9)).sum()
     degrees = len(expected) - 1
-    assert statistic < degrees + 4 * (2 * degrees) ** 0.5               # chi-square: four standard deviations
+    assert statistic < degrees + 4 * (2 * degrees) ** 0.5  # chi-square: four standard deviations
 
 
 def test_a_bucket_of_the_cache_gives_the_logits_of_its_filled_part(model):
@@ -166,11 +181,13 @@ def test_a_bucket_of_the_cache_gives_the_logits_of_its_filled_part(model):
             tokens, index = torch.randint(20, (3,)), torch.tensor([position])
             expected = model.decode_step(tokens, DecodePosition(index, position + 1), caches[0])
             at = DecodePosition.in_bucket(index, length=9 if position > 3 else 4)
-            torch.testing.assert_close(model.decode_step(tokens, at, caches[1]), expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(model.decode_step(tokens, at, caches[1]), expected,
+                                       rtol=1e-5, atol=1e-5)
 
 
 class ReplayedFunction:
-    """Stands in for a CUDA graph: it runs the function again, on whatever tensors that one holds, and keeps count."""
+    """Stands in for a CUDA graph: it runs the function again, on whatever tensors that one holds,
+    and keeps count."""
 
     def __init__(self, function):
         self.function, self.count = function, 0
@@ -185,7 +202,7 @@ def test_captured_steps_sample_the_tokens_of_eager_ones(model, monkeypatch, scal
     monkeypatch.setattr(captured, "BUCKET", 4)
     sampler = Sampler(scale, interval, temperature=0.9, top_k=15)
     steps = CapturedSteps(model, ReplayedFunction)
-    for seed in range(4):                           # later batches find the tensors as an earlier one left them
+    for seed in range(4):  # later batches find the tensors as an earlier one left them
         labels, uniforms = (torch.from_numpy(array) for array in random_numbers(seed, range(30), 4, 9))
         expected = generate(model, labels, uniforms, sampler)
         assert torch.equal(generate(model, labels, uniforms, sampler, steps), expected)
@@ -243,7 +260,8 @@ def compiled_graphs():
     logger = logging.getLogger("torch._inductor.compile_fx.__post_grad_graphs")
     handler = logging.StreamHandler(text)
     logger.addHandler(handler)
-    with torch._inductor.config.patch(force_disable_caches=True):  # what comes from a cache is not logged
+    # What comes from a cache is not logged
+    with torch._inductor.config.patch(force_disable_caches=True):
         yield text
     logger.removeHandler(handler)
     torch._logging.set_logs()
@@ -261,7 +279,7 @@ def test_compiled_blocks_decode_to_the_logits_of_eager_ones_and_copy_no_cache(mo
             expected, found = model.decode_step(tokens, at, caches[0]), compiled.decode_step(tokens, at, caches[1])
             assert (found - expected).abs().max() < 1e-5 * expected.abs().max().clamp(min=1)
     text = compiled_graphs.getvalue()
-    assert text.count("aten.index_put_.default") == 2               # keys and values, once for both layers
+    assert text.count("aten.index_put_.default") == 2  # keys and values, once for both layers
     assert not re.search(r"aten\.(copy_?|clone|select_scatter|slice_scatter)\.default", text)
 
 
@@ -274,10 +292,12 @@ def packed(model):
 def test_packed_layers_give_the_same_logits(model, packed):
     tokens, labels = torch.randint(20, (3, 8)), torch.tensor([0, 1, 4])
     with torch.no_grad():
-        torch.testing.assert_close(packed(tokens, labels), model(tokens, labels), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(packed(tokens, labels), model(tokens, labels), rtol=1e-5,
+                                   atol=1e-5)
 
 
-@pytest.mark.skipif(not can_pack(torch.device("cpu"), torch.bfloat16), reason="this processor knows no bfloat16")
+@pytest.mark.skipif(not can_pack(torch.device("cpu"), torch.bfloat16),
+                    reason="this processor knows no bfloat16")
 def test_packed_layers_of_bfloat16_give_the_logits_of_float32_as_nearly_as_plain_ones(model):
     tokens, labels = torch.randint(20, (3, 8)), torch.tensor([0, 1, 4])
     plain = copy.deepcopy(model).cast(torch.bfloat16)

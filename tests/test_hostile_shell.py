@@ -1,7 +1,8 @@
-"""Hostile calls of the shell scripts: what is true of the entry scripts is true of the scripts that start them.
+"""Hostile calls of the shell scripts: what is true of the entry scripts is true of the scripts that
+start them.
 
-Rows are as those of test_hostile.py, with the environment of the call before the flags. torchrun ends with status 1
-when its workers leave with 2; the one line is theirs.
+Rows are as those of test_hostile.py, with the environment of the call before the flags. torchrun
+ends with status 1 when its workers leave with 2; the one line is theirs.
 """
 
 import collections
@@ -17,8 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
-
 from conftest import ROOT
 from hostile_files import COMMANDS, PIPELINE, files_of, make_bad, make_good
 from odd_inputs import (
@@ -31,6 +30,7 @@ from odd_inputs import (
     scores_are_right,
     training_is_right,
 )
+from PIL import Image
 from processes import ENVIRONMENT
 
 TIMEOUT = 300           # seconds
@@ -72,7 +72,8 @@ def own_images_are_drawn() -> None:
     assert np.asarray(Image.open("new/a b'ä/samples.png")).std() > 0
 
 
-# Command, the flag or kind of file that is tried, environment, flags, and words of the line or a check of the result.
+# Command, the flag or kind of file that is tried, environment, flags, and words of the line or a
+# check of the result.
 Row = tuple[str, str, str, str, str | Callable[[], None]]
 ROWS: list[Row] = [
     ("extract", "--code-path", "", "--code-path 'new/*'", lambda: codes_are_right("new/*")),
@@ -169,7 +170,8 @@ def folder(tmp_path_factory):
     for number in range(80):
         path = folder / "many" / ("light", "dark")[number % 2] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        noise = np.random.default_rng(number).integers(128 * (number % 2), 128 + 128 * (number % 2), (32, 32, 3))
+        noise = np.random.default_rng(number).integers(128 * (number % 2), 128 + 128 * (number % 2),
+                                                       (32, 32, 3))
         Image.fromarray(noise.astype(np.uint8)).save(path)
     return folder
 
@@ -195,10 +197,10 @@ def test_a_hostile_call_is_refused_in_one_line_or_does_what_it_says(folder, monk
     given = dict(word.split("=", 1) for word in shlex.split(environment))
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     port = str(20000 + os.getpid() % 20000)
-    variables = ENVIRONMENT | {"PATH": path, "VIRTUAL_ENV": sys.prefix, "NPROC_PER_NODE": "1", "MASTER_PORT": port,
-                               "TQDM_DISABLE": "1"} | given
-    done = subprocess.run(["bash", ROOT / script, *words, *shlex.split(flags)], env=variables, capture_output=True,
-                          text=True, timeout=TIMEOUT, cwd=folder)
+    variables = ENVIRONMENT | {"PATH": path, "VIRTUAL_ENV": sys.prefix, "NPROC_PER_NODE": "1",
+                               "MASTER_PORT": port, "TQDM_DISABLE": "1"} | given
+    done = subprocess.run(["bash", ROOT / script, *words, *shlex.split(flags)], env=variables,
+                          capture_output=True, text=True, timeout=TIMEOUT, cwd=folder)
     if callable(expected):
         assert done.returncode == 0, done.stderr
         assert "Traceback" not in done.stderr
@@ -212,7 +214,10 @@ def test_a_hostile_call_is_refused_in_one_line_or_does_what_it_says(folder, monk
         assert command in TORCHRUN and "exitcode  : 2" in done.stderr
         assert not re.search(r'File "[^"]*/(autoregressive|tokenizer)/', done.stderr), done.stderr
     else:
-        assert done.stderr.splitlines()[-1:] == lines           # earlier steps of a script may have shown their bars
+        # Earlier steps of a script may have shown their bars
+        assert done.stderr.splitlines()[-1:] == lines
         assert command in OF_SEVERAL_STEPS or len(done.stderr.splitlines()) == 1
-    kept = {name: value for name, value in files_of(folder).items() if not name.startswith(str(folder / "new"))}
-    assert kept == {name: value for name, value in before.items() if not name.startswith(str(folder / "new"))}
+    kept = {name: value for name, value in files_of(folder).items()
+            if not name.startswith(str(folder / "new"))}
+    assert kept == {name: value for name, value in before.items()
+                    if not name.startswith(str(folder / "new"))}

@@ -34,20 +34,24 @@ def photo(fixture):
 
 @pytest.mark.parametrize("size", [64, 256, 281])
 def test_center_crop_is_adms(fixture, photo, size):
-    assert np.array_equal(center_crop(photo, size), fixture("data_center_crop")[f"center_crop_{size}"])
+    assert np.array_equal(center_crop(photo, size),
+                          fixture("data_center_crop")[f"center_crop_{size}"])
 
 
 def test_center_crop_of_a_tall_picture_is_adms(fixture, photo):
     turned = np.ascontiguousarray(np.rot90(photo))
-    assert np.array_equal(center_crop(turned, 64), fixture("data_center_crop")["center_crop_64_rot"])
+    assert np.array_equal(center_crop(turned, 64),
+                          fixture("data_center_crop")["center_crop_64_rot"])
 
 
 def test_center_crop_enlarges_as_adm(fixture, photo):
-    assert np.array_equal(center_crop(photo, 422), fixture("data_center_crop_422")["center_crop_422"])
+    assert np.array_equal(center_crop(photo, 422),
+                          fixture("data_center_crop_422")["center_crop_422"])
 
 
 def ten_crop(picture, size, crop_range):
-    return cut_crops(center_crop(picture, enlarged_side(size, crop_range))[None], size, crop_names(True, True))[0]
+    return cut_crops(center_crop(picture, enlarged_side(size, crop_range))[None], size,
+                     crop_names(True, True))[0]
 
 
 @pytest.mark.parametrize("crop_range", [1.1, 1.05])
@@ -72,7 +76,8 @@ def test_uint8_rule_with_and_without_resize_is_the_published_one(fixture):
     expected = fixture("data_flip_and_resize")
     assert torch.equal(to_uint8(expected["post_in"], 32), expected["post_uint8"])
     assert torch.equal(to_uint8(expected["post_in"]), expected["post_uint8_noresize"])
-    assert not torch.equal(to_uint8(expected["post_in"], 32, antialias=True), expected["post_uint8"])
+    assert not torch.equal(to_uint8(expected["post_in"], 32, antialias=True),
+                           expected["post_uint8"])
 
 
 def test_every_uint8_value_survives_the_round_trip():
@@ -88,13 +93,15 @@ def test_random_crop_is_a_function_of_its_generator(photo):
 
 def test_random_crop_shows_the_published_shares_of_the_shorter_side():
     columns = np.arange(0, 240, dtype=np.uint8)[None, :, None].repeat(240, axis=0).repeat(3, axis=2)
-    shown = [np.ptp(random_crop(columns, 40, np.random.default_rng(seed), 0.8)[0, :, 0]) / 240 for seed in range(200)]
+    shown = [np.ptp(random_crop(columns, 40, np.random.default_rng(seed), 0.8)[0, :, 0]) / 240
+             for seed in range(200)]
     assert 0.74 < min(shown) < 0.82 and 0.93 < max(shown) <= 1
 
 
 def test_random_crop_of_a_square_at_share_one_is_the_centre_crop(photo):
     square = photo[:300, :300]
-    assert np.array_equal(random_crop(square, 40, np.random.default_rng(0), 1.0), center_crop(square, 40))
+    assert np.array_equal(random_crop(square, 40, np.random.default_rng(0), 1.0),
+                          center_crop(square, 40))
 
 
 def test_pictures_of_both_orientations_and_single_pixels_give_full_crops():
@@ -129,7 +136,8 @@ def test_folder_lists_the_rows_that_torchvision_lists(folder):
                 for path, label in ImageFolder.make_dataset(str(folder), {n: i for i, n in enumerate(ours.class_names)},
                                                             extensions=(".jpg", ".jpeg", ".png", ".webp"))
                 if label == ours.class_names.index(class_name)]
-    assert [(str(folder / ours.name_of(row)), ours.labels[row]) for row in range(len(ours))] == expected
+    assert [(str(folder / ours.name_of(row)), ours.labels[row])
+            for row in range(len(ours))] == expected
     assert ours.labels.dtype == np.int64 and ours.read(4).shape == (20, 30, 3)
 
 
@@ -143,8 +151,9 @@ def warnings(monkeypatch):
 
 def test_nine_endings_have_the_rows_and_labels_of_torchvisions_image_folder(tmp_path, photo, warnings):
     small = photo[:4, :6]
-    for name in ("b/2.jpg", "b/3.JPEG", "b/4.png", "b/5.ppm", "b/6.bmp", "b/7.Tif", "b/8.tiff", "b/9.webp", "b-c/1.bmp",
-                 "b/x/1.ppm", "b/x-y/1.tif", "b/x/deep/1.bmp", "other/1.bmp"):
+    for name in ("b/2.jpg", "b/3.JPEG", "b/4.png", "b/5.ppm", "b/6.bmp", "b/7.Tif", "b/8.tiff",
+                 "b/9.webp", "b-c/1.bmp", "b/x/1.ppm", "b/x-y/1.tif", "b/x/deep/1.bmp",
+                 "other/1.bmp"):
         save(tmp_path / "all" / name, small)
     save(tmp_path / "all" / "b" / "1.pgm", small[:, :, 0])
     (tmp_path / "all" / "b" / "linked").symlink_to(tmp_path / "all" / "other")
@@ -223,11 +232,12 @@ def test_modes_of_image_files_become_rgb(tmp_path):
     save(tmp_path / "grey_alpha.png", np.stack([ramp, ramp.T], axis=2))
     save(tmp_path / "grey16.png", ramp.astype(np.uint16) * 257)
     save(tmp_path / "alpha.png", alpha)
-    save(tmp_path / "alpha.webp", np.concatenate([colour, np.full((8, 8, 1), 255, np.uint8)], axis=2), lossless=True)
+    save(tmp_path / "alpha.webp", np.concatenate([colour, np.full((8, 8, 1), 255, np.uint8)],
+                                                 axis=2), lossless=True)
     Image.fromarray(grey).quantize(64).save(tmp_path / "palette.png")
     save(tmp_path / "cmyk.jpg", colour, mode="CMYK", quality=100)
-    for name, expected in [("grey.png", grey), ("grey_alpha.png", grey), ("grey16.png", grey), ("alpha.png", colour),
-                           ("alpha.webp", colour), ("palette.png", grey)]:
+    for name, expected in [("grey.png", grey), ("grey_alpha.png", grey), ("grey16.png", grey),
+                           ("alpha.png", colour), ("alpha.webp", colour), ("palette.png", grey)]:
         picture = read_picture(tmp_path / name)
         assert picture.dtype == np.uint8 and np.array_equal(picture, expected), name
     assert np.abs(read_picture(tmp_path / "cmyk.jpg").astype(int) - colour.astype(int)).mean() < 12
@@ -235,7 +245,7 @@ def test_modes_of_image_files_become_rgb(tmp_path):
 
 def test_exif_orientation_is_ignored(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6                                                                # "turn by 90 degrees"
+    exif[0x0112] = 6  # "turn by 90 degrees"
     Image.new("RGB", (12, 5)).save(tmp_path / "turned.jpg", exif=exif)
     assert read_picture(tmp_path / "turned.jpg").shape == (5, 12, 3)
 
@@ -245,8 +255,9 @@ def test_broken_files_are_value_errors_that_name_them(tmp_path, monkeypatch):
     whole = (tmp_path / "whole.jpg").read_bytes()
     save(tmp_path / "whole.png", np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8))
     png = (tmp_path / "whole.png").read_bytes()
-    broken = {"truncated.jpg": whole[:len(whole) // 2], "empty.jpg": b"", "text.jpg": b"not a picture",
-              "truncated.png": png[:len(png) // 2], "damaged.png": png[:60] + b"\0" * 40 + png[100:]}
+    broken = {"truncated.jpg": whole[:len(whole) // 2], "empty.jpg": b"",
+              "text.jpg": b"not a picture", "truncated.png": png[:len(png) // 2],
+              "damaged.png": png[:60] + b"\0" * 40 + png[100:]}
     for name, content in broken.items():
         (tmp_path / name).write_bytes(content)
     (tmp_path / "folder.png").mkdir()

@@ -1,4 +1,5 @@
-"""Inception by TensorFlow and by PyTorch, on a stand-in of random weights with names and shapes of the real graph."""
+"""Inception by TensorFlow and by PyTorch, on a stand-in of random weights with names and shapes of
+the real graph."""
 
 import http.server
 import importlib.util
@@ -9,13 +10,13 @@ import threading
 import numpy as np
 import pytest
 import torch
+from processes import run_here
 
 from autoregressive.runtime.files import file_sha256
 from evaluations.c2i import inception
 from evaluations.c2i.graph_def import read_graph
 from evaluations.c2i.inception import open_inception
 from evaluations.c2i.inception_torch import OPERATIONS, TorchInception
-from processes import run_here
 from scripts.benchmarks.inception_stand_in import build_inception
 
 EVALUATOR = "evaluations/c2i/evaluator.py"
@@ -24,7 +25,7 @@ EVALUATOR = "evaluations/c2i/evaluator.py"
 @pytest.fixture(scope="module")
 def tf():
     """TensorFlow; without it, what is compared with it is skipped."""
-    import torch._dynamo  # noqa: F401 - before TensorFlow: loaded after it, triton's library crashes the process
+
 
     return pytest.importorskip("tensorflow")
 
@@ -65,11 +66,13 @@ def test_both_backends_agree_on_one_even_picture(networks, value):
     images = np.full((1, 32, 32, 3), value, np.uint8)
     for expected, found in zip(*(networks[backend].features(images) for backend in ("tensorflow", "torch")),
                                strict=True):
-        assert np.isfinite(found).all() and np.abs(expected - found).max() <= 1e-3 * np.abs(expected).max()
+        assert np.isfinite(found).all() and np.abs(expected - found).max() <= 1e-3 * np.abs(
+            expected).max()
 
 
 def test_no_layer_waits_for_the_device_to_know_what_to_do(graph_path):
-    network = TorchInception(graph_path, torch.device("meta"))      # whose tensors have no values to wait for
+    # Whose tensors have no values to wait for
+    network = TorchInception(graph_path, torch.device("meta"))
     pool, spatial, _ = network.run(torch.zeros(2, 3, 64, 64, device="meta"))
     assert pool.shape[:2] == (2, 2048) and spatial.shape[2:] == (17, 17)
 
@@ -89,9 +92,11 @@ def test_reader_finds_what_tensorflow_wrote(graph_path, tf):
     assert list(nodes) == [node.name for node in definition.node]
     for node in definition.node:
         found = nodes[node.name]
-        assert found.op == node.op and found.inputs == [name for name in node.input if not name.startswith("^")]
+        assert found.op == node.op and found.inputs == [name for name in node.input
+                                                        if not name.startswith("^")]
         if node.op == "Const":
-            assert np.array_equal(found.attributes["value"], tf.make_ndarray(node.attr["value"].tensor))
+            assert np.array_equal(found.attributes["value"],
+                                  tf.make_ndarray(node.attr["value"].tensor))
         if node.op in ("Conv2D", "MaxPool", "AvgPool"):
             assert found.attributes["strides"] == list(node.attr["strides"].list.i)
             assert found.attributes["padding"] == node.attr["padding"].s
@@ -106,7 +111,8 @@ def test_reader_understands_all_ways_to_write_a_constant(tmp_path, tf, values, s
     node.attr["value"].tensor.CopyFrom(tensor)
     (tmp_path / "c.pb").write_bytes(definition.SerializeToString())
     found = read_graph(tmp_path / "c.pb")["c"].attributes["value"]
-    assert np.array_equal(found, tf.make_ndarray(tensor)) and found.dtype == tf.make_ndarray(tensor).dtype
+    assert np.array_equal(found, tf.make_ndarray(tensor)) and found.dtype == tf.make_ndarray(
+        tensor).dtype
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -115,7 +121,8 @@ def test_reader_understands_all_ways_to_write_a_constant(tmp_path, tf, values, s
 def test_operations_are_tensorflows_at_every_border(tf, stride, size, padding):
     x = np.random.default_rng(0).standard_normal((2, size, size + 2, 3)).astype(np.float32)
     weight = np.random.default_rng(1).standard_normal((3, 2, 3, 4)).astype(np.float32)
-    attributes = {"strides": [1, stride, stride, 1], "ksize": [1, 3, 3, 1], "padding": padding.encode()}
+    attributes = {"strides": [1, stride, stride, 1], "ksize": [1, 3, 3, 1],
+                  "padding": padding.encode()}
     ours, ours_weight = torch.from_numpy(x).permute(0, 3, 1, 2), torch.from_numpy(weight)
     for expected, found in (
             (tf.nn.conv2d(x, weight, stride, padding), OPERATIONS["Conv2D"](attributes, ours, ours_weight)),
@@ -143,8 +150,8 @@ def test_evaluator_prints_the_same_numbers_with_both_backends(graph_path, tmp_pa
     for backend in ("torch", "tensorflow"):
         if backend == "tensorflow":
             request.getfixturevalue("tf")
-        code = run_here(EVALUATOR, "ref.npz", "samples.npz", "--backend", backend, "--inception-path", graph_path,
-                        "--batch-size", 5)
+        code = run_here(EVALUATOR, "ref.npz", "samples.npz", "--backend", backend,
+                        "--inception-path", graph_path, "--batch-size", 5)
         lines = capsys.readouterr().out.splitlines()
         assert code == 0 and [line.split(":")[0] for line in lines] == ["Inception Score", "FID", "sFID", "Precision",
                                                                          "Recall"]
@@ -169,13 +176,15 @@ def test_other_files_are_a_clear_error(graph_path, tmp_path, backend, content, r
 def test_torch_backend_needs_no_tensorflow(graph_path, monkeypatch):
     find_spec, missing = importlib.util.find_spec, "tensorflow"
     monkeypatch.setitem(sys.modules, "tensorflow", None)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == missing else find_spec(name))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == missing
+                        else find_spec(name))
     network = open_inception(graph_path, "torch", torch.device("cpu"))
     assert network.features(pictures(1, 32))[0].shape == (1, 2048)
     with pytest.raises(ValueError, match="expected the package tensorflow, found none; .*choose another --backend"):
         open_inception(graph_path, "tensorflow", torch.device("cpu"))
     missing = "tensorboard"                                      # by which torch reads the graph
-    with pytest.raises(ValueError, match="--backend torch: expected the package tensorboard, found none"):
+    with pytest.raises(ValueError,
+                       match="--backend torch: expected the package tensorboard, found none"):
         open_inception(graph_path, "torch", torch.device("cpu"))
 
 

@@ -1,4 +1,5 @@
-"""Kills at any moment, and two starts at one moment: the result is that of a run that nobody disturbed."""
+"""Kills at any moment, and two starts at one moment: the result is that of a run that nobody
+disturbed."""
 
 import random
 import subprocess
@@ -8,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from autoregressive.runtime.checkpoint import save_checkpoint
 from processes import (
     ENVIRONMENT,
     Pause,
@@ -19,6 +18,8 @@ from processes import (
     start,
     start_and_kill,
 )
+
+from autoregressive.runtime.checkpoint import save_checkpoint
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 
 SUFFIX = "kmeans+nearest-cluster_size=8.pt"
@@ -65,7 +66,8 @@ class Series:
         assert done.returncode == 0, done.stderr
 
     def kill(self, folder: Path, moment: float | tuple[str, str, int], scratch: Path) -> bool:
-        """Starts the command and kills it after some seconds, or at an aim; says whether it came to that."""
+        """Starts the command and kills it after some seconds, or at an aim; says whether it came to
+        that."""
         pause = None
         if isinstance(moment, tuple):
             pause = Pause(*moment, mark=scratch / "paused")
@@ -77,7 +79,8 @@ class Series:
             def is_now():
                 return time.monotonic() >= end
 
-        status = start_and_kill(*self.words(), processes=self.processes, when=is_now, cwd=folder, pause=pause)
+        status = start_and_kill(*self.words(), processes=self.processes, when=is_now, cwd=folder,
+                                pause=pause)
         assert status in (0, -9)
         return status == -9
 
@@ -108,7 +111,8 @@ SERIES = {
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """A folder with `in`: a tokenizer of random weights, and all that is made of it up to a GPT of few steps."""
+    """A folder with `in`: a tokenizer of random weights, and all that is made of it up to a GPT of
+    few steps."""
     folder = tmp_path_factory.mktemp("kills")
     work = folder / "in"
     work.mkdir()
@@ -158,7 +162,7 @@ def test_killed_at_any_moment_the_same_command_ends_bit_for_bit_like_a_straight_
     for moment in moments:
         if series.kill(folder, moment, tmp_path):
             continue
-        assert_same(contents(folder), expected)                 # it came to its end before this moment
+        assert_same(contents(folder), expected)  # it came to its end before this moment
         folder = next(new_folders)
         assert series.kill(folder, moment, tmp_path), f"{moment} never comes"
     series.finish(folder)
@@ -166,19 +170,21 @@ def test_killed_at_any_moment_the_same_command_ends_bit_for_bit_like_a_straight_
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["training", "training by two", "extraction", "sampling", "tokenizer"])
+@pytest.mark.parametrize("name", ["training", "training by two", "extraction", "sampling",
+                                  "tokenizer"])
 def test_of_two_starts_at_one_moment_one_works_and_one_leaves(inputs, name):
     series = SERIES[name]
     new_folders = folders(inputs, f"two starts of {name}")
     straight = next(new_folders)
     series.finish(straight)
     expected = contents(straight)
-    refused_status = 1 if series.processes else 2               # of torchrun, or of the script itself
+    refused_status = 1 if series.processes else 2  # of torchrun, or of the script itself
     for _ in range(10):
         folder = next(new_folders)
         words = command(*series.words(), processes=series.processes)
-        pair = [subprocess.Popen(words, env=ENVIRONMENT, cwd=folder, text=True, stdout=subprocess.DEVNULL,
-                                 stderr=subprocess.PIPE) for _ in range(2)]
+        pair = [subprocess.Popen(words, env=ENVIRONMENT, cwd=folder, text=True,
+                                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+                for _ in range(2)]
         errors = [process.communicate()[1] for process in pair]
         statuses = [process.returncode for process in pair]
         assert sorted(statuses) == [0, refused_status], "\n".join(errors)

@@ -1,4 +1,5 @@
-"""Loading GPT and VQ files: strictly, without a second copy of the weights, and only parts that belong together."""
+"""Loading GPT and VQ files: strictly, without a second copy of the weights, and only parts that
+belong together."""
 
 import logging
 import subprocess
@@ -6,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from conftest import ROOT
 
 from autoregressive.models.config import gpt_config
 from autoregressive.models.gpt import GPT
@@ -13,7 +15,6 @@ from autoregressive.models.loading import build_gpt, describe_gpt, read_gpt
 from autoregressive.runtime.checkpoint import save_checkpoint
 from autoregressive.runtime.files import codebook_sha256
 from autoregressive.runtime.identity import check_codebook
-from conftest import ROOT
 from tokenizer.tokenizer_image.loading import load_vq
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 
@@ -50,15 +51,18 @@ def test_a_loaded_gpt_computes_the_same(saved):
     file = read_gpt(path.parent)
     loaded = build_gpt(file, gpt_config("GPT-tiny", **SHAPE))
     tokens, labels = torch.randint(24, (2, 15)), torch.tensor([0, 5])
-    assert file.path == path and file.settings == {"grid": 4, "lambda_cce": 1.0} and not loaded.training
+    assert file.path == path and file.settings == {"grid": 4,
+                                                   "lambda_cce": 1.0} and not loaded.training
     assert torch.equal(loaded(tokens, labels), model(tokens, labels))
 
 
 def test_another_size_is_refused_and_the_files_own_size_is_named(tmp_path):
     with torch.device("meta"):
         large = GPT(gpt_config("GPT-L", vocab_size=4, num_classes=2))
-    zeros = {name: torch.zeros(()).expand(tensor.shape) for name, tensor in large.state_dict().items()}
-    save_checkpoint(tmp_path / "large.pt", zeros)                 # a kilobyte each: an expanded tensor stores one value
+    zeros = {name: torch.zeros(()).expand(tensor.shape)
+             for name, tensor in large.state_dict().items()}
+    # A kilobyte each: an expanded tensor stores one value
+    save_checkpoint(tmp_path / "large.pt", zeros)
     with pytest.raises(ValueError, match="the file holds GPT-L with 4 codes and 2 classes; asked for GPT-B with 24 "
                                          "codes and 5 classes"):
         build_gpt(read_gpt(tmp_path / "large.pt"), gpt_config("GPT-B", **SHAPE))
@@ -89,7 +93,8 @@ def test_a_loaded_vq_model_comes_with_the_hash_of_its_codebook(tmp_path):
     loaded, hashes = load_vq(tmp_path / "vq.pt", VQConfig("VQ-4-small", 48, 8))
     assert hashes["codebook_sha256"] == codebook_sha256(model.quantize.embedding.weight)
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
-    with pytest.raises(ValueError, match=r"quantize\.embedding\.weight expected \(64, 8\), got \(48, 8\)"):
+    with pytest.raises(ValueError,
+                       match=r"quantize\.embedding\.weight expected \(64, 8\), got \(48, 8\)"):
         load_vq(tmp_path / "vq.pt", VQConfig("VQ-4-small", 64, 8))
 
 

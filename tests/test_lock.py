@@ -1,4 +1,5 @@
-"""One writer at a time: who holds a folder, who takes over from the dead, and who waits for another host."""
+"""One writer at a time: who holds a folder, who takes over from the dead, and who waits for another
+host."""
 
 import json
 import os
@@ -10,10 +11,10 @@ import threading
 import time
 
 import pytest
+from conftest import ROOT
 
 from autoregressive.runtime import lock
 from autoregressive.runtime.lock import describe_process, hold, lock_of
-from conftest import ROOT
 
 HOLDER = """
 import sys, time
@@ -37,8 +38,9 @@ def holder(tmp_path):
 
 
 def test_a_second_start_is_told_who_holds_the_folder(tmp_path, holder):
-    with pytest.raises(ValueError, match=f"run: expected to be the only one .* found process {holder.pid} on "
-                                         f"{socket.gethostname()}, since "), hold(tmp_path / "run"):
+    with pytest.raises(ValueError,
+                       match=f"run: expected to be the only one .* found process {holder.pid} on "
+                       f"{socket.gethostname()}, since "), hold(tmp_path / "run"):
         pass
     assert lock_of(tmp_path / "run").exists()
 
@@ -81,7 +83,8 @@ def test_the_lock_of_another_host_is_taken_over_only_if_nobody_touches_it(tmp_pa
     monkeypatch.setattr(lock, "PATIENCE_SECONDS", 2)
     monkeypatch.setattr(lock, "POLL_SECONDS", 0.1)
     path = lock_of(tmp_path / "run")
-    path.write_text(json.dumps(describe_process() | {"host": "elsewhere", "machine": "another", "since": "today"}))
+    path.write_text(json.dumps(describe_process() | {"host": "elsewhere", "machine": "another",
+                                                     "since": "today"}))
     if is_touched:
         code = "import os, sys, time; time.sleep(0.5); os.utime(sys.argv[1])"
         touching = subprocess.Popen([sys.executable, "-c", code, path])
@@ -115,7 +118,8 @@ def test_a_link_to_what_is_held_is_held(tmp_path, holder):
 
 
 def test_of_many_starts_that_find_a_dead_holder_one_at_a_time_gets_the_lock(tmp_path, monkeypatch):
-    """Every file operation is slow, as on a disk of the network; each start asks whether it is alone."""
+    """Every file operation is slow, as on a disk of the network; each start asks whether it is
+    alone."""
     stale = describe_process() | {"started": "1", "since": "yesterday"}
     code = """
 import os, pathlib, random, sys, time
@@ -137,9 +141,9 @@ for _ in range(20):
         os.remove(alone)
         lock.lock_of(sys.argv[1]).write_text(sys.argv[3])       # as if this one had died
 """
-    starts = [subprocess.Popen([sys.executable, "-c", code, tmp_path / "run", ROOT, json.dumps(stale)], text=True,
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-              for _ in range(4)]
+    starts = [subprocess.Popen([sys.executable, "-c", code, tmp_path / "run", ROOT,
+                                json.dumps(stale)], text=True, stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(4)]
     for start in starts:
         assert start.stdout.readline() == "ready\n"
     for start in starts:
@@ -150,7 +154,8 @@ for _ in range(20):
 
 def test_a_stale_lock_is_removed_by_one_start_and_a_newer_one_by_none(tmp_path):
     path, guard = lock_of(tmp_path / "run"), tmp_path / ".run.takeover.tmp"
-    stale, living = ({"pid": pid, "host": "x", "machine": "y", "started": "1", "since": "z"} for pid in (1, 2))
+    stale, living = ({"pid": pid, "host": "x", "machine": "y", "started": "1", "since": "z"}
+                     for pid in (1, 2))
     path.write_text(json.dumps(living))
     lock._remove_stale(path, stale)                 # somebody was faster
     assert path.exists()
@@ -166,7 +171,8 @@ def test_a_stale_lock_is_removed_by_one_start_and_a_newer_one_by_none(tmp_path):
 
 def test_a_holder_whose_lock_was_taken_over_ends_at_once(tmp_path):
     code = HOLDER.replace("with hold", "from autoregressive.runtime import lock\nlock.BEAT_SECONDS = 0.05\nwith hold")
-    process = subprocess.Popen([sys.executable, "-c", code, tmp_path / "run", ROOT], text=True, stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", code, tmp_path / "run", ROOT], text=True,
+                               stdout=subprocess.PIPE)
     assert process.stdout.readline() == "held\n"
     lock_of(tmp_path / "run").write_text(json.dumps(describe_process() | {"since": "now"}))
     assert process.wait(timeout=20) == 1
@@ -185,7 +191,8 @@ run(main, Parser("test"))
 
 
 def hear_interrupts() -> None:
-    """Undoes what a shell does to the commands that it starts in the background: they ignore Ctrl-C."""
+    """Undoes what a shell does to the commands that it starts in the background: they ignore
+    Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 

@@ -24,7 +24,8 @@ def stored(fixture):
 
 def random_features(count, size, seed=0):
     random = np.random.default_rng(seed)
-    return (random.normal(size=(count, size)) @ random.normal(size=(size, size)) + 3).astype(np.float32)
+    return (random.normal(size=(count, size)) @ random.normal(size=(size, size)) +
+            3).astype(np.float32)
 
 
 def distance_between(features1, features2, use_factors=True):
@@ -34,7 +35,8 @@ def distance_between(features1, features2, use_factors=True):
 
 
 def test_fid_is_the_stored_one(stored):
-    assert distance_between(stored["A"].numpy(), stored["B"].numpy()) == pytest.approx(stored["fid"], rel=1e-6)
+    assert distance_between(stored["A"].numpy(),
+                            stored["B"].numpy()) == pytest.approx(stored["fid"], rel=1e-6)
 
 
 def test_statistics_are_the_stored_ones(stored):
@@ -54,11 +56,12 @@ def test_precision_and_recall_are_exactly_the_stored_ones(stored):
 
 
 def test_radii_are_the_stored_ones(stored):
-    torch.testing.assert_close(manifold_radii(stored["A"]), stored["radii_a"][:, 0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(manifold_radii(stored["A"]), stored["radii_a"][:, 0], rtol=1e-6,
+                               atol=0)
 
 
 def test_streaming_statistics_do_not_depend_on_the_batches():
-    features = random_features(50, 7).astype(np.float64) + 1e6         # a large mean must cost no digits
+    features = random_features(50, 7).astype(np.float64) + 1e6  # a large mean must cost no digits
     statistics = StreamingStatistics()
     for batch in np.split(features, [1, 4, 4, 30]):
         statistics.add(batch)
@@ -70,12 +73,14 @@ def test_fid_of_diagonal_covariances_is_the_closed_form():
     random = np.random.default_rng(1)
     mu1, mu2, variances1, variances2 = random.uniform(1, 2, size=(4, 9))
     expected = ((mu1 - mu2) ** 2).sum() + ((np.sqrt(variances1) - np.sqrt(variances2)) ** 2).sum()
-    assert frechet_distance(mu1, np.diag(variances1), mu2, np.diag(variances2)) == pytest.approx(expected, rel=1e-12)
+    assert frechet_distance(mu1, np.diag(variances1), mu2,
+                            np.diag(variances2)) == pytest.approx(expected, rel=1e-12)
 
 
 def test_fid_is_that_of_the_matrix_square_root():
     features1, features2 = random_features(60, 11), random_features(70, 11, seed=1)
-    (mu1, sigma1, _), (mu2, sigma2, _) = feature_statistics(features1), feature_statistics(features2)
+    (mu1, sigma1, _), (mu2, sigma2, _) = feature_statistics(features1), feature_statistics(
+        features2)
     root = scipy.linalg.sqrtm(sigma1 @ sigma2).real
     expected = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2 - 2 * root)
     assert distance_between(features1, features2) == pytest.approx(expected, rel=1e-7)
@@ -144,7 +149,8 @@ def test_a_matrix_that_is_no_covariance_is_refused(eigenvalues, is_covariance, p
     if is_covariance:
         assert frechet_distance(*words) > -1e-6
     else:
-        with pytest.raises(ValueError, match="expected a covariance, found a matrix with eigenvalues"):
+        with pytest.raises(ValueError,
+                           match="expected a covariance, found a matrix with eigenvalues"):
             frechet_distance(*words)
 
 
@@ -155,7 +161,7 @@ def test_a_matrix_that_is_not_symmetric_is_no_covariance():
 
 
 def test_a_negative_distance_is_refused():
-    sigma, factor = np.eye(3), 2 * np.eye(3)                    # a factor that is not the covariance's
+    sigma, factor = np.eye(3), 2 * np.eye(3)  # a factor that is not the covariance's
     with pytest.raises(ValueError, match="at least 0 up to rounding, got -18; the means"):
         frechet_distance(np.zeros(3), sigma, np.zeros(3), sigma, factor, factor)
 

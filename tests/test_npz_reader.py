@@ -51,7 +51,8 @@ def test_reader_holds_a_batch_and_not_the_file(folder):
 
 def test_reader_refuses_an_array_that_is_shorter_than_it_says(folder):
     with zipfile.ZipFile("short.npz", "w") as archive, archive.open("arr_0.npy", "w") as member:
-        np.lib.format.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False, "shape": (5, 2, 2, 3)})
+        np.lib.format.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False,
+                                                      "shape": (5, 2, 2, 3)})
         member.write(bytes(30))
     with pytest.raises(ValueError, match="short.npz: expected 60 bytes of pictures"):
         NpzImages("short.npz")
@@ -156,5 +157,6 @@ def test_settings_that_cannot_be_read_are_one_error_with_the_files_name(folder, 
     write_npz(folder / "samples.npz", settings=np.array("{}"))
     assert read_npz_settings("samples.npz") == {}
     damage_it(folder / "samples.npz")
-    with pytest.raises(ValueError, match=f"^samples.npz: {message}.*; (copy or )?make the file again$"):
+    with pytest.raises(ValueError,
+                       match=f"^samples.npz: {message}.*; (copy or )?make the file again$"):
         read_npz_settings("samples.npz")

@@ -1,12 +1,19 @@
-"""The guarded step and the moving average: nothing in them waits for the device, and each is its recurrence."""
+"""The guarded step and the moving average: nothing in them waits for the device, and each is its
+recurrence."""
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-
-from autoregressive.runtime.optim import EMA_DECAY, EMA_GROUPS, ModelOptimizer, MovingAverage, OptimSettings
 from waits import NoWaits
+
+from autoregressive.runtime.optim import (
+    EMA_DECAY,
+    EMA_GROUPS,
+    ModelOptimizer,
+    MovingAverage,
+    OptimSettings,
+)
 
 CPU = torch.device("cpu")
 SETTINGS = OptimSettings(lr=1e-2, weight_decay=0.1, ema=True)
@@ -40,7 +47,7 @@ def test_with_a_scaler_the_steps_are_those_without_one_and_an_overflow_changes_n
     assert all(torch.equal(one, other) for one, other in zip(copy_all(plain), copy_all(scaled), strict=True))
     scale = scaled.scaler.get_scale()
     before = copy_all(scaled)
-    _, is_bad = take_step(scaled, 3, factor=1e35)                   # the loss is finite, its scaled gradient is not
+    _, is_bad = take_step(scaled, 3, factor=1e35)  # the loss is finite, its scaled gradient is not
     assert not is_bad and scaled.scaler.get_scale() == scale / 2
     assert all(torch.equal(old, new) for old, new in zip(before, copy_all(scaled), strict=True))
     take_step(scaled, 4)

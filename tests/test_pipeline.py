@@ -6,11 +6,11 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+from processes import ENVIRONMENT, command, start
 
 from autoregressive.data.opening import open_codes
 from autoregressive.runtime.checkpoint import read_checkpoint, save_checkpoint
 from autoregressive.runtime.rows import RowWriter
-from processes import ENVIRONMENT, command, start
 from tokenizer.tokenizer_image.images import center_crop, open_dataset, to_float
 from tokenizer.tokenizer_image.loading import load_vq
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
@@ -68,7 +68,8 @@ def only_npz(folder):
     return np.load(path, allow_pickle=False)
 
 
-def test_codes_equal_encoding_each_image_alone_and_do_not_depend_on_the_number_of_processes(pipeline):
+def test_codes_equal_encoding_each_image_alone_and_do_not_depend_on_the_number_of_processes(
+    pipeline):
     done = start(*extract(pipeline, "alone"))
     assert done.returncode == 0, done.stderr
     for name in ("codes.npy", "labels.npy", "manifest.json"):
@@ -103,8 +104,9 @@ def test_training_leaves_what_a_person_looks_at(pipeline):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4, 6]
     assert rows[-1]["token_loss"] < rows[0]["token_loss"] < np.log(64) + 0.01
-    assert {path.name for path in folder.iterdir()} == {"checkpoints", "config.json", "curves.png", "data.png",
-                                                        "finished.json", "log.txt", "metrics.jsonl", "verified"}
+    assert {path.name for path in folder.iterdir()} == {"checkpoints", "config.json", "curves.png",
+                                                        "data.png", "finished.json", "log.txt",
+                                                        "metrics.jsonl", "verified"}
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["0000003.pt", "0000006.pt"]
 
 
@@ -125,7 +127,7 @@ def test_the_same_command_says_that_the_run_is_finished(pipeline):
 def test_a_run_that_only_lacks_its_end_is_finished_by_the_same_command(pipeline):
     finished = pipeline / "gpt" / "000-GPT-tiny-lambda=1-cluster_size=8" / "finished.json"
     before = finished.read_bytes()
-    finished.unlink()                                            # killed between its last checkpoint and this file
+    finished.unlink()  # killed between its last checkpoint and this file
     again = start(*train(pipeline, pipeline / "gpt"))
     assert again.returncode == 0, again.stderr
     assert finished.read_bytes() == before
@@ -157,12 +159,13 @@ def test_sampling_continues_from_the_rows_of_a_killed_run(pipeline, tmp_path):
     assert done.returncode == 0, done.stderr
     npz, = tmp_path.glob("*.npz")
     with np.load(npz) as arrays:
-        images, labels, settings = arrays["arr_0"], arrays["labels"], json.loads(str(arrays["settings"]))
+        images, labels, settings = arrays["arr_0"], arrays["labels"], json.loads(
+            str(arrays["settings"]))
     npz.unlink()
     arrays = {"arr_0": (np.dtype(np.uint8), (16, 16, 3)), "labels": (np.dtype(np.int64), ())}
     rows = RowWriter(npz.with_suffix(".rows"), settings, 21, arrays)
     rows.create()
-    marked = np.full_like(images[8:16], 7)                       # not what would be drawn: taken from disk, or not?
+    marked = np.full_like(images[8:16], 7)  # not what would be drawn: taken from disk, or not?
     rows.write(range(8, 16), arr_0=marked, labels=labels[8:16])
     done = start(*sample(pipeline, tmp_path))
     assert done.returncode == 0, done.stderr

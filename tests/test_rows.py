@@ -1,4 +1,5 @@
-"""Arrays that several processes fill at once: one result in any order, and whatever is killed leaves nothing wrong."""
+"""Arrays that several processes fill at once: one result in any order, and whatever is killed
+leaves nothing wrong."""
 
 import errno
 import os
@@ -32,7 +33,8 @@ def writer_of(path, identity=IDENTITY):
 
 
 def write(writer, rows, **more):
-    writer.write(rows, pictures=PICTURES[rows.start:rows.stop], labels=LABELS[rows.start:rows.stop], **more)
+    writer.write(rows, pictures=PICTURES[rows.start:rows.stop], labels=LABELS[rows.start:rows.stop],
+                 **more)
 
 
 def names(path):
@@ -66,7 +68,8 @@ def test_rows_of_two_writers_in_any_order_make_one_array(tmp_path, seed):
     first, second = writer_of(tmp_path / "rows"), writer_of(tmp_path / "rows")
     first.create()
     batches = first.missing(2)
-    assert batches == second.missing(2) == [*(range(row, row + 2) for row in range(0, 10, 2)), range(10, 11)]
+    assert batches == second.missing(2) == [*(range(row, row + 2) for row in range(0, 10, 2)),
+                                            range(10, 11)]
     order = np.random.default_rng(seed)
     for count, place in enumerate(order.permutation(len(batches)).tolist()):
         assert len(first.missing(2)) == len(second.missing(2)) == len(batches) - count
@@ -74,7 +77,8 @@ def test_rows_of_two_writers_in_any_order_make_one_array(tmp_path, seed):
     assert first.missing(2) == second.missing(3) == [] and second.num_done == NUM_ROWS
     first.wait_for_others()                                      # there is nothing to wait for
     for writer in (first, second):
-        assert np.array_equal(writer.array("pictures"), PICTURES) and np.array_equal(writer.array("labels"), LABELS)
+        assert np.array_equal(writer.array("pictures"),
+                              PICTURES) and np.array_equal(writer.array("labels"), LABELS)
     assert first.array("pictures").dtype == np.uint8 and names(tmp_path / "rows") == FILES
 
 
@@ -90,7 +94,8 @@ def test_missing_batches_are_cut_at_absolute_rows(tmp_path):
     writer = writer_of(tmp_path)
     writer.create()
     write(writer, range(4, 6))
-    assert writer.missing(3) == [range(3), range(3, 6), range(6, 9), range(9, 11)]          # row 3 is missing
+    # Row 3 is missing
+    assert writer.missing(3) == [range(3), range(3, 6), range(6, 9), range(9, 11)]
     assert writer.missing(2) == [range(2), range(2, 4), range(6, 8), range(8, 10), range(10, 11)]
 
 
@@ -168,16 +173,19 @@ def test_rows_killed_before_their_status_are_still_to_do(tmp_path, monkeypatch, 
     writer = writer_of(tmp_path)
     writer.create()
     write(writer, range(3))
-    killed_at(monkeypatch, rows_module, "_write_rows", count)    # the arrays, then the status, each by one call
+    # The arrays, then the status, each by one call
+    killed_at(monkeypatch, rows_module, "_write_rows", count)
     with pytest.raises(Killed):
-        writer.write(range(3, 6), status=np.ones(3), pictures=np.full((3, 2, 2), 7), labels=np.full(3, 7))
+        writer.write(range(3, 6), status=np.ones(3), pictures=np.full((3, 2, 2), 7),
+                     labels=np.full(3, 7))
     monkeypatch.undo()
     again = writer_of(tmp_path)
     again.create()
     assert again.num_done == 3 and again.missing(3) == [range(3, 6), range(6, 9), range(9, 11)]
     for rows in again.missing(3):
         write(again, rows)
-    assert np.array_equal(again.array("pictures"), PICTURES) and np.array_equal(again.array("labels"), LABELS)
+    assert np.array_equal(again.array("pictures"),
+                          PICTURES) and np.array_equal(again.array("labels"), LABELS)
 
 
 MANIFEST = {"num_images": 5, "num_crops": 2, "num_tokens": 4, "codebook_size": 24}
@@ -199,13 +207,14 @@ def test_store_killed_while_its_manifest_is_written_is_laid_out_by_the_same_comm
     monkeypatch.setattr(files.Path, "unlink", unlink_if_not_killed(path))
     with pytest.raises(Killed):
         writer.create(np.arange(5), overwrite=is_old)
-        raise Killed                                             # it came later than the last replacement
+        raise Killed  # it came later than the last replacement
     monkeypatch.undo()
     writer.create(np.arange(5), overwrite=is_old)
     assert writer.rows.num_done == 0 and writer.rows.array("codes").shape == (5, 2, 4)
     writer.write(range(5), np.ones((5, 2, 4)), {})
     writer.finish(0)
-    assert names(path) == [*(["check.png"] if is_old else []), "codes.npy", "labels.npy", "manifest.json"]
+    assert names(path) == [*(["check.png"] if is_old else []), "codes.npy", "labels.npy",
+                           "manifest.json"]
 
 
 def unlink_if_not_killed(path):
@@ -245,9 +254,9 @@ def test_interrupted_replacement_of_a_store_is_done_by_the_next_start(tmp_path, 
     killed_at(monkeypatch, Path, "unlink", count)
     with pytest.raises(Killed):
         other.create(np.arange(5), overwrite=True)
-        raise Killed                                             # it came later than the last unlink
+        raise Killed  # it came later than the last unlink
     monkeypatch.undo()
-    if count > finished:                                         # a finished store has no status to remove
+    if count > finished:  # a finished store has no status to remove
         with pytest.raises(ValueError):
             open_codes(tmp_path / "codes")
     other.create(np.arange(5), overwrite=True)

@@ -1,8 +1,10 @@
-"""The rules of the house: top level, floors and rooms, frozen command lines, the original README's commands.
+"""The rules of the house: top level, floors and rooms, frozen command lines, the original README's
+commands.
 
-Floor 1 is autoregressive/runtime, which imports nothing of ours. Floor 2 are the rooms of the libraries, which import
-their own folder and floor 1. Floor 3 is autoregressive/pipeline.py, which puts them together. Floor 4 are the entry
-scripts, which may import all of these, and which tests alone import.
+Floor 1 is autoregressive/runtime, which imports nothing of ours. Floor 2 are the rooms of the
+libraries, which import their own folder and floor 1. Floor 3 is autoregressive/pipeline.py, which
+puts them together. Floor 4 are the entry scripts, which may import all of these, and which tests
+alone import.
 """
 
 import ast
@@ -14,14 +16,14 @@ import subprocess
 import sys
 
 import pytest
-
 from conftest import FIXTURES, ROOT
 
-TOP_LEVEL = {"autoregressive", "tokenizer", "evaluations", "balance_k_means.py", "pretrained_models", "scripts",
-             "requirements.txt", "README.md", "tests", "LICENSE"}
+TOP_LEVEL = {"autoregressive", "tokenizer", "evaluations", "balance_k_means.py",
+             "pretrained_models", "scripts", "requirements.txt", "README.md", "tests", "LICENSE"}
 GROUND, PIPELINE = "autoregressive/runtime", "autoregressive/pipeline.py"
-ROOMS = ("autoregressive/models", "autoregressive/data", "autoregressive/train", "autoregressive/sample", "tokenizer",
-         "evaluations", "scripts/benchmarks", "scripts/experiments")
+ROOMS = ("autoregressive/models", "autoregressive/data", "autoregressive/train",
+         "autoregressive/sample", "tokenizer", "evaluations", "scripts/benchmarks",
+         "scripts/experiments")
 SCRIPTS = {
     "autoregressive/train/extract_codes_c2i.py": {
         "--data-path": None, "--code-path": None, "--vq-model": "VQ-16", "--vq-ckpt": None, "--codebook-size": 16384,
@@ -58,8 +60,9 @@ SCRIPTS = {
                                               "--weight-decay": 0.0},
     "tokenizer/validation/val.py": {},
 }
-RUN = {"results_dir", "new_run", "no_local_save", "epochs", "max_steps", "log_every", "val_every", "ckpt_every",
-       "ckpt_steps", "ckpt_minutes", "keep_checkpoints", "gradient_accumulation_steps", "num_workers"}
+RUN = {"results_dir", "new_run", "no_local_save", "epochs", "max_steps", "log_every", "val_every",
+       "ckpt_every", "ckpt_steps", "ckpt_minutes", "keep_checkpoints",
+       "gradient_accumulation_steps", "num_workers"}
 FREE = {                        # no result depends on these, nor on device and debug; every other flag counts
     "autoregressive/train/extract_codes_c2i.py": {"batch_size", "num_workers", "no_compile", "compile_errors",
                                                   "max_failures", "overwrite"},
@@ -76,7 +79,8 @@ FREE = {                        # no result depends on these, nor on device and 
 
 
 def tracked(pattern="."):
-    listed = subprocess.run(["git", "ls-files", pattern], cwd=ROOT, capture_output=True, text=True, check=True)
+    listed = subprocess.run(["git", "ls-files", pattern], cwd=ROOT, capture_output=True, text=True,
+                            check=True)
     return listed.stdout.split("\n")[:-1]
 
 
@@ -112,8 +116,10 @@ def floor_of(path):
 
 
 def house():
-    """Returns the files of the house, without tests and the empty files that make folders packages."""
-    return [path for path in tracked("*.py") if not path.startswith("tests/") and (ROOT / path).stat().st_size]
+    """Returns the files of the house, without tests and the empty files that make folders
+    packages."""
+    return [path for path in tracked("*.py") if not path.startswith("tests/")
+            and (ROOT / path).stat().st_size]
 
 
 def imports_between(first, second):
@@ -169,11 +175,12 @@ def test_only_tests_import_entry_scripts():
 
 
 def test_ranks_are_known_in_the_ground_floor_only():
-    words = re.compile(r"\bdist\.|torch\.distributed|\"RANK\"|\.cuda\(|weights_only=False|allow_pickle=True|"
-                       r"load_state_dict\(.*strict=False")
+    words = re.compile(
+        r"\bdist\.|torch\.distributed|\"RANK\"|\.cuda\(|weights_only=False|allow_pickle=True|"
+        r"load_state_dict\(.*strict=False")
     offenders = [f"{path}: {match.group()}" for path in tracked("*.py")
-                 if not path.startswith(("autoregressive/runtime/distributed.py", "autoregressive/runtime/parallel.py",
-                                         "tests/"))
+                 if not path.startswith(("autoregressive/runtime/distributed.py",
+                                         "autoregressive/runtime/parallel.py", "tests/"))
                  for match in words.finditer((ROOT / path).read_text())]
     assert not offenders
 
@@ -234,12 +241,15 @@ def test_original_commands_are_accepted_up_to_the_first_missing_file(command, mi
 
 
 def test_under_torchrun_rank_0_alone_prints_the_error(tmp_path):
-    words = shlex.split(original_commands()[2].replace("PYTHONPATH=$PYTHONPATH:./ torchrun", "").replace("=8", "=2"))
+    words = shlex.split(original_commands()[2].replace("PYTHONPATH=$PYTHONPATH:./ torchrun",
+                                                       "").replace("=8", "=2"))
     script = next(index for index, word in enumerate(words) if word.endswith(".py"))
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:script],
-                           ROOT / words[script], *words[script + 1:]], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           *words[1:script], ROOT / words[script], *words[script + 1:]],
+                          cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.count("train_c2i.py: error: /path/to/output/codes: expected a code store") == 1
+    assert done.stderr.count(
+        "train_c2i.py: error: /path/to/output/codes: expected a code store") == 1
     assert "exitcode  : 2" in done.stderr and "Traceback" not in done.stderr.split("ChildFailedError")[0].split(
         "error: /path")[0]
 

@@ -1,4 +1,5 @@
-"""The ground floor: whole files, run folders that resume, flags and one-line errors, hashes, batches read ahead."""
+"""The ground floor: whole files, run folders that resume, flags and one-line errors, hashes,
+batches read ahead."""
 
 import argparse
 import contextlib
@@ -14,6 +15,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from autoregressive.runtime import speed
 from autoregressive.runtime.distributed import Session, open_session, seed_everything
@@ -41,10 +43,14 @@ from autoregressive.runtime.files import (
 from autoregressive.runtime.identity import RunFolder, find_run_folder
 from autoregressive.runtime.loader import read_ahead
 from autoregressive.runtime.log import MetricsFile, read_metrics
-from autoregressive.runtime.optim import OptimSettings, add_optim_args, build_optimizer, learning_rate
+from autoregressive.runtime.optim import (
+    OptimSettings,
+    add_optim_args,
+    build_optimizer,
+    learning_rate,
+)
 from autoregressive.runtime.pictures import CAPTION_HEIGHT, GAP, LEGIBLE_SIDE, save_grid
 from autoregressive.runtime.run_settings import RunRequest, add_training_args, open_run_folder
-from conftest import ROOT
 
 ALONE = Session(rank=0, world_size=1, device=torch.device("cpu"))
 
@@ -66,7 +72,8 @@ def test_streamed_npz_is_read_by_numpy(tmp_path):
         npz.add("text", np.array("abc"))
     with np.load(tmp_path / "a.npz", allow_pickle=False) as arrays:
         assert arrays["arr_0"].tolist() == [[7, 7]] * 2 + [[9, 9]] * 3 and str(arrays["text"]) == "abc"
-        assert arrays["arr_0"].dtype == np.uint8 and json.loads(str(arrays["settings"])) == {"cfg_scale": 1.5}
+        assert arrays["arr_0"].dtype == np.uint8 and json.loads(
+            str(arrays["settings"])) == {"cfg_scale": 1.5}
     assert read_npz_settings(tmp_path / "a.npz") == {"cfg_scale": 1.5}
 
 
@@ -80,7 +87,8 @@ def test_weights_hash_sees_names_dtypes_shapes_and_values_but_not_order():
     state = {"a": torch.zeros(2, 3), "b": torch.ones(1)}
     same = weights_sha256(dict(reversed(state.items())))
     assert weights_sha256(state) == same
-    for other in ({"a": torch.zeros(3, 2)}, {"a": torch.zeros(2, 3).double()}, {"a": torch.full((2, 3), 1e-9)}):
+    for other in ({"a": torch.zeros(3, 2)}, {"a": torch.zeros(2, 3).double()},
+                  {"a": torch.full((2, 3), 1e-9)}):
         assert weights_sha256(state | other) != same
     assert weights_sha256({"c": state["a"], "b": state["b"]}) != same
 
@@ -102,7 +110,7 @@ def test_equal_configs_continue_one_folder_and_others_get_a_new_one(tmp_path):
 
     first = find({"lr": 1})
     assert first.path.name == "000-GPT-B" and not first.path.exists()
-    first.start({"lr": 1, "epochs": 3})                          # what is no part of the identity may differ
+    first.start({"lr": 1, "epochs": 3})  # what is no part of the identity may differ
     assert find({"lr": 1}).path == first.path
     other = find({"lr": 2})
     assert other.path.name == "001-GPT-B"
@@ -119,7 +127,8 @@ def test_a_flag_that_an_older_config_lacks_counts_as_its_default_and_as_nothing_
 
     find_run_folder(tmp_path, "x", {"lr": 1}, {"lr": 7}).start({"lr": 1})
     assert find(warmup=0).name == find(warmup=0, paths=["a"]).name == "000-x" and find().is_dir()
-    for other in ({"warmup": 5}, {"paths": ["b"]}, {"warmup": 0, "lr": 7}, {"codes_sha256": "1" * 64}):
+    for other in ({"warmup": 5}, {"paths": ["b"]}, {"warmup": 0, "lr": 7},
+                  {"codes_sha256": "1" * 64}):
         assert find(**other).name == "001-x", other              # a hash has no default
 
 
@@ -155,7 +164,7 @@ def test_two_new_runs_of_one_moment_take_two_folders(tmp_path):
 def test_a_folder_whose_start_was_killed_before_its_config_is_begun_again(tmp_path):
     (tmp_path / "000-x").mkdir()
     assert find_run_folder(tmp_path, "x", {"lr": 1}, {}).path.name == "000-x"
-    (tmp_path / "000-x" / "checkpoints").mkdir()                 # somebody's, whoever removed its config
+    (tmp_path / "000-x" / "checkpoints").mkdir()  # somebody's, whoever removed its config
     assert find_run_folder(tmp_path, "x", {"lr": 1}, {}).path.name == "001-x"
 
 
@@ -244,9 +253,10 @@ run(main, Parser("test"))
 
 
 def test_several_processes_leave_without_finalising_the_interpreter(tmp_path):
-    (tmp_path / "script.py").write_text(LEAVES)                  # else gloo's thread may abort a rank as it ends
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                           tmp_path / "script.py", ROOT], capture_output=True, text=True)
+    (tmp_path / "script.py").write_text(LEAVES)  # else gloo's thread may abort a rank as it ends
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--nproc_per_node=2", tmp_path / "script.py", ROOT], capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "worked [0, 1] [(0, 7), (1, 7)]\n"
 
@@ -261,8 +271,9 @@ def test_unknown_flags_and_values_are_one_line_and_exit_code_2(words, capsys):
 NOT_FINITE = ("nan", "inf", "-inf", "NaN", "infinity", "1e999")
 
 
-@pytest.mark.parametrize("kind", [at_least(0), at_least(0.0), at_least(-1.0), above(0.0), above(-1.0), finite, fraction,
-                                  fraction_above_0, fraction_up_to_1, seed_number])
+@pytest.mark.parametrize("kind", [at_least(0), at_least(0.0), at_least(-1.0), above(0.0),
+                                  above(-1.0), finite, fraction, fraction_above_0, fraction_up_to_1,
+                                  seed_number])
 @pytest.mark.parametrize("text", NOT_FINITE)
 def test_numbers_that_are_not_finite_are_one_line_and_exit_code_2(kind, text, capsys):
     parser = Parser("test")
@@ -297,7 +308,8 @@ def settled(*words, recorded, preset):
 
 
 def test_flags_are_what_was_given_else_what_the_file_records_else_the_preset_else_the_default():
-    recorded, preset = {"top_k": 2, "width": 2}, {"top_k": 2, "width": 2, "depth": 3, "compile": True}
+    recorded, preset = {"top_k": 2, "width": 2}, {"top_k": 2, "width": 2, "depth": 3,
+                                                  "compile": True}
     assert settled(recorded=recorded, preset=preset) == [2, 2, 3, 0, True]
     assert settled("--top-k", "1", "--depth", "1", recorded=recorded, preset=preset) == [1, 2, 1, 0, True]
     assert settled("--top-k", "0", "--no-compile", recorded=recorded, preset=preset) == [0, 2, 3, 0, False]
@@ -307,7 +319,8 @@ def test_flags_are_what_was_given_else_what_the_file_records_else_the_preset_els
 
 def test_preset_that_contradicts_the_file_is_refused_unless_the_flag_is_given():
     both = {"recorded": {"top_k": 2}, "preset": {"top_k": 3, "width": 4}}
-    with pytest.raises(ValueError, match=r"^--preset: expected --top-k 2 as in a\.pt, got 3; choose the"):
+    with pytest.raises(ValueError,
+                       match=r"^--preset: expected --top-k 2 as in a\.pt, got 3; choose the"):
         settled(**both)
     with pytest.raises(ValueError, match="--top-k 2"):
         settled("--width", "2", **both)
@@ -342,7 +355,8 @@ def test_reading_ahead_leaves_the_global_random_numbers_alone(workers):
 
 @pytest.mark.parametrize("count, world_size", [(7, 3), (2, 3), (9, 1)])
 def test_parts_of_processes_cover_everything_once(count, world_size):
-    parts = [Session(rank, world_size, torch.device("cpu")).part_of(count) for rank in range(world_size)]
+    parts = [Session(rank, world_size, torch.device("cpu")).part_of(count)
+             for rank in range(world_size)]
     assert [row for part in parts for row in part] == list(range(count))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
@@ -372,10 +386,12 @@ def test_seeds_of_ranks_differ_and_repeat():
 def test_learning_rate_warms_up_and_ends_as_its_schedule_says():
     rates = {schedule: [learning_rate(step, 30, 2.0, 10, schedule) for step in range(30)]
              for schedule in ("constant", "linear", "cosine")}
-    assert all(rate[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)]) for rate in rates.values())
+    assert all(rate[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
+               for rate in rates.values())
     assert rates["constant"][10:] == [2.0] * 20
     assert rates["linear"][10:] == pytest.approx([2.0 * (1 - i / 20) for i in range(20)])
-    assert rates["cosine"][10:] == pytest.approx([1 + math.cos(math.pi * i / 20) for i in range(20)])
+    assert rates["cosine"][10:] == pytest.approx([1 + math.cos(math.pi * i / 20)
+                                                  for i in range(20)])
 
 
 def test_weight_decay_spares_vectors():

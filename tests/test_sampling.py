@@ -1,4 +1,5 @@
-"""Sampling: the same pictures however they are divided, killed and resumed, and pictures of chosen classes."""
+"""Sampling: the same pictures however they are divided, killed and resumed, and pictures of chosen
+classes."""
 
 import json
 import re
@@ -8,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import Job, run_here, start, start_and_kill
 
 from autoregressive.models.config import gpt_config
 from autoregressive.models.gpt import GPT
 from autoregressive.models.sampler import Sampler
 from autoregressive.runtime.checkpoint import save_checkpoint
 from autoregressive.sample import sample_c2i_ddp
-from processes import Job, run_here, start, start_and_kill
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 
 SAMPLE, LOOK = "autoregressive/sample/sample_c2i_ddp.py", "autoregressive/sample/sample_c2i.py"
@@ -27,24 +28,27 @@ def folder(tmp_path_factory):
     """A GPT and a VQ model of random weights, whose pictures differ from each other."""
     folder = tmp_path_factory.mktemp("sampling")
     torch.manual_seed(0)
-    model, average = (GPT(gpt_config("GPT-tiny", grid=4, vocab_size=64, num_classes=3)) for _ in range(2))
+    model, average = (GPT(gpt_config("GPT-tiny", grid=4, vocab_size=64, num_classes=3))
+                      for _ in range(2))
     for weights in (model, average):
         torch.nn.init.normal_(weights.output.weight, std=0.3)
-    save_checkpoint(folder / "0000007.pt", {"model": model.state_dict(), "ema": average.state_dict(),
-                                            "settings": RECORD})
+    save_checkpoint(folder / "0000007.pt", {"model": model.state_dict(),
+                                            "ema": average.state_dict(), "settings": RECORD})
     save_checkpoint(folder / "bare.pt", model.state_dict())
     save_checkpoint(folder / "average.pt", {"model": average.state_dict(), "settings": RECORD})
     save_checkpoint(folder / "recorded.pt", {"model": model.state_dict(), "settings": RECORD | {
         "vocab_size": 64, "num_classes": 3, "image_size": 16}})
-    save_checkpoint(folder / "unguided.pt", {"model": model.state_dict(), "settings": RECORD | {"label_dropout": 0}})
+    save_checkpoint(folder / "unguided.pt", {"model": model.state_dict(),
+                                             "settings": RECORD | {"label_dropout": 0}})
     save_checkpoint(folder / "vq.pt", {"model": VQModel(VQConfig("VQ-4-small", 64, 8)).state_dict()})
     return folder
 
 
 def flags(folder, *more, name="0000007.pt"):
-    return ("--gpt-ckpt", folder / name, "--vq-ckpt", folder / "vq.pt", "--gpt-model", "GPT-tiny", "--num-classes", 3,
-            "--image-size", 16, "--downsample-size", 4, "--cluster-size", 8, "--vq-model", "VQ-4-small",
-            "--codebook-size", 64, "--image-size-eval", 16, "--precision", "none", *more)
+    return ("--gpt-ckpt", folder / name, "--vq-ckpt", folder / "vq.pt", "--gpt-model", "GPT-tiny",
+            "--num-classes", 3, "--image-size", 16, "--downsample-size", 4, "--cluster-size", 8,
+            "--vq-model", "VQ-4-small", "--codebook-size", 64, "--image-size-eval", 16,
+            "--precision", "none", *more)
 
 
 def ddp_flags(folder, out, *more, **which):
@@ -64,7 +68,8 @@ def arrays_of(out):
 
 @pytest.fixture(scope="module")
 def expected(folder, tmp_path_factory):
-    return sample(folder, tmp_path_factory.mktemp("expected"), "--save-codes", "--per-proc-batch-size", 32)
+    return sample(folder, tmp_path_factory.mktemp("expected"), "--save-codes",
+                  "--per-proc-batch-size", 32)
 
 
 def assert_equal(found, expected):
@@ -74,7 +79,8 @@ def assert_equal(found, expected):
 
 @pytest.mark.parametrize("batch_size", [1, 7, 40])
 def test_samples_do_not_depend_on_the_batch_size(folder, tmp_path, expected, batch_size):
-    assert_equal(sample(folder, tmp_path, "--save-codes", "--per-proc-batch-size", batch_size), expected)
+    assert_equal(sample(folder, tmp_path, "--save-codes", "--per-proc-batch-size", batch_size),
+                 expected)
 
 
 def test_killed_and_resumed_sampling_by_two_processes_gives_the_same(folder, tmp_path, expected):
@@ -84,7 +90,8 @@ def test_killed_and_resumed_sampling_by_two_processes_gives_the_same(folder, tmp
         return sum(np.count_nonzero(np.load(path)) for path in tmp_path.glob("*.rows/status.npy"))
 
     for goal in (5, 20):
-        status = start_and_kill(SAMPLE, *settings, processes=2, when=lambda goal=goal: done_rows() >= goal)
+        status = start_and_kill(SAMPLE, *settings, processes=2,
+                                when=lambda goal=goal: done_rows() >= goal)
         assert status == -9 and goal <= done_rows() < 40
     done = start(SAMPLE, *settings, processes=2)
     assert done.returncode == 0, done.stderr
@@ -99,19 +106,22 @@ def test_npz_carries_tokens_labels_and_what_they_depend_on(expected):
     assert settings["class_names"] == RECORD["class_names"] and len(settings["gpt_sha256"]) == 64
 
 
-@pytest.mark.parametrize("labels, wanted", [("balanced", np.arange(40) % 3), ("2,0,2", np.array([2, 0, 2] * 14)[:40])])
+@pytest.mark.parametrize("labels, wanted", [("balanced", np.arange(40) % 3),
+                                            ("2,0,2", np.array([2, 0, 2] * 14)[:40])])
 def test_labels_can_be_balanced_or_listed(folder, tmp_path, expected, labels, wanted):
     found = sample(folder, tmp_path, "--labels", labels, "--save-codes")
     assert np.array_equal(found["labels"], wanted)
     same = wanted == expected["labels"]
-    assert np.array_equal(found["tokens"][same], expected["tokens"][same])          # (seed, index, label) decide
+    # (seed, index, label) decide
+    assert np.array_equal(found["tokens"][same], expected["tokens"][same])
 
 
 def test_averaged_and_bare_weights_are_used_when_asked_for(folder, tmp_path, expected):
     average = sample(folder, tmp_path / "ema", "--weights", "ema", "--save-codes")
     assert_equal(average, sample(folder, tmp_path / "file", "--save-codes", name="average.pt"))
     assert not np.array_equal(average["tokens"], expected["tokens"])
-    assert_equal(sample(folder, tmp_path / "bare", "--from-fsdp", "--save-codes", name="bare.pt"), expected)
+    assert_equal(sample(folder, tmp_path / "bare", "--from-fsdp", "--save-codes", name="bare.pt"),
+                 expected)
 
 
 def test_antialiased_resize_is_another_file_with_other_pictures(folder, tmp_path):
@@ -124,7 +134,8 @@ def test_antialiased_resize_is_another_file_with_other_pictures(folder, tmp_path
 
 def test_classes_are_drawn_by_index_and_by_name(folder, tmp_path):
     for name, classes in (("a", "2,0"), ("b", "pear,apple")):
-        assert run_here(LOOK, *flags(folder, "--class-ids", classes, "--output", tmp_path / f"{name}.png")) == 0
+        assert run_here(LOOK, *flags(folder, "--class-ids", classes, "--output",
+                                     tmp_path / f"{name}.png")) == 0
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert Image.open(tmp_path / "a.png").size == (4 * 68 + 4, 2 * (64 + 15 + 4) + 4)
 
@@ -136,7 +147,7 @@ def test_preset_sets_the_flags_that_are_not_given(folder, capsys):
     assert "asked for GPT-L" in text.err
     assert "the paper reports FID 3.18" in text.out and "--cfg-scale 1.75 (guidance of the paper)" in text.out.replace(
         ", --top-k 0, --top-p 1.0, --temperature 1.0", "")
-    assert run_here(SAMPLE, *words) == 2                         # the file is of another model: nothing was given
+    assert run_here(SAMPLE, *words) == 2  # the file is of another model: nothing was given
     error = capsys.readouterr().err
     assert f"--preset: expected --gpt-model GPT-tiny as in {folder / '0000007.pt'}, got GPT-L" in error
     assert len(error.strip().splitlines()) == 1
@@ -158,18 +169,21 @@ def test_guidance_that_is_given_wins_over_the_preset_even_if_it_is_the_default(f
 
 
 def test_flags_that_the_checkpoint_records_need_not_be_given(folder, tmp_path, expected):
-    words = ("--gpt-ckpt", folder / "recorded.pt", "--vq-ckpt", folder / "vq.pt", "--vq-model", "VQ-4-small",
-             "--image-size-eval", 16, "--precision", "none", "--sample-dir", tmp_path, "--num-fid-samples", 40)
+    words = ("--gpt-ckpt", folder / "recorded.pt", "--vq-ckpt", folder / "vq.pt", "--vq-model",
+             "VQ-4-small", "--image-size-eval", 16, "--precision", "none", "--sample-dir", tmp_path,
+             "--num-fid-samples", 40)
     assert run_here(SAMPLE, *words, "--save-codes") == 0
     assert_equal(arrays_of(tmp_path), expected)
     settings = json.loads(str(arrays_of(tmp_path)["settings"]))
-    assert (settings["gpt_model"], settings["codebook_size"], settings["downsample_size"]) == ("GPT-tiny", 64, 4)
+    assert (settings["gpt_model"], settings["codebook_size"],
+            settings["downsample_size"]) == ("GPT-tiny", 64, 4)
 
 
 def test_peak_memory_does_not_depend_on_the_number_of_samples(folder, tmp_path):
     peaks = []
     for count in (200, 1200):
-        settings = ("--num-fid-samples", count, "--per-proc-batch-size", 100, "--image-size-eval", 128)
+        settings = ("--num-fid-samples", count, "--per-proc-batch-size", 100, "--image-size-eval",
+                    128)
         done = Job(sample_and_say_peak, *ddp_flags(folder, tmp_path / str(count), *settings)).wait()
         assert done.returncode == 0, done.stderr
         peaks.append(int(re.findall(r"PEAK (\d+)", done.stdout)[0]))
@@ -185,7 +199,8 @@ def sample_and_say_peak(*flags):
 
 def test_sweep_ends_with_a_table_by_guidance_and_a_plot(tmp_path, capsys):
     for scale, fid in ((2.0, 3.5), (1.0, 9.0), (3.0, 4.0)):
-        record = {"numbers": {"FID": fid, "Recall": 0.5}, "samples": {"settings": {"cfg_scale": scale}}}
+        record = {"numbers": {"FID": fid, "Recall": 0.5},
+                  "samples": {"settings": {"cfg_scale": scale}}}
         (tmp_path / f"cfg-{scale}").mkdir()
         (tmp_path / f"cfg-{scale}" / "samples.json").write_text(json.dumps(record))
     assert run_here("scripts/sweep_report.py", tmp_path) == 0

@@ -1,4 +1,5 @@
-"""The shell scripts and the reports around them: paths of the caller, and one line for every mistake."""
+"""The shell scripts and the reports around them: paths of the caller, and one line for every
+mistake."""
 
 import json
 import os
@@ -8,10 +9,10 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-
-from autoregressive.runtime.files import file_sha256
 from conftest import ROOT
 from processes import run_here
+
+from autoregressive.runtime.files import file_sha256
 
 SHELL = sorted(path.relative_to(ROOT) for path in (ROOT / "scripts").glob("**/*.sh"))
 WRAPPERS = [path for path in SHELL if len(path.parts) == 3 and path.name != "sweep_cfg.sh"]
@@ -25,7 +26,8 @@ case "$*" in *sample_c2i_ddp.py*--cfg-scale*) mkdir -p "$last" && touch "$last/x
 
 @pytest.fixture
 def caller(tmp_path, monkeypatch):
-    """A folder to call scripts from, with python, python3 and torchrun that only write down how they are called."""
+    """A folder to call scripts from, with python, python3 and torchrun that only write down how
+    they are called."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "calls.prefix").mkdir()
     for name in ("python", "python3", "torchrun"):
@@ -42,9 +44,10 @@ def caller(tmp_path, monkeypatch):
 
 
 def shell(caller, script, *words, **environment):
-    """Runs a shell script; returns the finished process and what it called: (program, its folder, arguments)."""
-    done = subprocess.run(["bash", os.path.relpath(ROOT / script, caller), *words], cwd=caller, capture_output=True,
-                          text=True, env=os.environ | environment)
+    """Runs a shell script; returns the finished process and what it called: (program, its folder,
+    arguments)."""
+    done = subprocess.run(["bash", os.path.relpath(ROOT / script, caller), *words], cwd=caller,
+                          capture_output=True, text=True, env=os.environ | environment)
     calls = caller.parent / "calls"
     lines = calls.read_text().splitlines() if calls.exists() else []
     return done, [line.split(" ", 2) for line in lines]
@@ -73,13 +76,14 @@ def test_own_images_hands_on_the_callers_paths(caller):
 def test_a_sweep_scores_every_npz_and_leaves_reuse_to_the_evaluator(caller):
     for _ in range(2):
         (caller.parent / "calls").unlink(missing_ok=True)
-        done, calls = shell(caller, "scripts/autoregressive/sweep_cfg.sh", "--gpt-ckpt", "run", CFG_SCALES="1.0 2.5",
-                            REFERENCE="ref.npz", EVALUATE="--metrics fid")
+        done, calls = shell(caller, "scripts/autoregressive/sweep_cfg.sh", "--gpt-ckpt", "run",
+                            CFG_SCALES="1.0 2.5", REFERENCE="ref.npz", EVALUATE="--metrics fid")
         assert done.returncode == 0, done.stderr
         assert {folder for _, folder, _ in calls} == {str(caller)}
         words = [words.removeprefix(f"{ROOT}/") for _, _, words in calls]
         for draw, score, scale in ((words[0], words[1], "1.0"), (words[2], words[3], "2.5")):
-            assert draw.endswith(f"--gpt-ckpt run --cfg-scale {scale} --sample-dir sweep/cfg-{scale}")
+            assert draw.endswith(
+                f"--gpt-ckpt run --cfg-scale {scale} --sample-dir sweep/cfg-{scale}")
             assert score == f"evaluations/c2i/evaluator.py ref.npz sweep/cfg-{scale}/x.npz --reuse --metrics fid"
         assert words[4:] == ["scripts/sweep_report.py sweep --reference ref.npz"]
 
@@ -125,7 +129,8 @@ def score(scale=2.0, fid=3.5, reference="one", network="net", **settings):
 ])
 def test_a_sweep_of_records_that_do_not_belong_together_is_refused(tmp_path, capsys, other, message):
     write(tmp_path / "cfg-1.0" / "a.json", score(1.0, gpt_sha256="a"))
-    if isinstance(other, dict) and "samples" in other and "gpt_sha256" not in other["samples"]["settings"]:
+    if isinstance(other,
+                  dict) and "samples" in other and "gpt_sha256" not in other["samples"]["settings"]:
         other["samples"]["settings"]["gpt_sha256"] = "a"
     write(tmp_path / "cfg-2.0" / "b.json", other)
     assert run_here("scripts/sweep_report.py", tmp_path) == 2
@@ -137,7 +142,8 @@ def test_a_sweep_of_records_that_do_not_belong_together_is_refused(tmp_path, cap
 def test_a_sweep_leaves_out_scores_against_another_reference(tmp_path, capsys):
     np.savez(tmp_path / "ref.npz", arr_0=np.zeros(3))
     write(tmp_path / "cfg-1.0" / "a.json", score(1.0, 2.0, reference="of another npz"))
-    write(tmp_path / "cfg-2.0" / "b.json", score(2.0, 4.0, reference=file_sha256(tmp_path / "ref.npz")))
+    write(tmp_path / "cfg-2.0" / "b.json", score(2.0, 4.0,
+                                                 reference=file_sha256(tmp_path / "ref.npz")))
     assert run_here("scripts/sweep_report.py", tmp_path, "--reference", tmp_path / "ref.npz") == 0
     printed = capsys.readouterr().out
     assert "left out 1 scores against another reference, such as" in printed and "lowest FID: 4.0000" in printed

@@ -1,9 +1,11 @@
-"""Sharded training: the weights it begins with, what it saves and what it continues from are those of the other way."""
+"""Sharded training: the weights it begins with, what it saves and what it continues from are those
+of the other way."""
 
 import shutil
 
 import pytest
 import torch
+from processes import Job
 
 from autoregressive.models.config import gpt_config
 from autoregressive.models.gpt import GPT
@@ -12,15 +14,16 @@ from autoregressive.runtime.distributed import Session, open_session, seed_every
 from autoregressive.runtime.entry import leave
 from autoregressive.runtime.optim import ModelOptimizer, OptimSettings
 from autoregressive.runtime.parallel import device_to_build_on, wrap_for_training
-from processes import Job
 
 CPU = torch.device("cpu")
-CONFIG = gpt_config("GPT-tiny", grid=3, vocab_size=65, num_classes=4, dropout=0, token_dropout=0)   # odd rows: 65, 5
+# Odd rows: 65, 5
+CONFIG = gpt_config("GPT-tiny", grid=3, vocab_size=65, num_classes=4, dropout=0, token_dropout=0)
 SETTINGS = OptimSettings(lr=1e-2, weight_decay=0.1, ema=True, max_grad_norm=0.5)
 
 
 def train_and_save(folder, parallel):
-    """Trains a GPT for two steps, saves it and goes on for a third one, unless it finds such a file.
+    """Trains a GPT for two steps, saves it and goes on for a third one, unless it finds such a
+    file.
 
     Then takes a third step continuing from the file.
     """
@@ -45,7 +48,8 @@ def save(session, path, state):
     if session.is_main:
         save_checkpoint(path, state)
     else:
-        assert not state["model"] and not state["ema"] and not any(state["optimizer"]["state"].values()), state
+        assert not state["model"] and not state["ema"] and not any(
+            state["optimizer"]["state"].values()), state
     session.barrier()
 
 
@@ -66,7 +70,8 @@ def build(session, parallel, seed=0):
 
 
 def take_step(module, optimizer, step, session):
-    """Takes a step with a batch of 12 that 1, 2 or 3 processes share evenly: their losses are means of equal parts."""
+    """Takes a step with a batch of 12 that 1, 2 or 3 processes share evenly: their losses are means
+    of equal parts."""
     torch.manual_seed(100 + step)
     tokens = torch.randint(65, (12, 9))
     labels = torch.randint(5, (12,))
@@ -99,7 +104,8 @@ def undivided(tmp_path_factory):
 @pytest.fixture(scope="module", params=[1, 2, pytest.param(3, marks=pytest.mark.long)])
 def sharded(request, tmp_path_factory):
     """The folder of a run whose processes hold shards."""
-    return train(tmp_path_factory.mktemp("sharding") / f"fsdp{request.param}", "fsdp", request.param)
+    return train(tmp_path_factory.mktemp("sharding") / f"fsdp{request.param}", "fsdp",
+                 request.param)
 
 
 def tensors_of(folder, name):
@@ -119,7 +125,8 @@ def assert_equal(found, expected):
 
 
 def assert_close(found, expected):
-    """In norm: the first steps of AdamW make much of the rounding of gradients that are almost zero."""
+    """In norm: the first steps of AdamW make much of the rounding of gradients that are almost
+    zero."""
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
         assert (found[key] - tensor).norm() <= 1e-4 * tensor.norm(), key
@@ -130,7 +137,8 @@ def test_a_sharded_run_begins_with_the_weights_of_an_undivided_one(sharded, undi
     model = read_checkpoint(sharded / "0.pt")["model"]
     seed_everything(0)
     expected = GPT(CONFIG).state_dict()
-    assert model.keys() == expected.keys() and all(torch.equal(model[name], expected[name]) for name in expected)
+    assert model.keys() == expected.keys() and all(torch.equal(model[name], expected[name])
+                                                   for name in expected)
 
 
 def test_a_sharded_run_saves_what_an_undivided_one_saves(sharded, undivided):
@@ -172,7 +180,8 @@ def test_saving_before_the_first_step_changes_no_step():
             assert optimizer.state()["optimizer"]["state"] == {}
         take_step(module, optimizer, 0, Session(0, 1, CPU))
         ends.append(optimizer.state())
-    assert all(torch.equal(ends[0]["model"][name], tensor) for name, tensor in ends[1]["model"].items())
+    assert all(torch.equal(ends[0]["model"][name], tensor)
+               for name, tensor in ends[1]["model"].items())
     assert all(moments["step"] == 1 for moments in ends[1]["optimizer"]["state"].values())
 
 

@@ -14,6 +14,8 @@ import time
 import numpy as np
 import pytest
 import torch
+from conftest import FIXTURES, ROOT
+from processes import ENVIRONMENT, command, run_here, start, start_and_kill, without_time
 
 from autoregressive.data.batches import TokenBatches, split_store
 from autoregressive.data.code_writer import CodeWriter
@@ -38,8 +40,6 @@ from autoregressive.runtime.loader import read_ahead
 from autoregressive.runtime.log import cut_log
 from autoregressive.runtime.optim import EMA_DECAY, ModelOptimizer, MovingAverage, OptimSettings
 from autoregressive.train.objective import GPTTrainer, Objective
-from conftest import FIXTURES, ROOT
-from processes import ENVIRONMENT, command, run_here, start, start_and_kill, without_time
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 
 TRAIN = "autoregressive/train/train_c2i.py"
@@ -47,8 +47,8 @@ MANIFEST = {"dataset": "test", "num_images": 50, "num_crops": 2, "num_tokens": 1
             "crops": ["centre", "centre, mirrored"], "class_names": ["a", "b", "c"], "images_sha256": "1" * 64,
             "image_size": 16, "codebook_sha256": "2" * 64, "tokenizer_sha256": "3" * 64}
 NO_DROPOUT = ("--dropout-p", 0, "--token-dropout-p", 0, "--global-batch-size", 16)
-EVERYTHING = ("--ema", "--gradient-accumulation-steps", 2, "--val-every", 7, "--val-share", 0.1, "--lr-schedule",
-              "cosine", "--warmup", 3)
+EVERYTHING = ("--ema", "--gradient-accumulation-steps", 2, "--val-every", 7, "--val-share", 0.1,
+              "--lr-schedule", "cosine", "--warmup", 3)
 CPU = torch.device("cpu")
 FAIL_WHILE_READING = """
 import sys
@@ -82,11 +82,12 @@ def folder(tmp_path_factory):
 
 
 def flags(folder, results, *more):
-    return ("--code-path", folder / "codes", "--mapping-path", folder / "mapping.pt", "--results-dir", results,
-            "--gpt-model", "GPT-tiny", "--num-classes", 3, "--vocab-size", 64, "--codebook-size", 64,
-            "--cluster-size", 8, "--image-size", 16, "--downsample-size", 4, "--vq-model", "VQ-4-small",
-            "--vq-ckpt", folder / "vq.pt", "--mixed-precision", "none", "--global-batch-size", 8, "--max-steps", 20,
-            "--log-every", 1, "--ckpt-steps", 3, *more)
+    return ("--code-path", folder / "codes", "--mapping-path", folder / "mapping.pt",
+            "--results-dir", results, "--gpt-model", "GPT-tiny", "--num-classes", 3, "--vocab-size",
+            64, "--codebook-size", 64, "--cluster-size", 8, "--image-size", 16, "--downsample-size",
+            4, "--vq-model", "VQ-4-small", "--vq-ckpt", folder / "vq.pt", "--mixed-precision",
+            "none", "--global-batch-size", 8, "--max-steps", 20, "--log-every", 1, "--ckpt-steps",
+            3, *more)
 
 
 def train(folder, results, *more, processes=0):
@@ -184,7 +185,8 @@ def test_every_way_to_compute_a_step_gives_the_same_losses_and_norms(folder, tmp
     ((2, "fsdp"), (0, "ddp")), pytest.param((2, "ddp"), (0, "ddp"), marks=pytest.mark.long),
     pytest.param((0, "ddp"), (2, "fsdp"), marks=pytest.mark.long)])
 def test_another_number_of_processes_continues_by_sample_position(folder, tmp_path, baseline, first, then):
-    train(folder, tmp_path, *NO_DROPOUT, "--parallel", first[1], "--max-steps", 9, "--ema", processes=first[0])
+    train(folder, tmp_path, *NO_DROPOUT, "--parallel", first[1], "--max-steps", 9, "--ema",
+          processes=first[0])
     train(folder, tmp_path, *NO_DROPOUT, "--parallel", then[1], "--ema", processes=then[0])
     for row, expected in zip(metrics(tmp_path), baseline, strict=True):
         assert row["token_loss"] == pytest.approx(expected["token_loss"], rel=1e-5)
@@ -251,7 +253,8 @@ def test_a_run_leaves_curves_validation_losses_and_sample_pictures(folder, tmp_p
     assert [row["step"] for row in val] == [7, 14, 20]
     assert 0 < val[-1]["val_token_loss"] < 5 and 0 <= val[-1]["val_cluster_accuracy"] <= 1
     text = (run / "log.txt").read_text()
-    for words in ("ln V = 4.16", "peak memory of the first step", "step 20: token loss", "images per second"):
+    for words in ("ln V = 4.16", "peak memory of the first step", "step 20: token loss",
+                  "images per second"):
         assert words in text
 
 
@@ -266,7 +269,8 @@ def test_training_starts_from_given_weights_and_continues_from_a_given_checkpoin
     checkpoints, = (tmp_path / "straight").glob("*/checkpoints")
     train(folder, tmp_path / "continued", *NO_DROPOUT, "--gpt-ckpt", checkpoints / "0000012.pt")
     assert metrics(tmp_path / "continued") == metrics(tmp_path / "straight")[12:]
-    save_checkpoint(tmp_path / "weights.pt", {"model": last_checkpoint(tmp_path / "straight")["model"]})
+    save_checkpoint(tmp_path / "weights.pt",
+                    {"model": last_checkpoint(tmp_path / "straight")["model"]})
     train(folder, tmp_path / "started", *NO_DROPOUT, "--gpt-ckpt", tmp_path / "weights.pt")
     started = metrics(tmp_path / "started")
     assert started[0]["step"] == 1 and started[0]["token_loss"] < metrics(tmp_path / "straight")[0]["token_loss"] - 0.01
@@ -274,16 +278,18 @@ def test_training_starts_from_given_weights_and_continues_from_a_given_checkpoin
 
 @pytest.fixture
 def older(monkeypatch, tmp_path):
-    """What commit fa9bbd5 left of a small GPT after 2 steps; (path, payload, the numbers that its code went on to)."""
+    """What commit fa9bbd5 left of a small GPT after 2 steps; (path, payload, the numbers that its
+    code went on to)."""
     monkeypatch.setitem(GPT_MODELS, "GPT-mini", GPTSize(2, 2, 16))
-    save_checkpoint(tmp_path / "older_mapping.pt", torch.from_numpy(np.random.default_rng(0).permutation(64)))
+    save_checkpoint(tmp_path / "older_mapping.pt",
+                    torch.from_numpy(np.random.default_rng(0).permutation(64)))
     path = FIXTURES / "older_gpt_checkpoint.pt"
     return path, read_checkpoint(path), json.loads(path.with_suffix(".json").read_text())
 
 
 def train_mini(folder, tmp_path, *more):
-    train(folder, tmp_path / "results", "--gpt-model", "GPT-mini", "--mapping-path", tmp_path / "older_mapping.pt",
-          *NO_DROPOUT, "--lr", 0.01, *more)
+    train(folder, tmp_path / "results", "--gpt-model", "GPT-mini", "--mapping-path",
+          tmp_path / "older_mapping.pt", *NO_DROPOUT, "--lr", 0.01, *more)
 
 
 def assert_rows(found, expected):
@@ -295,12 +301,14 @@ def assert_rows(found, expected):
 def test_an_older_checkpoint_samples_what_the_older_code_drew(older, weights):
     path, payload, numbers = older
     file = read_gpt(path, weights)
-    assert file.flags() == {"gpt_model": "GPT-mini", "image_size": 16, "num_classes": 3, "cluster_size": 8,
-                            "codebook_size": 64, "downsample_size": 4}
+    assert file.flags() == {"gpt_model": "GPT-mini", "image_size": 16, "num_classes": 3,
+                            "cluster_size": 8, "codebook_size": 64, "downsample_size": 4}
     gpt = build_gpt(file, gpt_config("GPT-mini", grid=4, vocab_size=64, num_classes=3))
-    assert torch.equal(gpt.output.weight, payload["ema" if weights == "ema" else "model"]["output.weight"])
+    assert torch.equal(gpt.output.weight, payload["ema" if weights == "ema"
+                                                  else "model"]["output.weight"])
     labels, uniforms = random_numbers(0, range(6), 3, 16)
-    tokens = generate(gpt, torch.from_numpy(labels), torch.from_numpy(uniforms), Sampler(cfg_scale=2.0))
+    tokens = generate(gpt, torch.from_numpy(labels), torch.from_numpy(uniforms),
+                      Sampler(cfg_scale=2.0))
     assert tokens.tolist() == numbers["tokens"][weights] and numbers["tokens"]["raw"] != numbers["tokens"]["ema"]
 
 
@@ -325,7 +333,8 @@ def test_training_starts_from_the_weights_of_an_older_checkpoint_as_the_older_co
 def test_a_gpt_over_original_codes_is_started_from_even_if_its_file_is_a_whole_checkpoint(older, folder, tmp_path):
     payload = read_checkpoint(older[0])
     save_checkpoint(tmp_path / "original.pt", payload | {"settings": {}})
-    train_mini(folder, tmp_path, "--max-steps", 1, "--gpt-ckpt", tmp_path / "original.pt", "--init-from-original")
+    train_mini(folder, tmp_path, "--max-steps", 1, "--gpt-ckpt", tmp_path / "original.pt",
+               "--init-from-original")
     row, = metrics(tmp_path / "results")
     assert row["step"] == 1 and row["images_seen"] == 16
 
@@ -340,13 +349,15 @@ def test_a_mapping_or_store_rebuilt_at_the_same_path_starts_a_new_run(folder, tm
     else:
         shutil.rmtree(data / "codes")
         labels = np.arange(50) % 3
-        write_store(data / "codes", labels[::-1] if rebuilt == "labels" else labels, seed=int(rebuilt == "codes"))
+        write_store(data / "codes", labels[::-1] if rebuilt == "labels" else labels,
+                    seed=int(rebuilt == "codes"))
     train(data, results, "--max-steps", 3)
     runs = sorted(results.iterdir())
     assert len(runs) == 2
-    logged = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs]
+    logged = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+              for run in runs]
     assert [[row["step"] for row in rows] for rows in logged] == [[1, 2], [1, 2, 3]]
-    for name in ("mapping.pt", "codes"):                         # the first data once more: the first run goes on
+    for name in ("mapping.pt", "codes"):  # the first data once more: the first run goes on
         shutil.rmtree(data / name) if name == "codes" else (data / name).unlink()
     shutil.copytree(folder, data, dirs_exist_ok=True)
     train(data, results, "--max-steps", 3)
@@ -355,14 +366,17 @@ def test_a_mapping_or_store_rebuilt_at_the_same_path_starts_a_new_run(folder, tm
 
 
 def launch(folder, results, *more):
-    """Starts training under torchrun, which restarts its workers up to three times; returns the launcher's process."""
+    """Starts training under torchrun, which restarts its workers up to three times; returns the
+    launcher's process."""
     words = command(TRAIN, *flags(folder, results, *more), processes=2)
     words.insert(words.index("--standalone"), "--max-restarts=3")
-    return subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.DEVNULL,
+                            stderr=subprocess.DEVNULL)
 
 
 def workers_of(launcher):
-    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(launcher.pid)], capture_output=True, text=True)
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(launcher.pid)], capture_output=True,
+                            text=True)
     return [int(pid) for pid in listed.stdout.split()]
 
 
@@ -411,7 +425,7 @@ def test_a_flipped_code_is_found_before_the_first_step_or_beside_the_first_ones(
     codes = np.load(tmp_path / "data/codes/codes.npy")
     codes[7, 1, 3] ^= 1
     np.save(tmp_path / "data/codes/codes.npy", codes)
-    for _ in range(2):                              # the same command does not go on with them either
+    for _ in range(2):  # the same command does not go on with them either
         assert run_here(TRAIN, *flags(tmp_path / "data", tmp_path / "results")) == 2
         assert "expected rows 0 to 49 as they were written, found others" in capsys.readouterr().err
     assert not list(tmp_path.glob("results/*/finished.json"))
@@ -437,7 +451,8 @@ def test_a_run_that_went_on_from_another_does_so_again_whatever_became_of_that_o
 
 
 def public_checkpoint(config):
-    """Returns a checkpoint as the public code writes it, after one step, and the moments by name."""
+    """Returns a checkpoint as the public code writes it, after one step, and the moments by
+    name."""
     torch.manual_seed(1)
     model = GPT(config)
     weights = dict(model.named_parameters())
@@ -448,7 +463,8 @@ def public_checkpoint(config):
                                                           "feed_forward.w3", "feed_forward.w2")]
     norms = [f"layers.{layer}.{name}" for layer in layers for name in ("attention_norm", "ffn_norm")]
     names = [[f"{name}.weight" for name in group] for group in ([*matrices, "output"], [*norms, "norm"])]
-    optimizer = torch.optim.AdamW([{"params": [weights[name] for name in group]} for group in names], lr=1e-3)
+    optimizer = torch.optim.AdamW([{"params": [weights[name] for name in group]}
+                                   for group in names], lr=1e-3)
     for weight in weights.values():
         weight.grad = torch.randn_like(weight)
     optimizer.step()
@@ -459,19 +475,23 @@ def public_checkpoint(config):
 
 
 def test_moments_of_public_checkpoints_are_named_by_the_public_order_also_where_shapes_do_not_tell():
-    payload, moments = public_checkpoint(gpt_config("GPT-tiny", grid=4, vocab_size=64, num_classes=63))
+    payload, moments = public_checkpoint(gpt_config("GPT-tiny", grid=4, vocab_size=64,
+                                                    num_classes=63))
     named = name_moments(payload["optimizer"], payload["model"], "a file")
     assert set(named["state"]) == set(moments) and sum(map(len, (g["params"] for g in named["param_groups"]))) == 32
-    assert all(torch.equal(named["state"][name]["exp_avg"], value) for name, value in moments.items())
+    assert all(torch.equal(named["state"][name]["exp_avg"], value)
+               for name, value in moments.items())
     del payload["optimizer"]["state"][3]
-    with pytest.raises(ValueError, match="expected moments 3 of layers.0.attention.wo.weight .*--weights-only"):
+    with pytest.raises(ValueError,
+                       match="expected moments 3 of layers.0.attention.wo.weight .*--weights-only"):
         name_moments(payload["optimizer"], payload["model"], "a file")
 
 
 @pytest.mark.parametrize("more, first", [((), 5), (("--ema",), 5), (("--weights-only",), 1)])
 def test_a_public_checkpoint_is_continued_or_started_from(folder, tmp_path, more, first):
     payload, _ = public_checkpoint(gpt_config("GPT-tiny", grid=4, vocab_size=64, num_classes=3))
-    payload["ema"] = {f"module.{name}": weight for name, weight in payload["model"].items()}    # as DDP names them
+    # As DDP names them
+    payload["ema"] = {f"module.{name}": weight for name, weight in payload["model"].items()}
     save_checkpoint(tmp_path / "005.pt", payload)
     train(folder, tmp_path / "results", "--gpt-ckpt", tmp_path / "005.pt", "--max-steps", 6, *more)
     assert metrics(tmp_path / "results")[0]["step"] == first
@@ -494,7 +514,8 @@ def test_weights_over_original_codes_give_the_same_logits_once_their_rows_are_mo
 
 def small_trainer(head_loss, session):
     torch.manual_seed(0)
-    model = GPT(gpt_config("GPT-tiny", grid=4, vocab_size=64, num_classes=3, dropout=0, token_dropout=0))
+    model = GPT(gpt_config("GPT-tiny", grid=4, vocab_size=64, num_classes=3, dropout=0,
+                           token_dropout=0))
     optimizer = ModelOptimizer(model, OptimSettings(lr=1e-2, weight_decay=0.05, ema=True), CPU)
     return GPTTrainer(Objective(model, head_loss), optimizer, session, "none")
 
@@ -523,13 +544,15 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_remembered(folder):
 
 def everything(optimizer):
     moments = [value for group in optimizer.optimizer.state.values() for value in group.values()]
-    return [*(p.detach() for p in optimizer.model.parameters()), *moments, *optimizer.ema.weights.values()]
+    return [*(p.detach() for p in optimizer.model.parameters()), *moments,
+            *optimizer.ema.weights.values()]
 
 
 def test_a_run_that_is_not_finite_stops_naming_step_and_rows(folder, tmp_path):
     done = start(TRAIN, *flags(folder, tmp_path / "results", "--lr", 1e30, "--max-grad-norm", 0))
     assert done.returncode == 1
-    assert re.search(r"FloatingPointError: step \d+: loss or gradient is not finite, in rows \[", done.stderr)
+    assert re.search(r"FloatingPointError: step \d+: loss or gradient is not finite, in rows \[",
+                     done.stderr)
 
 
 @pytest.mark.parametrize("warms_up", [False, True])
@@ -556,8 +579,10 @@ def test_batches_read_ahead_are_those_read_one_by_one(folder):
 
 
 def test_an_error_while_workers_read_ahead_ends_the_process():
-    done = subprocess.run([sys.executable, "-c", FAIL_WHILE_READING, ROOT], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and done.stderr.endswith("OSError: disk full\n") and "worker" not in done.stderr
+    done = subprocess.run([sys.executable, "-c", FAIL_WHILE_READING, ROOT], capture_output=True,
+                          text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.endswith(
+        "OSError: disk full\n") and "worker" not in done.stderr
 
 
 def test_validation_images_are_never_trained_on(folder):
@@ -571,22 +596,26 @@ def test_log_is_cut_back_to_the_step_of_the_checkpoint(tmp_path):
     lines = [f"[2026-11-24 00:00:0{step}] step {step}: token loss 1\n" for step in range(1, 6)]
     (tmp_path / "log.txt").write_text("[2026-11-24 00:00:00] GPT-tiny\n" + "".join(lines))
     cut_log(tmp_path / "log.txt", 3)
-    assert (tmp_path / "log.txt").read_text() == "[2026-11-24 00:00:00] GPT-tiny\n" + "".join(lines[:3])
+    assert (tmp_path / "log.txt").read_text() == "[2026-11-24 00:00:00] GPT-tiny\n" + "".join(
+        lines[:3])
 
 
 def test_flops_are_six_a_weight_and_those_of_causal_attention():
     config = gpt_config("GPT-tiny", grid=4, vocab_size=64, num_classes=3)
     model = GPT(config)
     multiplied = sum(p.numel() for name, p in model.named_parameters() if "embedding" not in name)
-    attention = config.num_layers * 3 * 2 * 2 * config.width * config.num_tokens / 2    # q k and p v, forward and back
-    assert config.flops_per_token(sum(p.numel() for p in model.parameters())) == 6 * multiplied + attention
+    # Q k and p v, forward and back
+    attention = config.num_layers * 3 * 2 * 2 * config.width * config.num_tokens / 2
+    assert config.flops_per_token(sum(p.numel()
+                                      for p in model.parameters())) == 6 * multiplied + attention
 
 
 @pytest.mark.parametrize("world_size, batch_size", [(1, 5), (2, 4), (3, 3), (6, None)])
 def test_validation_gives_every_process_as_many_of_its_5_images(folder, world_size, batch_size):
-    settings = DataSettings(code_path=[folder / "codes"], mapping_path=folder / "mapping.pt", vocab_size=64,
-                            codebook_size=64, num_classes=3, image_size=16, cluster_size=8, global_batch_size=24,
-                            gradient_accumulation_steps=2, val_every=1, val_share=0.1, global_seed=0)
+    settings = DataSettings(code_path=[folder / "codes"], mapping_path=folder / "mapping.pt",
+                            vocab_size=64, codebook_size=64, num_classes=3, image_size=16,
+                            cluster_size=8, global_batch_size=24, gradient_accumulation_steps=2,
+                            val_every=1, val_share=0.1, global_seed=0)
     if batch_size is None:
         with pytest.raises(ValueError, match="--val-share: expected at least one validation image for each of 6 "):
             open_data(settings, 4, world_size)

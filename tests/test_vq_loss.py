@@ -1,4 +1,5 @@
-"""Losses of tokenizer training against closed forms; LPIPS, discriminator and one step of both networks."""
+"""Losses of tokenizer training against closed forms; LPIPS, discriminator and one step of both
+networks."""
 
 import math
 
@@ -25,7 +26,12 @@ from tokenizer.tokenizer_image.vq_loss import (
 )
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 from tokenizer.tokenizer_image.vq_train import build_parser
-from tokenizer.tokenizer_image.vq_trainer import STATISTICS, Networks, TokenizerSettings, TokenizerTrainer
+from tokenizer.tokenizer_image.vq_trainer import (
+    STATISTICS,
+    Networks,
+    TokenizerSettings,
+    TokenizerTrainer,
+)
 from tokenizer.validation.metrics import ssim
 
 CPU = torch.device("cpu")
@@ -53,7 +59,7 @@ def test_non_saturating_losses_are_binary_cross_entropies():
 def test_discriminator_and_generator_pull_fake_logits_apart(losses):
     real, fake = (torch.zeros(4, requires_grad=True) for _ in range(2))
     losses[0](real, fake).backward()
-    assert (real.grad < 0).all() and (fake.grad > 0).all()          # a step down raises real, lowers fake
+    assert (real.grad < 0).all() and (fake.grad > 0).all()  # a step down raises real, lowers fake
     fake.grad = None
     losses[1](fake).backward()
     assert (fake.grad < 0).all()
@@ -77,12 +83,12 @@ def test_gradient_passes_straight_through_the_quantiser():
     z_q = quantizer.train()(z, 0.0)[0]
     score(z_q).backward()
     step, numeric = 1e-6, torch.zeros_like(weights)
-    for place in range(weights.numel()):                             # of the score at the quantised point
+    for place in range(weights.numel()):  # of the score at the quantised point
         shift = torch.zeros(weights.numel(), dtype=torch.float64)
         shift[place] = step
         shift = shift.view_as(weights)
         numeric.view(-1)[place] = (score(z_q.detach() + shift) - score(z_q.detach() - shift)) / (2 * step)
-    unit = z.detach()                                                # the input is normalised, of length 1 already
+    unit = z.detach()  # the input is normalised, of length 1 already
     expected = numeric - unit * (unit * numeric).sum(1, keepdim=True)
     torch.testing.assert_close(z.grad, expected, rtol=1e-4, atol=1e-5)
 
@@ -92,8 +98,9 @@ def test_discriminator_has_the_published_layers():
         model = PatchDiscriminator(norm)
         convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
         assert [(c.in_channels, c.out_channels, c.stride[0], c.kernel_size[0], c.bias is not None)
-                for c in convolutions] == [(3, 64, 2, 4, True), (64, 128, 2, 4, False), (128, 256, 2, 4, False),
-                                           (256, 512, 1, 4, False), (512, 1, 1, 4, True)]
+                for c in convolutions] == [(3, 64, 2, 4, True), (64, 128, 2, 4, False),
+                                           (128, 256, 2, 4, False), (256, 512, 1, 4, False),
+                                           (512, 1, 1, 4, True)]
         assert sum(isinstance(module, kind) for module in model.modules()) == 3
         assert convolutions[1].weight.std().item() == pytest.approx(0.02, rel=0.05)
         assert model(torch.randn(2, 3, 64, 64)).shape == (2, 1, 6, 6)
@@ -132,7 +139,8 @@ def test_lpips_is_its_definition(lpips_files):
 @pytest.mark.parametrize("missing", ["vgg16.pth", "vgg.pth"])
 def test_missing_lpips_weights_say_how_to_go_on_without(lpips_files, tmp_path, missing):
     paths = [tmp_path / name if name == missing else lpips_files[0] / name for name in ("vgg16.pth", "vgg.pth")]
-    with pytest.raises(ValueError, match=f"{missing}: expected a file, found none; .* --perceptual-weight 0"):
+    with pytest.raises(ValueError,
+                       match=f"{missing}: expected a file, found none; .* --perceptual-weight 0"):
         load_lpips(*paths)
 
 
@@ -145,27 +153,30 @@ def test_ssim_is_that_of_a_gaussian_window():
         values = []
         for channel in range(3):
             a, b = first[..., channel], second[..., channel]
-            blur = lambda image: gaussian_filter(image, 1.5, truncate=5 / 1.5)[5:-5, 5:-5]  # noqa: E731
+            blur = lambda image: gaussian_filter(image, 1.5, truncate=5 / 1.5)[5:-5, 5:-5]
             ma, mb = blur(a), blur(b)
             va, vb, cov = blur(a * a) - ma**2, blur(b * b) - mb**2, blur(a * b) - ma * mb
             values.append((((2 * ma * mb + 6.5025) * (2 * cov + 58.5225))
                            / ((ma**2 + mb**2 + 6.5025) * (va + vb + 58.5225))).mean())
         expected.append(np.mean(values))
     assert np.allclose(ssim(torch.from_numpy(x), torch.from_numpy(y)), expected, rtol=1e-9)
-    assert torch.allclose(ssim(torch.from_numpy(x), torch.from_numpy(x)), torch.ones(2, dtype=torch.float64))
+    assert torch.allclose(ssim(torch.from_numpy(x), torch.from_numpy(x)),
+                          torch.ones(2, dtype=torch.float64))
 
 
 def make_trainer(**settings):
     torch.manual_seed(0)
     model, discriminator = VQModel(VQConfig("VQ-4-small", 48, 8)), PatchDiscriminator()
     defaults = build_parser().parse_args(["--data-path", "x"]).pick(TokenizerSettings)
-    settings = TokenizerSettings(**defaults | {"mixed_precision": "none", "disc_start": 1} | settings)
-    return TokenizerTrainer(Networks(model, discriminator), settings, OptimSettings(lr=1e-3), Session(0, 1, CPU),
-                            num_steps=10)
+    settings = TokenizerSettings(**defaults | {"mixed_precision": "none", "disc_start": 1} |
+                                 settings)
+    return TokenizerTrainer(Networks(model, discriminator), settings, OptimSettings(lr=1e-3),
+                            Session(0, 1, CPU), num_steps=10)
 
 
 def pictures(count=4):
-    return torch.randint(256, (count, 24, 24, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    return torch.randint(256, (count, 24, 24, 3), dtype=torch.uint8,
+                         generator=torch.Generator().manual_seed(1))
 
 
 def weights_of(module):
@@ -218,4 +229,5 @@ def test_revival_moves_unused_codes_only_and_onto_present_latents():
     after = trainer.model.quantize.embedding.weight.detach()
     assert count == int((~used).sum()) > 0
     assert torch.equal(after[used], before[used]) and not torch.equal(after[~used], before[~used])
-    assert torch.allclose(after[~used].norm(dim=1), torch.ones(count), atol=1e-5) and not trainer.used.any()
+    assert torch.allclose(after[~used].norm(dim=1), torch.ones(count),
+                          atol=1e-5) and not trainer.used.any()

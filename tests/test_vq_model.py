@@ -1,4 +1,5 @@
-"""VQ models against the published shapes and computed fixtures; the quantiser against its closed forms."""
+"""VQ models against the published shapes and computed fixtures; the quantiser against its closed
+forms."""
 
 import json
 import zlib
@@ -6,8 +7,8 @@ import zlib
 import pytest
 import torch
 import torch.nn.functional as F
-
 from conftest import FIXTURES
+
 from tokenizer.tokenizer_image.quantizer import Quantizer, full_float32, nearest_codes
 from tokenizer.tokenizer_image.vq_model import VQ_MODELS, VQConfig, VQModel, downsampling
 
@@ -18,7 +19,8 @@ def weights_by_rule(model):
     """The fixture's weights: seeded by the name of each tensor."""
     state = {}
     for name, tensor in model.state_dict().items():
-        noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+        noise = torch.randn(tensor.shape,
+                            generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
         if name.endswith("codebook_used"):
             noise = torch.zeros(tensor.shape)
         elif noise.dim() == 1:
@@ -63,7 +65,8 @@ def test_vq16_encodes_as_published(vq16, published):
     latents = vq16.encode(published["x"])
     assert relative_error(latents, published["z_e"]) < 2e-5
     is_clear = published["index_margin"] > 1e-5
-    assert torch.equal(vq16.quantize.codes(latents).flatten()[is_clear], published["indices"][is_clear])
+    assert torch.equal(vq16.quantize.codes(latents).flatten()[is_clear],
+                       published["indices"][is_clear])
 
 
 def test_vq16_decodes_codes_as_published(vq16, published):
@@ -91,7 +94,8 @@ def test_small_model_has_about_a_million_parameters():
     assert 0.4e6 < count < 1.2e6
 
 
-@pytest.mark.parametrize("config", [("VQ-2",), ("VQ-16", 0), ("VQ-16", -1, -1), ("VQ-8", 2**31), ("VQ-8", 1, 0)])
+@pytest.mark.parametrize("config", [("VQ-2",), ("VQ-16", 0), ("VQ-16", -1, -1), ("VQ-8", 2**31),
+                                    ("VQ-8", 1, 0)])
 def test_config_of_no_model_is_refused(config):
     with pytest.raises(ValueError, match="expected .* got"):
         VQConfig(*config)
@@ -123,7 +127,7 @@ def test_quantizer_output_and_usage_are_the_published_ones(trained_step):
     expected, quantizer, z_q, _, codes = trained_step
     assert torch.equal(codes.flatten(), expected["indices"])
     torch.testing.assert_close(z_q, expected["z_q"])
-    used = quantizer.codebook_used.unique()                      # the zeros that it starts with count as code 0
+    used = quantizer.codebook_used.unique()  # the zeros that it starts with count as code 0
     assert len(used) / expected["n_e"] == expected["usage"]
 
 
@@ -143,7 +147,8 @@ def test_codebook_loss_moves_codes_alone_and_commitment_moves_latents_alone():
     latents = torch.randn(2, 5, 3, 2, requires_grad=True)
     _, losses, _ = quantizer(latents)
     inputs = (latents, quantizer.embedding.weight)
-    from_codebook = torch.autograd.grad(losses.codebook, inputs, retain_graph=True, allow_unused=True)
+    from_codebook = torch.autograd.grad(losses.codebook, inputs, retain_graph=True,
+                                        allow_unused=True)
     from_commitment = torch.autograd.grad(losses.commitment, inputs, allow_unused=True)
     assert from_codebook[0] is None and from_codebook[1].any()
     assert from_commitment[0].any() and from_commitment[1] is None

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import Job, run_here, start, start_and_kill, without_time
+from waits import NoWaits
 
 from autoregressive.runtime.checkpoint import read_checkpoint, save_checkpoint
 from autoregressive.runtime.distributed import Session, keyed_random
 from autoregressive.runtime.loader import BatchOrder, read_ahead
 from autoregressive.runtime.optim import OptimSettings
-from processes import Job, run_here, start, start_and_kill, without_time
 from tokenizer.tokenizer_image import vq_trainer
 from tokenizer.tokenizer_image.crops import TrainingCrops
 from tokenizer.tokenizer_image.discriminator import PatchDiscriminator
@@ -19,12 +20,11 @@ from tokenizer.tokenizer_image.images import center_crop, open_dataset, random_c
 from tokenizer.tokenizer_image.loading import load_vq
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 from tokenizer.validation.metrics import codebook_usage
-from waits import NoWaits
 
 SCRIPT, VALIDATE = "tokenizer/tokenizer_image/vq_train.py", "tokenizer/validation/val.py"
-SMALL = ["--dataset", "digits", "--data-path", "val", "--image-size", "8", "--vq-model", "VQ-4-small",
-         "--codebook-size", "48", "--mixed-precision", "none", "--num-workers", "0", "--global-batch-size", "14",
-         "--perceptual-weight", "0", "--disc-weight", "0"]
+SMALL = ["--dataset", "digits", "--data-path", "val", "--image-size", "8", "--vq-model",
+         "VQ-4-small", "--codebook-size", "48", "--mixed-precision", "none", "--num-workers", "0",
+         "--global-batch-size", "14", "--perceptual-weight", "0", "--disc-weight", "0"]
 
 
 def train(results, *flags):
@@ -45,7 +45,8 @@ def test_an_epoch_visits_every_image_once_and_drops_the_last_incomplete_batch():
 def test_parts_of_processes_make_up_the_batch_and_a_later_start_continues_the_order():
     order = BatchOrder(23, 6, seed=1)
     whole = [order.rows(step)[1].tolist() for step in range(9)]
-    first, second = ([order.rows(step, part)[1].tolist() for step in range(9)] for part in (range(0, 3), range(3, 6)))
+    first, second = ([order.rows(step, part)[1].tolist() for step in range(9)]
+                     for part in (range(0, 3), range(3, 6)))
     assert [one + other for one, other in zip(first, second, strict=True)] == whole
     later = BatchOrder(23, 6, seed=1)
     assert [later.rows(step)[1].tolist() for step in range(5, 9)] == whole[5:]
@@ -81,7 +82,8 @@ BROKEN_ROWS = (2, 3, 17)
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Two folders of 24 pictures of one class: `whole`, and `broken`, of which three cannot be used."""
+    """Two folders of 24 pictures of one class: `whole`, and `broken`, of which three cannot be
+    used."""
     folder = tmp_path_factory.mktemp("photos")
     noise = np.random.default_rng(0)
     for name in ("whole", "broken"):
@@ -112,7 +114,8 @@ def test_in_place_of_a_broken_picture_comes_the_next_whole_one_in_every_worker(p
             assert np.array_equal(crop, expected[:, ::-1] if random.random() < 0.5 else expected)
     found = crops.failures(known=())
     assert {row: path for row, (path, _) in found.items()} == {row: f"a/{row:02d}.png" for row in BROKEN_ROWS}
-    assert all(path in reason for path, reason in found.values()) and not crops.failures(known=BROKEN_ROWS)
+    assert all(path in reason for path, reason in found.values()) and not crops.failures(
+        known=BROKEN_ROWS)
 
 
 @pytest.mark.parametrize("max_failures", [0.0, 0.12, 1.0])
@@ -120,10 +123,11 @@ def test_one_broken_picture_too_many_is_an_error(photos, tmp_path, max_failures)
     if max_failures == 1:
         (tmp_path / "a").mkdir()
         (tmp_path / "a" / "1.png").touch()
-    crops = TrainingCrops(open_dataset("imagenet", tmp_path if max_failures == 1 else photos / "broken"),
-                          BatchOrder(24, 6, seed=1), 16, 0.8, True, max_failures)
-    with pytest.raises(ValueError, match="1.png|expected images that can be read, found none" if max_failures == 1
-                       else "png: "):
+    crops = TrainingCrops(open_dataset("imagenet", tmp_path if max_failures == 1 else photos /
+                                       "broken"), BatchOrder(24, 6, seed=1), 16, 0.8, True,
+                          max_failures)
+    with pytest.raises(ValueError, match="1.png|expected images that can be read, found none"
+                       if max_failures == 1 else "png: "):
         for row in (0,) if max_failures == 1 else range(24):
             crops.crop(0, row)
 
@@ -190,8 +194,9 @@ def test_checkpoint_loads_strictly_and_says_what_it_was_trained_on(trained):
     model, _ = load_vq(trained / "vq.pt", VQConfig("VQ-4-small", 48, 8))
     assert len(model.quantize.codebook_used.unique()) > 1
     settings = read_checkpoint(trained / "vq.pt")["settings"]
-    assert settings.items() >= {"vq_model": "VQ-4-small", "codebook_size": 48, "codebook_embed_dim": 8,
-                                "image_size": 8, "dataset": "digits", "num_classes": 10, "steps": 18}.items()
+    assert settings.items() >= {"vq_model": "VQ-4-small", "codebook_size": 48,
+                                "codebook_embed_dim": 8, "image_size": 8, "dataset": "digits",
+                                "num_classes": 10, "steps": 18}.items()
 
 
 def test_result_and_pictures_lie_beside(trained):
@@ -206,17 +211,18 @@ def test_result_and_pictures_lie_beside(trained):
 def test_one_process_trains_as_two_and_a_finished_run_is_left_alone(trained, tmp_path, capsys):
     flags = ("--max-steps", "5", "--lr", "2e-3", "--log-every", "1")
     assert train(tmp_path, *flags) == 0
-    np.testing.assert_allclose(read_losses(tmp_path / "000-VQ-4-small"), read_losses(trained / "000-VQ-4-small")[:5],
-                               rtol=1e-4)
+    np.testing.assert_allclose(read_losses(tmp_path / "000-VQ-4-small"),
+                               read_losses(trained / "000-VQ-4-small")[:5], rtol=1e-4)
     assert "is finished" not in capsys.readouterr().out
     assert train(tmp_path, *flags) == 0
     assert "is finished" in capsys.readouterr().out
     assert len(list(tmp_path.iterdir())) == 1
 
 
-GAN = ("--image-size", "24", "--disc-weight", "0.5", "--disc-start", "3", "--disc-adaptive-weight", "--ema",
-       "--gradient-accumulation-steps", "2", "--global-batch-size", "6", "--revive-every", "4", "--log-every", "1",
-       "--ckpt-steps", "2", "--max-steps", "7", "--val-path", "val", "--val-every", "5")
+GAN = ("--image-size", "24", "--disc-weight", "0.5", "--disc-start", "3", "--disc-adaptive-weight",
+       "--ema", "--gradient-accumulation-steps", "2", "--global-batch-size", "6", "--revive-every",
+       "4", "--log-every", "1", "--ckpt-steps", "2", "--max-steps", "7", "--val-path", "val",
+       "--val-every", "5")
 
 
 def rows_of(results):
@@ -225,7 +231,8 @@ def rows_of(results):
 
 
 @pytest.mark.parametrize("processes", [0, pytest.param(2, marks=pytest.mark.long)])
-def test_killed_and_resumed_training_with_a_discriminator_ends_bit_for_bit_like_a_straight_one(tmp_path, processes):
+def test_killed_and_resumed_training_with_a_discriminator_ends_bit_for_bit_like_a_straight_one(
+    tmp_path, processes):
     common = [*SMALL, *GAN]
     straight = start(SCRIPT, *common, "--results-dir", tmp_path / "straight", processes=processes)
     assert straight.returncode == 0, straight.stderr
@@ -242,14 +249,15 @@ def test_killed_and_resumed_training_with_a_discriminator_ends_bit_for_bit_like_
     ends = [read_checkpoint(next((tmp_path / name).glob("*/checkpoints/0000007.pt")))
             for name in ("straight", "killed")]
     for kind in ("model", "discriminator", "ema"):
-        expected, found = (end[kind]["model"] if kind == "discriminator" else end[kind] for end in ends)
+        expected, found = (end[kind]["model"] if kind == "discriminator" else end[kind]
+                           for end in ends)
         assert all(torch.equal(expected[name], found[name]) for name in expected), kind
     assert ends[0]["steps"] == 7
     assert max(row.get("discriminator", 0) for row in rows_of(tmp_path / "killed")) > 0
 
 
-# In float32 the rounding of another batch size puts one of the discriminator's 218,000 leaky ReLUs on the other side of
-# zero, and that changes gradients by 1e-4 at once.
+# In float32 the rounding of another batch size puts one of the discriminator's 218,000 leaky ReLUs
+# on the other side of zero, and that changes gradients by 1e-4 at once.
 def train_in_double(*flags):
     torch.set_default_dtype(torch.float64)
     torch.Tensor.float = torch.Tensor.double
@@ -259,10 +267,12 @@ def train_in_double(*flags):
 def test_two_processes_train_both_networks_as_one(tmp_path):
     common = [*SMALL, *GAN, "--gradient-accumulation-steps", 1]
     for processes in (0, 2):
-        done = Job(train_in_double, *common, "--results-dir", tmp_path / f"{processes}", processes=processes).wait()
+        done = Job(train_in_double, *common, "--results-dir", tmp_path / f"{processes}",
+                   processes=processes).wait()
         assert done.returncode == 0, done.stderr
     for one, two in zip(*(rows_of(tmp_path / name) for name in "02"), strict=True):
-        for name in ("reconstruction", "codebook", "generator", "discriminator", "grad_norm", "val_psnr"):
+        for name in ("reconstruction", "codebook", "generator", "discriminator", "grad_norm",
+                     "val_psnr"):
             if name in one:
                 assert one[name] == pytest.approx(two[name], rel=1e-9, abs=1e-12), (one["step"], name)
 
@@ -285,7 +295,8 @@ def small_trainer():
     model = VQModel(VQConfig("VQ-4-small", 48, 8))
     optim = OptimSettings(lr=1e-4, ema=True)
     networks = vq_trainer.Networks(model, PatchDiscriminator())
-    return vq_trainer.TokenizerTrainer(networks, SETTINGS, optim, Session(0, 1, torch.device("cpu")), num_steps=9)
+    return vq_trainer.TokenizerTrainer(networks, SETTINGS, optim,
+                                       Session(0, 1, torch.device("cpu")), num_steps=9)
 
 
 def test_no_step_waits_for_the_device():
@@ -317,7 +328,8 @@ def test_validation_reconstructs_a_set_into_an_npz_for_rfid(trained, tmp_path):
         assert arrays["arr_0"].shape == (296, 8, 8, 3) and len(arrays["labels"]) == 296
         assert json.loads(str(arrays["settings"]))["kind"] == "reconstructions"
     numbers = json.loads((tmp_path / "r.json").read_text())
-    assert numbers["psnr"] == pytest.approx(json.loads((trained / "vq.json").read_text())["psnr"], abs=1e-6)
+    assert numbers["psnr"] == pytest.approx(json.loads((trained / "vq.json").read_text())["psnr"],
+                                            abs=1e-6)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r.json", "r.npz"]
 
 
@@ -333,8 +345,8 @@ def small_vq(tmp_path_factory):
 def validate(photos, name, small_vq, output, *flags):
     drop = SMALL.index("--mixed-precision")
     return run_here(VALIDATE, *SMALL[:drop], "--dataset", "imagenet", "--data-path", photos / name,
-                    "--image-size", 16, "--vq-ckpt", small_vq, "--num-workers", 0, "--batch-size", 1, "--vgg-path",
-                    "none", "--output", output, *flags)
+                    "--image-size", 16, "--vq-ckpt", small_vq, "--num-workers", 0, "--batch-size",
+                    1, "--vgg-path", "none", "--output", output, *flags)
 
 
 def test_validation_of_a_set_with_broken_pictures_is_that_of_the_whole_ones(photos, small_vq, tmp_path):
@@ -359,8 +371,8 @@ def test_validation_of_too_many_broken_pictures_leaves_a_list_and_nothing_else(p
 def test_codebook_of_one_code_trains_and_is_validated(photos, tmp_path, capsys):
     flags = ("--codebook-size", 1)
     assert run_here(SCRIPT, *SMALL, *flags, "--max-steps", 4, "--revive-every", 2,
-                    "--entropy-ratio", 0.1, "--val-path", "val", "--results-dir", tmp_path, "--output",
-                    tmp_path / "vq.pt") == 0
+                    "--entropy-ratio", 0.1, "--val-path", "val", "--results-dir", tmp_path,
+                    "--output", tmp_path / "vq.pt") == 0
     assert json.loads((tmp_path / "vq.json").read_text())["perplexity"] == pytest.approx(1)
     drop = SMALL.index("--mixed-precision")
     assert run_here(VALIDATE, *SMALL[:drop], *flags, "--vq-ckpt", tmp_path / "vq.pt", "--vgg-path",
@@ -371,11 +383,13 @@ def test_codebook_of_one_code_trains_and_is_validated(photos, tmp_path, capsys):
 def test_entropy_and_mixed_precision_train(tmp_path):
     flags = ("--max-steps", 2, "--entropy-ratio", 0.1, "--mixed-precision", "bf16")
     assert train(tmp_path, *flags) == 0
-    row, = [json.loads(line) for line in (tmp_path / "000-VQ-4-small" / "metrics.jsonl").read_text().splitlines()]
+    row, = [json.loads(line) for line in (tmp_path / "000-VQ-4-small" /
+                                          "metrics.jsonl").read_text().splitlines()]
     assert row["step"] == 2 and row["entropy"] != 0 and np.isfinite(row["reconstruction"])
 
 
 def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(tmp_path, monkeypatch):
-    monkeypatch.setitem(vq_trainer.RECONSTRUCTION_LOSSES, "l2", lambda a, b: (a - b).mean() * torch.nan)
+    monkeypatch.setitem(vq_trainer.RECONSTRUCTION_LOSSES, "l2", lambda a, b: (a - b).mean() *
+                        torch.nan)
     with pytest.raises(FloatingPointError, match="step 1"):
         train(tmp_path, "--max-steps", 2)

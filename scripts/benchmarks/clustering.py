@@ -2,15 +2,17 @@
 
     OMP_NUM_THREADS=1 python scripts/benchmarks/clustering.py --seeds 5
 
-Codebooks of V = 16384 codes of E = 8 dimensions, K = 128 clusters of 128. A: codes uniform on the sphere. B: 200 clumps
-of uneven weight. scikit-learn's KMeans has no balance to keep: its SSE is a yardstick, out of reach for balanced ones.
+Codebooks of V = 16384 codes of E = 8 dimensions, K = 128 clusters of 128. A: codes uniform on the
+sphere. B: 200 clumps of uneven weight. scikit-learn's KMeans has no balance to keep: its SSE is a
+yardstick, out of reach for balanced ones.
 """
 
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[2])      # the repository root instead of this folder
+    # The repository root instead of this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import numpy as np
 import torch
@@ -19,7 +21,13 @@ from threadpoolctl import threadpool_limits
 
 from autoregressive.runtime.entry import Parser, run
 from scripts.benchmarks.turns import timed
-from tokenizer.clustering import Clustering, balanced_sse, cluster_greedy, cluster_optimal, start_codes
+from tokenizer.clustering import (
+    Clustering,
+    balanced_sse,
+    cluster_greedy,
+    cluster_optimal,
+    start_codes,
+)
 
 NUM_CODES, DIMENSIONS, NUM_CLUSTERS = 16384, 8, 128
 PUBLISHED_SEED = 42
@@ -28,7 +36,8 @@ PUBLISHED_SEED = 42
 def build_parser():
     """Returns the parser of this script's command line."""
     parser = Parser("Compare balanced clusterings: SSE and CPU seconds.", has_seed=False)
-    parser.add_argument("--seeds", type=int, default=5, help="starts of the optimal method, from seed 0")
+    parser.add_argument("--seeds", type=int, default=5,
+                        help="starts of the optimal method, from seed 0")
     return parser
 
 
@@ -57,7 +66,8 @@ def cluster_unbalanced(codes):
 
 
 def cluster_as_published(codes, start):
-    """Runs Algorithm 1 the way it is written: code by code, through the clusters in order of distance."""
+    """Runs Algorithm 1 the way it is written: code by code, through the clusters in order of
+    distance."""
     points = torch.from_numpy(codes)
     centers, size = points[start], NUM_CODES // NUM_CLUSTERS
     for _ in range(100):
@@ -70,7 +80,8 @@ def cluster_as_published(codes, start):
                     counts[cluster] += 1
                     break
         old_centers = centers
-        centers = torch.stack([points[assignment == cluster].mean(dim=0) for cluster in range(NUM_CLUSTERS)])
+        centers = torch.stack([points[assignment == cluster].mean(dim=0)
+                               for cluster in range(NUM_CLUSTERS)])
         if torch.allclose(centers, old_centers):
             break
     return Clustering(assignment.numpy(), balanced_sse(codes, assignment.numpy(), NUM_CLUSTERS))

@@ -1,18 +1,21 @@
-"""CPU seconds of FID by the matrix square root and by eigenvalues, in turns; of precision/recall; of the network.
+"""CPU seconds of FID by the matrix square root and by eigenvalues, in turns; of precision/recall;
+of the network.
 
     OMP_NUM_THREADS=1 python scripts/benchmarks/evaluation.py --part fid
     python scripts/benchmarks/evaluation.py --part precision-recall             # all cores
     python scripts/benchmarks/evaluation.py --part network --num-images 4096    # GPU
 
-The features are synthetic: N x 2048, correlated, non-negative like Inception's pool features. The network is a stand-in
-of random weights with the operations and shapes of ADM's Inception; its time for 50,000 pictures is extrapolated.
+The features are synthetic: N x 2048, correlated, non-negative like Inception's pool features. The
+network is a stand-in of random weights with the operations and shapes of ADM's Inception; its time
+for 50,000 pictures is extrapolated.
 """
 
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[2])      # the repository root instead of this folder
+    # The repository root instead of this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import functools
 import tempfile
@@ -27,7 +30,14 @@ from autoregressive.runtime.speed import peak_memory_mib
 from evaluations.c2i.inception_torch import TorchInception
 from evaluations.c2i.metrics import feature_statistics, frechet_distance, precision_recall
 from scripts.benchmarks.inception_stand_in import build_inception
-from scripts.benchmarks.turns import Report, Values, add_report_args, benchmark_parser, compare, timed
+from scripts.benchmarks.turns import (
+    Report,
+    Values,
+    add_report_args,
+    benchmark_parser,
+    compare,
+    timed,
+)
 
 WIDTH = 2048
 PIXELS = 256                                        # of a picture that the network is given
@@ -36,12 +46,14 @@ PROTOCOL = 50000                                    # pictures of the published 
 
 def build_parser() -> Parser:
     """Returns the parser of this script's command line."""
-    parser = benchmark_parser("Compare ways to compute FID; measure precision and recall.", rounds=3)
+    parser = benchmark_parser("Compare ways to compute FID; measure precision and recall.",
+                              rounds=3)
     add_report_args(parser)
     parser.add_argument("--part", default="fid", choices=PARTS, help="what to measure")
     parser.add_argument("--num-images", type=int, default=10000,
                         help="features of each set, or pictures of the network")
-    parser.add_argument("--batch-size", type=at_least(1), default=64, help="pictures that the network takes together")
+    parser.add_argument("--batch-size", type=at_least(1), default=64,
+                        help="pictures that the network takes together")
     return parser
 
 
@@ -56,7 +68,8 @@ def make_features(count: int, seed: int) -> np.ndarray:
 def frechet_by_square_root(mu1, sigma1, mu2, sigma2):
     """Computes FID as published: the trace of the square root of a product of covariances."""
     root = scipy.linalg.sqrtm(sigma1 @ sigma2)
-    return float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * np.trace(root.real))
+    return float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 *
+                 np.trace(root.real))
 
 
 def compare_fid(args: Flags, device: torch.device) -> Values:
@@ -68,7 +81,8 @@ def compare_fid(args: Flags, device: torch.device) -> Values:
         value, seconds = timed(lambda: distance(*moments))
         return {"CPU seconds": seconds, "FID": value}
 
-    medians = compare("FID", measure, {"published": frechet_by_square_root, "ours": frechet_distance}, args.rounds)
+    medians = compare("FID", measure, {"published": frechet_by_square_root,
+                                       "ours": frechet_distance}, args.rounds)
     print(f"relative difference of the values {abs(medians['ours']['FID'] / medians['published']['FID'] - 1):.1e}")
     return medians
 
@@ -88,7 +102,8 @@ def measure_network(args: Flags, device: torch.device) -> Values:
         file.write(build_inception().SerializeToString())
         file.flush()
         network = TorchInception(file.name, device)
-    batch = np.random.default_rng(0).integers(256, size=(args.batch_size, PIXELS, PIXELS, 3), dtype=np.uint8)
+    batch = np.random.default_rng(0).integers(256, size=(args.batch_size, PIXELS, PIXELS, 3),
+                                              dtype=np.uint8)
     num_batches = -(-args.num_images // args.batch_size)
 
     def measure(_):
@@ -96,10 +111,12 @@ def measure_network(args: Flags, device: torch.device) -> Values:
         rate = num_batches * args.batch_size / seconds
         return {"images/s": rate, f"seconds of {PROTOCOL:,} (extrapolated)": PROTOCOL / rate}
 
-    return compare("network", measure, {"ours": None}, args.rounds, warm_up=int(device.type == "cuda"))
+    return compare("network", measure, {"ours": None}, args.rounds,
+                   warm_up=int(device.type == "cuda"))
 
 
-PARTS = {"fid": compare_fid, "precision-recall": measure_precision_recall, "network": measure_network}
+PARTS = {"fid": compare_fid, "precision-recall": measure_precision_recall,
+         "network": measure_network}
 TITLES = {"fid": "distance of Gaussians", "precision-recall": "precision and recall",
           "network": "Inception's shapes (stand-in)"}
 

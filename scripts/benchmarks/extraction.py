@@ -1,17 +1,20 @@
-"""Images per second of extraction: the published loop over single images and ours, on the same images in one run.
+"""Images per second of extraction: the published loop over single images and ours, on the same
+images in one run.
 
     python scripts/benchmarks/extraction.py                                     # CPU: several minutes
     python scripts/benchmarks/extraction.py --num-images 256 --precision bf16 --rounds 3        # GPU
 
-VQ-16 with random weights, ten crops; pictures are cut from the two photographs inside scikit-learn. Also: how far the
-precisions agree, and what reading, cutting and storing sustain when the encoder costs nothing.
+VQ-16 with random weights, ten crops; pictures are cut from the two photographs inside scikit-learn.
+Also: how far the precisions agree, and what reading, cutting and storing sustain when the encoder
+costs nothing.
 """
 
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[2])      # the repository root instead of this folder
+    # The repository root instead of this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import functools
 import statistics
@@ -26,10 +29,24 @@ from autoregressive.data.code_writer import CodeWriter
 from autoregressive.runtime.compute import PRECISIONS, set_up_compiler
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.entry import Flags, Parser, at_least, run
-from scripts.benchmarks.turns import Report, Values, add_report_args, benchmark_parser, compare, timed
+from scripts.benchmarks.turns import (
+    Report,
+    Values,
+    add_report_args,
+    benchmark_parser,
+    compare,
+    timed,
+)
 from tokenizer.tokenizer_image.crops import load_crops
 from tokenizer.tokenizer_image.encoding import CropEncoder, agreement, default_batch_size
-from tokenizer.tokenizer_image.images import center_crop, crop_names, cut_crops, enlarged_side, open_dataset, to_float
+from tokenizer.tokenizer_image.images import (
+    center_crop,
+    crop_names,
+    cut_crops,
+    enlarged_side,
+    open_dataset,
+    to_float,
+)
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 
 CROPS = crop_names(ten_crop=True, mirrored=True)
@@ -41,15 +58,20 @@ AGREEMENT_CROPS = 2
 
 def build_parser() -> Parser:
     """Returns the parser of this script's command line."""
-    parser = benchmark_parser("Compare ways to turn images into codes: images per second.", rounds=1)
+    parser = benchmark_parser("Compare ways to turn images into codes: images per second.",
+                              rounds=1)
     add_report_args(parser)
-    parser.add_argument("--num-images", type=int, default=8, help="images to encode, ten crops of each")
-    parser.add_argument("--image-size", type=at_least(16), default=256, help="pixels of a crop's side")
+    parser.add_argument("--num-images", type=int, default=8,
+                        help="images to encode, ten crops of each")
+    parser.add_argument("--image-size", type=at_least(16), default=256,
+                        help="pixels of a crop's side")
     parser.add_argument("--store-images", type=at_least(0), default=3000,
                         help="images of the loader and store alone; 0 leaves that out")
-    parser.add_argument("--precision", default="none", choices=tuple(PRECISIONS), help="of our encoder")
+    parser.add_argument("--precision", default="none", choices=tuple(PRECISIONS),
+                        help="of our encoder")
     parser.add_argument("--num-workers", type=int, default=2, help="of the loader and store alone")
-    parser.add_argument("--data-path", help="folder of class folders to read; default: 256 px JPEGs made here")
+    parser.add_argument("--data-path",
+                        help="folder of class folders to read; default: 256 px JPEGs made here")
     return parser
 
 
@@ -88,7 +110,8 @@ def compare_encoding(args: Flags, device: torch.device, folder: Path) -> Values:
 
     def measure(extract):
         rate = len(wholes) / timed(extract, device)[1]
-        return {"images/s": rate, "TFLOP/s of the encoder": rate * len(CROPS) * GFLOP * (size / 256)**2 / 1000}
+        return {"images/s": rate, "TFLOP/s of the encoder": rate * len(CROPS) * GFLOP *
+                (size / 256)**2 / 1000}
 
     medians = compare(f"{args.precision}, {batch_size} crops together (published: none, {len(CROPS)})", measure, {
         "published": lambda: extract_as_published(vq, encode, wholes, size, folder, device),
@@ -99,7 +122,8 @@ def compare_encoding(args: Flags, device: torch.device, folder: Path) -> Values:
     for precision in ("bf16", "fp16") if compiled else ("bf16",):
         half = CropEncoder(vq, device, precision, AGREEMENT_CROPS)
         rate = agreement(vq, half, wholes[:1], size, CROPS[:AGREEMENT_CROPS], device)
-        print(f"{precision} and float32 agree on {100 * rate:.2f} % of the codes (random weights)", flush=True)
+        print(f"{precision} and float32 agree on {100 * rate:.2f} % of the codes (random weights)",
+              flush=True)
     return medians | {"matrix products": {"TFLOP/s of the encoder": fastest}}
 
 
@@ -107,7 +131,8 @@ def matrix_tflops(precision: str, device: torch.device) -> float:
     """Returns the TFLOP/s of a large square matrix product."""
     side = 8192 if device.type == "cuda" else 2048
     matrix = torch.randn(side, side, device=device, dtype=PRECISIONS[precision])
-    return 2 * side**3 / statistics.median(timed(lambda: matrix @ matrix, device)[1] for _ in range(5)) / 1e12
+    return 2 * side**3 / statistics.median(timed(lambda: matrix @ matrix, device)[1]
+                                           for _ in range(5)) / 1e12
 
 
 def measure_store(args: Flags, folder: Path) -> Values:
@@ -119,14 +144,15 @@ def measure_store(args: Flags, folder: Path) -> Values:
             Image.fromarray(window).save(folder / "images" / "photo" / f"{number}.jpg", quality=95)
     dataset = open_dataset("imagenet", args.data_path or folder / "images")
     tokens = (size // 16) ** 2
-    writer = CodeWriter(folder / "codes", {"num_images": len(dataset), "num_crops": len(CROPS), "num_tokens": tokens,
-                                           "codebook_size": 16384})
+    writer = CodeWriter(folder / "codes", {"num_images": len(dataset), "num_crops": len(CROPS),
+                                           "num_tokens": tokens, "codebook_size": 16384})
     writer.create(dataset.labels)
 
     def extract():
-        for batch in load_crops(dataset, enlarged_side(size, CROP_RANGE), writer.rows.missing(STORE_BATCH),
-                                args.num_workers):
-            writer.write(batch.rows, np.zeros((len(batch.rows), len(CROPS), tokens), np.int64), batch.failures)
+        for batch in load_crops(dataset, enlarged_side(size, CROP_RANGE),
+                                writer.rows.missing(STORE_BATCH), args.num_workers):
+            writer.write(batch.rows, np.zeros((len(batch.rows), len(CROPS), tokens), np.int64),
+                         batch.failures)
 
     rate = len(dataset) / timed(extract, torch.device("cpu"))[1]
     print(f"loader and store alone: {rate:.0f} images/s with {args.num_workers} workers, {len(dataset)} images")

@@ -1,18 +1,21 @@
-"""Everything that one wants to know of a GPU, in ten minutes: first whether it is right, then how fast it is.
+"""Everything that one wants to know of a GPU, in ten minutes: first whether it is right, then how
+fast it is.
 
     python scripts/benchmarks/gpu.py --out results/gpu
     python scripts/benchmarks/gpu.py --out /tmp/gpu --device cpu --smoke        # tests this script, in tiny sizes
 
-Runs the other benchmarks one after the other, each in a process of its own and in its share of the time that is left.
-Rows are written into results.json and results.md in the folder as they come; what no longer fits into the time, or into
-the memory, is listed with the reason. Exit code 1 if anything failed.
+Runs the other benchmarks one after the other, each in a process of its own and in its share of the
+time that is left. Rows are written into results.json and results.md in the folder as they come;
+what no longer fits into the time, or into the memory, is listed with the reason. Exit code 1 if
+anything failed.
 """
 
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[2])      # the repository root instead of this folder
+    # The repository root instead of this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import datetime
 import os
@@ -87,12 +90,13 @@ def describe_machine(device: torch.device) -> dict[str, str]:
 
 
 def run_section(section: Section, args: Flags, device: torch.device, seconds: float) -> bool:
-    """Runs a section in at most `seconds` and some grace; says whether it went well. A failure is a row, too."""
+    """Runs a section in at most `seconds` and some grace; says whether it went well. A failure is a
+    row, too."""
     print(f"== {section.name}, {seconds:.0f} s", flush=True)
     words = (section.smoke if args.smoke else section.flags).split()
-    command = [sys.executable, FOLDER / section.script, "--device", device.type, "--report", args.out,
-               "--minutes", str(seconds / 60), *words]
-    process = subprocess.Popen(command, start_new_session=True)     # it may have processes of its own
+    command = [sys.executable, FOLDER / section.script, "--device", device.type, "--report",
+               args.out, "--minutes", str(seconds / 60), *words]
+    process = subprocess.Popen(command, start_new_session=True)  # it may have processes of its own
     note = ""
     try:
         code = process.wait(seconds + GRACE_SECONDS)
@@ -101,7 +105,7 @@ def run_section(section: Section, args: Flags, device: torch.device, seconds: fl
     except subprocess.TimeoutExpired:
         code = 0
         note = f"stopped after {seconds + GRACE_SECONDS:.0f} s"
-    finally:                                        # before a row is added: both read the file, change it and write it
+    finally:  # before a row is added: both read the file, change it and write it
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -114,7 +118,8 @@ def main(args: Flags, session: Session) -> None:
     results = Path(args.out) / RESULTS
     with checks(session):
         if results.exists():
-            raise ValueError(f"{results}: expected a folder without results, found these; choose another --out")
+            raise ValueError(
+                f"{results}: expected a folder without results, found these; choose another --out")
     results.parent.mkdir(parents=True, exist_ok=True)
     write_json(results, {"machine": describe_machine(session.device), "rows": []})
     end = time.monotonic() + 60 * args.minutes

@@ -1,17 +1,19 @@
-"""Whether a device computes what the CPU does: logits, losses, gradients, tokens, filters, recorded steps, resuming.
+"""Whether a device computes what the CPU does: logits, losses, gradients, tokens, filters, recorded
+steps, resuming.
 
     python scripts/benchmarks/gpu_correctness.py
     python scripts/benchmarks/gpu_correctness.py --device cpu --gpt-model GPT-tiny --grid 4        # tests this script
 
-Each row is a difference and the most that it may be. Weights are random; float32 is without TF32. Exit code 1 if a
-difference is too large.
+Each row is a difference and the most that it may be. Weights are random; float32 is without TF32.
+Exit code 1 if a difference is too large.
 """
 
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[2])      # the repository root instead of this folder
+    # The repository root instead of this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import copy
 import functools
@@ -45,7 +47,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NUM_CLASSES = 10
 CLUSTER_SIZE = 128
 LAMBDA_CCE = 1.0
-ROWS_AT_ONCE = 100                                  # of the fused loss: several chunks, the last of them not full
+ROWS_AT_ONCE = 100  # of the fused loss: several chunks, the last of them not full
 STEPS, RESUMED_AT = 6, 3
 SAMPLER = Sampler(cfg_scale=2.0, top_k=500, top_p=0.95)
 GREEDY = Sampler(cfg_scale=2.0, greedy=True)
@@ -60,7 +62,8 @@ def build_parser() -> Parser:
     parser = benchmark_parser("Compare what a device computes with what the CPU does.", rounds=1)
     add_report_args(parser)
     parser.add_argument("--gpt-model", default="GPT-B", choices=GPT_MODELS, help="size of the GPT")
-    parser.add_argument("--grid", type=at_least(1), default=12, help="side of the picture in tokens")
+    parser.add_argument("--grid", type=at_least(1), default=12,
+                        help="side of the picture in tokens")
     parser.add_argument("--batch-size", type=at_least(1), default=4, help="pictures")
     return parser
 
@@ -81,7 +84,8 @@ class Comparisons:
 
     def __init__(self, args: Flags, device: torch.device):
         torch.manual_seed(0)
-        config = gpt_config(args.gpt_model, grid=args.grid, num_classes=NUM_CLASSES, dropout=0.0, token_dropout=0.0)
+        config = gpt_config(args.gpt_model, grid=args.grid, num_classes=NUM_CLASSES, dropout=0.0,
+                            token_dropout=0.0)
         self.device = device
         self.on_cpu = GPT(config)
         torch.nn.init.normal_(self.on_cpu.output.weight, std=0.02)
@@ -99,7 +103,8 @@ class Comparisons:
     def loss_and_gradients(self, fused: bool, compiled: bool, precision: str) -> float:
         """Returns the larger of the differences of the loss and of all gradients together."""
         expected_loss, expected = self._differentiate(self.on_cpu, plain_head_loss, "none")
-        head_loss = functools.partial(fused_head_loss, rows_at_once=ROWS_AT_ONCE) if fused else plain_head_loss
+        head_loss = functools.partial(fused_head_loss,
+                                      rows_at_once=ROWS_AT_ONCE) if fused else plain_head_loss
         model = copy.deepcopy(self.model)
         if compiled:
             head_loss = torch.compile(head_loss)
@@ -114,18 +119,22 @@ class Comparisons:
         with autocast(device, precision):
             loss, _ = Objective(model, head_loss)(self.tokens.to(device), self.labels.to(device))
         gradients = torch.autograd.grad(loss, list(model.parameters()))
-        return loss.detach(), torch.cat([gradient.flatten().float().cpu() for gradient in gradients])
+        return loss.detach(), torch.cat([gradient.flatten().float().cpu()
+                                         for gradient in gradients])
 
     def greedy_tokens(self) -> float:
         expected = generate(self.on_cpu.eval(), self.labels, self.uniforms, GREEDY)
         return share_unequal(self._draw(self.model.eval(), GREEDY), expected)
 
-    def _draw(self, model: GPT, sampler: Sampler, steps: Steps | None = None, shift: int = 0) -> Tensor:
+    def _draw(self, model: GPT, sampler: Sampler, steps: Steps | None = None,
+              shift: int = 0) -> Tensor:
         labels = (self.labels + shift) % NUM_CLASSES
-        return generate(model, labels.to(self.device), self.uniforms.to(self.device), sampler, steps)
+        return generate(model, labels.to(self.device), self.uniforms.to(self.device), sampler,
+                        steps)
 
     def filters_and_draws(self) -> float:
-        logits = torch.randn(64, self.on_cpu.config.vocab_size).mul(2).round(decimals=3)        # with ties
+        # With ties
+        logits = torch.randn(64, self.on_cpu.config.vocab_size).mul(2).round(decimals=3)
         uniforms = torch.rand(64, dtype=torch.float64)
         unequal = []
         for top_k, top_p in ((0, 1.0), (100, 1.0), (0, 0.9), (500, 0.5)):
@@ -137,7 +146,8 @@ class Comparisons:
         return max(unequal)
 
     def recorded_and_eager_tokens(self) -> float:
-        """Returns the share of the tokens of two batches that differ, in float32: the second one is all replayed."""
+        """Returns the share of the tokens of two batches that differ, in float32: the second one is
+        all replayed."""
         expected = [self._draw(self.model.eval(), SAMPLER, shift=shift) for shift in (0, 1)]
         model = copy.deepcopy(self.model)
         steps = self._recorded(model)
@@ -145,7 +155,8 @@ class Comparisons:
         return share_unequal(torch.cat(found), torch.cat(expected))
 
     def recorded_and_called_tokens(self) -> float:
-        """Returns the share of tokens that differ in bf16 when the same compiled steps are not recorded, but called."""
+        """Returns the share of tokens that differ in bf16 when the same compiled steps are not
+        recorded, but called."""
         model = copy.deepcopy(self.model).eval().cast(torch.bfloat16)
         steps = self._recorded(model)
         called = CapturedSteps(model, CalledAgain)
@@ -159,10 +170,12 @@ class Comparisons:
         return CapturedSteps(compile_decoding(model) if is_gpu else model)
 
     def resumed_training(self) -> float:
-        """Returns how far resumed weights are from those of an uninterrupted run, in steps since the resumption."""
+        """Returns how far resumed weights are from those of an uninterrupted run, in steps since
+        the resumption."""
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            flags = write_random_codes(folder, count=32, grid=4, vocab_size=256, num_classes=NUM_CLASSES)
+            flags = write_random_codes(folder, count=32, grid=4, vocab_size=256,
+                                       num_classes=NUM_CLASSES)
             flags += (f"--gpt-model GPT-tiny --cluster-size 16 --mixed-precision none --global-batch-size 8 "
                       f"--max-steps {STEPS} --ckpt-steps {RESUMED_AT} --num-workers 0 "
                       f"--device {self.device.type}").split()
@@ -187,7 +200,8 @@ def train(flags: list[str], results: Path) -> None:
 
 def flat_weights(path: Path) -> Tensor:
     """Returns the weights of a checkpoint as one vector."""
-    return torch.cat([weight.flatten().double() for weight in read_checkpoint(path)["model"].values()])
+    return torch.cat([weight.flatten().double()
+                      for weight in read_checkpoint(path)["model"].values()])
 
 
 def judge(difference: Callable[[], float], tolerance: float) -> Values:

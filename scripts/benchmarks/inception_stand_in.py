@@ -1,4 +1,5 @@
-"""A frozen graph of random weights with the node names, operations and layer shapes of ADM's Inception."""
+"""A frozen graph of random weights with the node names, operations and layer shapes of ADM's
+Inception."""
 
 import numpy as np
 from tensorboard.compat.proto.graph_pb2 import GraphDef
@@ -13,7 +14,7 @@ class GraphBuilder:
 
     def __init__(self, seed=0):
         self.graph = GraphDef()
-        self.graph.versions.producer = 8                            # newer ones may not hold the old batch norm
+        self.graph.versions.producer = 8  # newer ones may not hold the old batch norm
         self.random = np.random.default_rng(seed)
 
     def node(self, name, op, inputs=(), **attributes):
@@ -46,7 +47,8 @@ class GraphBuilder:
         source, width = source
         fan_in = rows * columns * width
         weight = self.random.standard_normal((rows, columns, width, channels)) * np.sqrt(2 / fan_in)
-        numbers = {"beta": 0.1 * self.random.standard_normal(channels), "gamma": self.random.random(channels),
+        numbers = {"beta": 0.1 * self.random.standard_normal(channels),
+                   "gamma": self.random.random(channels),
                    "moving_mean": 0.1 * self.random.standard_normal(channels),
                    "moving_variance": 0.5 + self.random.random(channels)}
         self.constant(f"{name}/conv2d_params", weight.astype(np.float32))
@@ -58,7 +60,8 @@ class GraphBuilder:
                   [f"{name}/Conv2D", *(f"{name}/batchnorm/{key}" for key in
                                        ("moving_mean", "moving_variance", "beta", "gamma"))],
                   T=DT_FLOAT, variance_epsilon=0.001, scale_after_normalization=False)
-        self.node(f"{name}/CheckNumerics", "CheckNumerics", [f"{name}/batchnorm"], T=DT_FLOAT, message=b"")
+        self.node(f"{name}/CheckNumerics", "CheckNumerics", [f"{name}/batchnorm"], T=DT_FLOAT,
+                  message=b"")
         self.node(f"{name}/control_dependency", "Identity", [f"{name}/batchnorm", f"^{name}/CheckNumerics"],
                   T=DT_FLOAT)
         return self.node(name, "Relu", [f"{name}/control_dependency"], T=DT_FLOAT), channels
@@ -69,14 +72,17 @@ class GraphBuilder:
 
     def join(self, name, *parts):
         axis = self.constant(f"{name}/concat_dim", np.array(3, np.int32))
-        joined = self.node(name, "Concat", [axis, *(part[0] for part in parts)], N=len(parts), T=DT_FLOAT)
+        joined = self.node(name, "Concat", [axis, *(part[0] for part in parts)], N=len(parts),
+                           T=DT_FLOAT)
         return joined, sum(part[1] for part in parts)
 
     def tower(self, name, source, *units):
-        """Units one after the other, each (rows, columns, channels); with a stride behind them they are VALID."""
+        """Units one after the other, each (rows, columns, channels); with a stride behind them they
+        are VALID."""
         for number, (rows, columns, channels, *stride) in enumerate(units):
             more = {"stride": stride[0], "padding": VALID} if stride else {}
-            source = self.unit(f"{name}/conv{f'_{number}' if number else ''}", source, rows, columns, channels, **more)
+            source = self.unit(f"{name}/conv{f'_{number}' if number else ''}", source, rows,
+                               columns, channels, **more)
         return source
 
     def average(self, name, source, kind="AvgPool"):
@@ -94,7 +100,8 @@ def build_inception(seed=0):
     b.constant("ExpandDims/dim", np.array(0, np.int32))
     b.node("ExpandDims", "ExpandDims", ["Cast", "ExpandDims/dim"], T=DT_FLOAT)
     b.constant("ResizeBilinear/size", np.array([299, 299], np.int32))
-    b.node("ResizeBilinear", "ResizeBilinear", ["ExpandDims", "ResizeBilinear/size"], T=DT_FLOAT, align_corners=False)
+    b.node("ResizeBilinear", "ResizeBilinear", ["ExpandDims", "ResizeBilinear/size"], T=DT_FLOAT,
+           align_corners=False)
     b.constant("Sub/y", np.array(128, np.float32))
     b.node("Sub", "Sub", ["ResizeBilinear", "Sub/y"], T=DT_FLOAT)
     b.constant("Mul/y", np.array(1 / 128, np.float32))
@@ -112,7 +119,8 @@ def build_inception(seed=0):
                    b.tower(f"{name}/tower_1", x, (1, 1, 64), (3, 3, 96), (3, 3, 96)),
                    b.tower(f"{name}/tower_2", b.average(f"{name}/tower_2", x), (1, 1, channels)))
     x = b.join("mixed_3/join", b.unit("mixed_3/conv", x, 3, 3, 384, 2, VALID),
-               b.tower("mixed_3/tower", x, (1, 1, 64), (3, 3, 96), (3, 3, 96, 2)), b.pool("mixed_3/pool", x))
+               b.tower("mixed_3/tower", x, (1, 1, 64), (3, 3, 96), (3, 3, 96, 2)),
+               b.pool("mixed_3/pool", x))
     for number, c in ((4, 128), (5, 160), (6, 160), (7, 192)):
         name = f"mixed_{number}"
         x = b.join(f"{name}/join", b.unit(f"{name}/conv", x, 1, 1, 192),
@@ -125,8 +133,8 @@ def build_inception(seed=0):
     for name, kind in (("mixed_9", "AvgPool"), ("mixed_10", "MaxPool")):
         middle = b.tower(f"{name}/tower", x, (1, 1, 384))
         other = b.tower(f"{name}/tower_1", x, (1, 1, 448), (3, 3, 384))
-        x = b.join(f"{name}/join", b.unit(f"{name}/conv", x, 1, 1, 320), *b.pair(f"{name}/tower/mixed", middle),
-                   *b.pair(f"{name}/tower_1/mixed", other),
+        x = b.join(f"{name}/join", b.unit(f"{name}/conv", x, 1, 1, 320),
+                   *b.pair(f"{name}/tower/mixed", middle), *b.pair(f"{name}/tower_1/mixed", other),
                    b.tower(f"{name}/tower_2", b.average(f"{name}/tower_2", x, kind), (1, 1, 192)))
     x, channels = b.pool("pool_3", x, "AvgPool", 8, 1)
     assert channels == 2048

@@ -1,15 +1,18 @@
-"""Peak memory of a GPU: training as train_c2i.py does it, and sampling, as torch counts what it allocates.
+"""Peak memory of a GPU: training as train_c2i.py does it, and sampling, as torch counts what it
+allocates.
 
     python scripts/benchmarks/memory.py                                         # GPT-B to XXL, on an 80 GB GPU
 
-Not counted are what CUDA itself and its libraries hold, half a GB or more. Every training is a process of its own.
+Not counted are what CUDA itself and its libraries hold, half a GB or more. Every training is a
+process of its own.
 """
 
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[2])      # the repository root instead of this folder
+    # The repository root instead of this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import functools
 import json
@@ -42,7 +45,7 @@ from scripts.benchmarks.turns import (
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 
 TRAIN = Path(__file__).resolve().parents[2] / "autoregressive" / "train" / "train_c2i.py"
-STEPS = 2                                           # the second one has moments, but no more memory than that
+STEPS = 2  # the second one has moments, but no more memory than that
 
 
 def build_parser() -> Parser:
@@ -52,18 +55,20 @@ def build_parser() -> Parser:
     add_size_args(parser, GPT_MODELS)
     parser.set_defaults(gpt_models=["GPT-B", "GPT-L", "GPT-XL", "GPT-XXL"], grids=[16, 24])
     parser.add_argument("--train-images", type=at_least(1), default=32, help="images of a step")
-    parser.add_argument("--sample-images", type=at_least(1), default=128, help="pictures drawn together, with guidance")
+    parser.add_argument("--sample-images", type=at_least(1), default=128,
+                        help="pictures drawn together, with guidance")
     return parser
 
 
 def training_memory(name: str, grid: int, num_images: int, flags: list[str]) -> Values:
-    """Returns the peak of a short training with more flags. Raises RuntimeError, or OutOfMemoryError, if it fails."""
+    """Returns the peak of a short training with more flags. Raises RuntimeError, or
+    OutOfMemoryError, if it fails."""
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
         data = write_random_codes(folder, num_images * STEPS, grid, VOCAB_SIZE, NUM_CLASSES)
-        command = [sys.executable, TRAIN, *data, *flags, "--gpt-model", name, "--global-batch-size", str(num_images),
-                   "--max-steps", str(STEPS), "--log-every", "1", "--num-workers", "0", "--no-local-save",
-                   "--device", "cuda", "--results-dir", folder / "runs"]
+        command = [sys.executable, TRAIN, *data, *flags, "--gpt-model", name, "--global-batch-size",
+                   str(num_images), "--max-steps", str(STEPS), "--log-every", "1", "--num-workers",
+                   "0", "--no-local-save", "--device", "cuda", "--results-dir", folder / "runs"]
         done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         if done.returncode:
             is_memory = "OutOfMemoryError" in done.stdout
@@ -94,17 +99,21 @@ def sampling_memory(name: str, grid: int, num_images: int, device: torch.device)
 def main(args: Flags, session: Session) -> None:
     with checks(session):
         if session.device.type != "cuda":
-            raise ValueError(f"--device: expected a GPU, whose memory is measured, got {session.device.type}")
+            raise ValueError(
+                f"--device: expected a GPU, whose memory is measured, got {session.device.type}")
     set_up_compiler(session.device, "raise")
     report = Report("memory", args.report, args.minutes)
     work = {}
     for name in args.gpt_models:
         for grid in args.grids:
             for flags in ([], ["--checkpoint-activations"]):
-                title = " ".join([f"{name}, {grid * grid} tokens, training {args.train_images} images", *flags])
-                work[title] = functools.partial(training_memory, name, grid, args.train_images, flags)
+                title = " ".join(
+                    [f"{name}, {grid * grid} tokens, training {args.train_images} images", *flags])
+                work[title] = functools.partial(training_memory, name, grid, args.train_images,
+                                                flags)
             title = f"{name}, {grid * grid} tokens, sampling {args.sample_images} guided images"
-            work[title] = functools.partial(sampling_memory, name, grid, args.sample_images, session.device)
+            work[title] = functools.partial(sampling_memory, name, grid, args.sample_images,
+                                            session.device)
     for title, measure in work.items():
         report.measure(title, measure)
     report.finish()

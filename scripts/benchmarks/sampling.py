@@ -4,18 +4,20 @@
     python scripts/benchmarks/sampling.py --gpt-models GPT-B GPT-L GPT-XL --grids 16 24 --batch-sizes 128 32 512 \
         --precision bf16 --compile --decode                                     # GPU
 
-Random weights, guidance 2. The published way: math attention over the full length of the cache by a mask, keys and
-values through repeat_interleave, torch.multinomial. Beside the rates stands the roofline: weights, keys and values that
-a step reads, over the measured copy bandwidth. With --compile both ways have their blocks compiled and, on a GPU, their
-steps recorded as CUDA graphs (the published code compiles its whole model instead, which takes minutes for every size);
-they share one cache there. What does not fit into a GPU's memory is skipped with the arithmetic.
+Random weights, guidance 2. The published way: math attention over the full length of the cache by a
+mask, keys and values through repeat_interleave, torch.multinomial. Beside the rates stands the
+roofline: weights, keys and values that a step reads, over the measured copy bandwidth. With
+--compile both ways have their blocks compiled and, on a GPU, their steps recorded as CUDA graphs
+(the published code compiles its whole model instead, which takes minutes for every size); they
+share one cache there. What does not fit into a GPU's memory is skipped with the arithmetic.
 """
 
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[2])      # the repository root instead of this folder
+    # The repository root instead of this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import copy
 import functools
@@ -56,7 +58,7 @@ from scripts.benchmarks.turns import (
 from tokenizer.tokenizer_image.vq_model import VQ_MODELS, VQConfig, VQModel
 
 SAMPLER = Sampler(cfg_scale=2.0)
-LIVE_MAPS = 8                                       # of the VQ decoder's widest feature maps, at once
+LIVE_MAPS = 8  # of the VQ decoder's widest feature maps, at once
 
 
 def build_parser() -> Parser:
@@ -64,10 +66,14 @@ def build_parser() -> Parser:
     parser = benchmark_parser("Compare ways to sample: tokens and images per second.", rounds=3)
     add_report_args(parser)
     add_size_args(parser, GPT_MODELS)
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[2, 16], help="pictures drawn together")
-    parser.add_argument("--precision", default="none", choices=tuple(PRECISIONS), help="of weights and cache")
-    parser.add_argument("--compile", action="store_true", help="compile both ways; on a GPU also record their steps")
-    parser.add_argument("--decode", action="store_true", help="decode the tokens of ours to pictures, too")
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[2, 16],
+                        help="pictures drawn together")
+    parser.add_argument("--precision", default="none", choices=tuple(PRECISIONS),
+                        help="of weights and cache")
+    parser.add_argument("--compile", action="store_true",
+                        help="compile both ways; on a GPU also record their steps")
+    parser.add_argument("--decode", action="store_true",
+                        help="decode the tokens of ours to pictures, too")
     return parser
 
 
@@ -92,7 +98,8 @@ class PublishedWay:
         self.is_recorded = compiled and device.type == "cuda"
         self.graph = None
         # What a recorded step reads and writes stays in place.
-        self.x = torch.empty(2 * batch_size, 1, model.config.width, dtype=model.norm.weight.dtype, device=device)
+        self.x = torch.empty(2 * batch_size, 1, model.config.width, dtype=model.norm.weight.dtype,
+                             device=device)
         self.index = torch.zeros(1, dtype=torch.int64, device=device)
 
     @torch.inference_mode()
@@ -105,7 +112,7 @@ class PublishedWay:
             self.index.copy_(self.positions[position:position + 1])
             self._run_step()
             logits = guide(self.logits, SAMPLER.cfg_scale)
-            tokens.append(torch.multinomial(logits.softmax(-1), num_samples=1))                 # (B, 1)
+            tokens.append(torch.multinomial(logits.softmax(-1), num_samples=1))  # (B, 1)
             x = self.model.tok_embeddings(tokens[-1].repeat(2, 1))
         return torch.cat(tokens, dim=1)
 
@@ -116,18 +123,20 @@ class PublishedWay:
         self._step()
         if self.is_recorded:
             self.graph = CUDACapture()(self._step)
-            self.graph.replay()                     # recording computed nothing of what `_step` has just named
+            self.graph.replay()  # recording computed nothing of what `_step` has just named
 
     def _step(self) -> None:
         x = self.x
         table = self.model.rotary[self.index]
-        mask = self.mask[self.index][None, None]                                                # (1, 1, 1, L)
-        for layer, keys, values in zip(self.model.layers, self.cache.keys, self.cache.values, strict=True):
+        mask = self.mask[self.index][None, None]  # (1, 1, 1, L)
+        for layer, keys, values in zip(self.model.layers, self.cache.keys, self.cache.values,
+                                       strict=True):
             x = self.block(layer, x, table, self.index, keys, values, mask)
-        self.logits = self.model.output(self.model.norm(x))[:, 0].float()                       # (2B, V)
+        self.logits = self.model.output(self.model.norm(x))[:, 0].float()  # (2B, V)
 
     def _block(self, layer, x, table, index, keys, values, mask):
-        x = x + self._attend(layer.attention, layer.attention_norm(x), table, index, keys, values, mask)
+        x = x + self._attend(layer.attention, layer.attention_norm(x), table, index, keys, values,
+                             mask)
         return x + layer.feed_forward(layer.ffn_norm(x))
 
     def _attend(self, attention, x, table, index, keys, values, mask):
@@ -144,7 +153,8 @@ def copy_bandwidth(device: torch.device) -> float:
     """Returns the bytes per second that a copy of a large array reads and writes."""
     source = torch.ones((2**31 if device.type == "cuda" else 2**28) // 4, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / statistics.median(timed(lambda: target.copy_(source), device)[1] for _ in range(5))
+    return 2 * source.nbytes / statistics.median(timed(lambda: target.copy_(source), device)[1]
+                                                 for _ in range(5))
 
 
 def weight_bytes(model: GPT, dtype: torch.dtype) -> int:
@@ -159,17 +169,21 @@ def cache_bytes(config: GPTConfig, batch_size: int, dtype: torch.dtype) -> int:
 
 
 def step_bytes(model: GPT, batch_size: int, dtype: torch.dtype) -> float:
-    """Returns the bytes that a step reads on average: weights, and the filled keys and values of all rows."""
+    """Returns the bytes that a step reads on average: weights, and the filled keys and values of
+    all rows."""
     looked_up = dtype.itemsize * model.tok_embeddings.weight.numel()
     return weight_bytes(model, dtype) - looked_up + cache_bytes(model.config, batch_size, dtype) / 2
 
 
 def temporary_bytes(config: GPTConfig, batch_size: int, dtype: torch.dtype) -> dict[str, int]:
-    """Returns the bytes that a step of either way holds beside weights and cache, about, if it is compiled."""
-    # Logits of 2 B rows in `dtype` and float32; of B rows guided, scaled, their softmax and its cumulative sums. All of
-    # it twice: of the first step, which runs as it is, and of the recorded ones.
+    """Returns the bytes that a step of either way holds beside weights and cache, about, if it is
+    compiled."""
+    # Logits of 2 B rows in `dtype` and float32; of B rows guided, scaled, their softmax and its
+    # cumulative sums. All of it twice: of the first step, which runs as it is, and of the recorded
+    # ones.
     logits = 2 * batch_size * config.vocab_size * (2 * (dtype.itemsize + 4) + 3 * 4 + 3 * 8)
-    repeated = cache_bytes(config, batch_size, dtype) // config.num_layers          # keys and values of one layer
+    # Keys and values of one layer
+    repeated = cache_bytes(config, batch_size, dtype) // config.num_layers
     return {"published": logits + repeated, "ours": logits}
 
 
@@ -179,10 +193,12 @@ def decoder_bytes(grid: int, tile: int, dtype: torch.dtype) -> int:
 
 
 def check_fits(free: float, **parts: float) -> None:
-    """Raises DoesNotFit, with the arithmetic, if the parts need more than the free memory, all in bytes."""
+    """Raises DoesNotFit, with the arithmetic, if the parts need more than the free memory, all in
+    bytes."""
     if sum(parts.values()) > free:
         terms = " + ".join(f"{name} {size / 2**30:.1f}" for name, size in parts.items())
-        raise DoesNotFit(f"{terms} = {sum(parts.values()) / 2**30:.1f} GiB, free are {free / 2**30:.1f} GiB")
+        raise DoesNotFit(
+            f"{terms} = {sum(parts.values()) / 2**30:.1f} GiB, free are {free / 2**30:.1f} GiB")
 
 
 def free_bytes(device: torch.device) -> float:
@@ -202,7 +218,8 @@ def make_model(config: GPTConfig, dtype: torch.dtype, device: torch.device) -> G
     return model.to(device).cast(dtype)
 
 
-def compare_ways(args: Flags, config: GPTConfig, batch_size: int, bandwidth: float, device: torch.device) -> Values:
+def compare_ways(args: Flags, config: GPTConfig, batch_size: int, bandwidth: float,
+                 device: torch.device) -> Values:
     """Measures both ways for one size, prints their rates and returns them with the roofline's."""
     dtype = PRECISIONS[args.precision]
     is_gpu = device.type == "cuda"
@@ -238,8 +255,8 @@ def compare_ways(args: Flags, config: GPTConfig, batch_size: int, bandwidth: flo
     if args.decode:
         vq = VQModel(VQConfig(VQ)).eval().requires_grad_(False)
         place_decoder(vq, dtype, device, args.compile)
-        pipeline = Pipeline(ours, vq, SAMPLER, image_size=config.grid * DOWNSAMPLING, decode_batch_size=tile,
-                            steps=steps)
+        pipeline = Pipeline(ours, vq, SAMPLER, image_size=config.grid * DOWNSAMPLING,
+                            decode_batch_size=tile, steps=steps)
         ways["ours, decoded"] = lambda: pipeline.decode(ways["ours"]()).cpu()
 
     def measure(work):

@@ -1,17 +1,20 @@
-"""Time and memory of head and losses, and of whole training steps: the published way and ours, in turns.
+"""Time and memory of head and losses, and of whole training steps: the published way and ours, in
+turns.
 
     OMP_NUM_THREADS=1 python scripts/benchmarks/train_step.py                   # CPU: head and losses of GPT-B
     python scripts/benchmarks/train_step.py --part step --gpt-models GPT-B GPT-L GPT-XL --grids 16 24 --batch-size 32
 
-The published way: float32 logits, logsumexp over a (B * T, K, S) view, two cross-entropies, three .item() a step. On a
-GPU both have their blocks and their loss compiled (the published code compiles its whole model, which takes minutes).
+The published way: float32 logits, logsumexp over a (B * T, K, S) view, two cross-entropies, three
+.item() a step. On a GPU both have their blocks and their loss compiled (the published code compiles
+its whole model, which takes minutes).
 """
 
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[2])      # the repository root instead of this folder
+    # The repository root instead of this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import functools
 import itertools
@@ -52,16 +55,19 @@ STEPS = {"cpu": 2, "cuda": 10}                      # of one measurement of whol
 
 def build_parser() -> Parser:
     """Returns the parser of this script's command line."""
-    parser = benchmark_parser("Compare ways to train: seconds and memory of head and losses, or of steps.", rounds=5)
+    parser = benchmark_parser(
+        "Compare ways to train: seconds and memory of head and losses, or of steps.", rounds=5)
     add_report_args(parser)
     add_size_args(parser, GPT_MODELS)
-    parser.add_argument("--part", default="head", choices=PARTS, help="head and losses alone, or whole steps")
+    parser.add_argument("--part", default="head", choices=PARTS,
+                        help="head and losses alone, or whole steps")
     parser.add_argument("--batch-size", type=int, default=4, help="images of a step")
     return parser
 
 
 def published_loss(features: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the loss of features (N, D) as published, from all logits at once, and its parts (3,)."""
+    """Returns the loss of features (N, D) as published, from all logits at once, and its parts
+    (3,)."""
     logits = F.linear(features, head).float()                                       # (N, V)
     cluster_logits = logits.unflatten(-1, (-1, CLUSTER_SIZE)).logsumexp(-1)         # (N, K)
     token_loss = F.cross_entropy(logits, targets)
@@ -72,14 +78,16 @@ def published_loss(features: Tensor, head: Tensor, targets: Tensor) -> tuple[Ten
 
 def our_loss(features: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the loss of features (N, D) as train_c2i.py computes it, and its parts (3,)."""
-    return fused_head_loss(features, head, targets, CLUSTER_SIZE, 1.0, CHUNK_ROWS[features.device.type])
+    return fused_head_loss(features, head, targets, CLUSTER_SIZE, 1.0,
+                           CHUNK_ROWS[features.device.type])
 
 
 LOSSES = {"published": published_loss, "ours": our_loss}
 
 
 def compare_head(args: Flags, name: str, grid: int, session: Session, title: str) -> Values:
-    """Measures CPU (or GPU) seconds of head and losses, forward and backward, and their peak extra memory."""
+    """Measures CPU (or GPU) seconds of head and losses, forward and backward, and their peak extra
+    memory."""
     device = session.device
     width = GPT_MODELS[name].width
     torch.manual_seed(0)
@@ -98,14 +106,17 @@ def compare_head(args: Flags, name: str, grid: int, session: Session, title: str
     def measure(loss_of):
         step(loss_of)                               # warms up
         start_memory = reset_peak(device)
-        seconds = [timed(lambda: step(loss_of), device if device.type == "cuda" else None)[1] for _ in range(3)]
-        return {"seconds": statistics.median(seconds), "megabytes": (peak(device) - start_memory) / 1e6}
+        seconds = [timed(lambda: step(loss_of), device if device.type == "cuda" else None)[1]
+                   for _ in range(3)]
+        return {"seconds": statistics.median(seconds), "megabytes": (peak(device) - start_memory) /
+                1e6}
 
     return compare(title, measure, LOSSES, args.rounds)
 
 
 def compare_steps(args: Flags, name: str, grid: int, session: Session, title: str) -> Values:
-    """Measures rates, model FLOP utilisation, and peak memory beyond weights and optimizer, of whole steps."""
+    """Measures rates, model FLOP utilisation, and peak memory beyond weights and optimizer, of
+    whole steps."""
     device = session.device
     is_gpu = device.type == "cuda"
     config = gpt_config(name, grid=grid, vocab_size=VOCAB_SIZE, num_classes=NUM_CLASSES)
@@ -114,7 +125,8 @@ def compare_steps(args: Flags, name: str, grid: int, session: Session, title: st
              torch.randint(NUM_CLASSES, (args.batch_size,)))
     if is_gpu:
         batch = tuple(tensor.pin_memory() for tensor in batch)
-    num_parameters = sum(parameter.numel() for parameter in trainers[our_loss].optimizer.model.parameters())
+    num_parameters = sum(parameter.numel()
+                         for parameter in trainers[our_loss].optimizer.model.parameters())
 
     def measure(loss_of):
         start_memory = reset_peak(device)
@@ -135,7 +147,8 @@ def compare_steps(args: Flags, name: str, grid: int, session: Session, title: st
 
 
 def make_trainer(config: GPTConfig, loss_of: Callable, session: Session) -> GPTTrainer:
-    """Returns a trainer of random weights; on a GPU its blocks and its loss are compiled and it computes in bf16."""
+    """Returns a trainer of random weights; on a GPU its blocks and its loss are compiled and it
+    computes in bf16."""
     device = session.device
     torch.manual_seed(0)
     with device:
@@ -159,20 +172,23 @@ def reset_peak(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
-    Path("/proc/self/clear_refs").write_text("5")   # Linux: the peak becomes the present resident size
+    # Linux: the peak becomes the present resident size
+    Path("/proc/self/clear_refs").write_text("5")
     return resident_bytes("VmRSS")
 
 
 def peak(device: torch.device) -> int:
     """Returns the peak of memory since reset_peak, in bytes."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_bytes("VmHWM")
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_bytes(
+        "VmHWM")
 
 
 def main(args: Flags, session: Session) -> None:
     if session.device.type == "cuda":
         set_up_compiler(session.device, "raise")
         set_up_gpu(tf32=True, cudnn_attention=False)            # as train_c2i.py by default
-    report = Report("training" if args.part == "step" else "head and losses", args.report, args.minutes)
+    report = Report("training" if args.part == "step" else "head and losses", args.report,
+                    args.minutes)
     for grid, name in itertools.product(args.grids, args.gpt_models):
         title = f"{name} {grid}x{grid} batch {args.batch_size}"
         report.measure(title, functools.partial(PARTS[args.part], args, name, grid, session, title))

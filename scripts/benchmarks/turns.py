@@ -1,4 +1,5 @@
-"""What the benchmarks share: ways that take turns, their medians and ratios, clocks, memory, and the report of rows."""
+"""What the benchmarks share: ways that take turns, their medians and ratios, clocks, memory, and
+the report of rows."""
 
 import gc
 import re
@@ -20,7 +21,7 @@ from autoregressive.runtime.files import atomic_write, read_json, write_json
 RESULTS, TABLE = "results.json", "results.md"       # of a report
 VOCAB_SIZE, NUM_CLASSES = 16384, 1000              # of the published models
 VQ, DOWNSAMPLING = "VQ-16", 16                      # their tokenizer, and pixels of a token's side
-ROW_FAILED = 3                                      # exit code of a benchmark whose rows say what failed
+ROW_FAILED = 3  # exit code of a benchmark whose rows say what failed
 SKIPPED_FOR_TIME = "skipped for time"
 Values = dict[str, dict[str, float]]                # of a row: by way, then by name
 
@@ -39,18 +40,24 @@ def benchmark_parser(description: str, rounds: int) -> Parser:
 
 def add_report_args(parser: Parser) -> None:
     """Declares the flags of a Report."""
-    parser.add_argument("--report", help=f"folder of {RESULTS} and {TABLE}, to which every row is added")
-    parser.add_argument("--minutes", type=above(0.0), help="begin no row that is not expected to end in this time")
+    parser.add_argument("--report",
+                        help=f"folder of {RESULTS} and {TABLE}, to which every row is added")
+    parser.add_argument("--minutes", type=above(0.0),
+                        help="begin no row that is not expected to end in this time")
 
 
 def add_size_args(parser: Parser, gpt_models: Iterable[str]) -> None:
-    """Declares the flags of the GPTs that are measured: --gpt-models, some of `gpt_models`, and --grids."""
-    parser.add_argument("--gpt-models", nargs="+", default=["GPT-B"], choices=gpt_models, help="sizes of the GPT")
-    parser.add_argument("--grids", nargs="+", type=int, default=[16], help="sides of the picture in tokens")
+    """Declares the flags of the GPTs that are measured: --gpt-models, some of `gpt_models`, and
+    --grids."""
+    parser.add_argument("--gpt-models", nargs="+", default=["GPT-B"], choices=gpt_models,
+                        help="sizes of the GPT")
+    parser.add_argument("--grids", nargs="+", type=int, default=[16],
+                        help="sides of the picture in tokens")
 
 
 def clock(device: torch.device | None) -> float:
-    """Returns wall seconds, once `device` has done all its work; without a device CPU seconds of this process."""
+    """Returns wall seconds, once `device` has done all its work; without a device CPU seconds of
+    this process."""
     if device is None:
         return time.process_time()
     if device.type == "cuda":
@@ -65,27 +72,31 @@ def timed(work: Callable[[], Any], device: torch.device | None = None) -> tuple[
     return result, clock(device) - started
 
 
-def compare(title: str, measure: Callable[[Any], dict[str, float]], ways: dict[str, Any], rounds: int,
-            warm_up: int = 0) -> Values:
+def compare(title: str, measure: Callable[[Any], dict[str, float]], ways: dict[str, Any],
+            rounds: int, warm_up: int = 0) -> Values:
     """Measures all ways in turns; prints and returns their medians, and prints ours / published.
 
     Args:
         title: begins every line.
         measure: called with a way, returns measurements by name.
-        ways: what `measure` takes, by name; "ours" is among them, and "published" unless it cannot be measured.
+        ways: what `measure` takes, by name; "ours" is among them, and "published" unless it cannot
+        be measured.
         rounds: how often each is measured.
         warm_up: rounds before these that do not count.
     """
-    turns = [{name: measure(way) for name, way in ways.items()} for _ in range(warm_up + rounds)][warm_up:]
+    turns = [{name: measure(way) for name, way in ways.items()}
+             for _ in range(warm_up + rounds)][warm_up:]
     medians = {}
     for way in ways:
-        medians[way] = {name: statistics.median(turn[way][name] for turn in turns) for name in turns[0][way]}
+        medians[way] = {name: statistics.median(turn[way][name] for turn in turns)
+                        for name in turns[0][way]}
     lines = dict(medians)
     if "published" in ways:
         lines["ours / published"] = {name: ratio(medians["ours"][name], value)
                                      for name, value in medians["published"].items()}
     for way, values in lines.items():
-        print(f"{title}, {way}: " + ", ".join(f"{name} {value:,.3f}" for name, value in values.items()), flush=True)
+        print(f"{title}, {way}: " + ", ".join(f"{name} {value:,.3f}"
+                                              for name, value in values.items()), flush=True)
     return medians
 
 
@@ -95,7 +106,8 @@ def ratio(value: float, reference: float) -> float:
 
 
 class Report:
-    """The rows of a benchmark: printed, and kept in a folder after each, so that whatever comes later loses none.
+    """The rows of a benchmark: printed, and kept in a folder after each, so that whatever comes
+    later loses none.
 
     Attributes:
         num_failed: rows that ended with an error other than lack of memory.
@@ -126,7 +138,8 @@ class Report:
             self.add(title, note=f"does not fit: {error}")
         except torch.OutOfMemoryError as error:
             self.add(title, note=f"out of memory: {str(error).split('. ')[0]}")
-        except Exception as error:                  # said at once, and again by `finish`; the other rows do not suffer
+        # Said at once, and again by `finish`; the other rows do not suffer
+        except Exception as error:
             traceback.print_exc()
             self.num_failed += 1
             self.add(title, note=f"failed: {first_line(error)}")
@@ -142,7 +155,8 @@ class Report:
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / RESULTS
         results = read_json(path) if path.exists() else {"machine": {}, "rows": []}
-        results["rows"].append({"section": self._section, "row": title, "values": values or {}, "note": note})
+        results["rows"].append({"section": self._section, "row": title, "values": values or {},
+                                "note": note})
         write_json(path, results)
         with atomic_write(self._folder / TABLE) as file:
             file.write(as_table(results).encode())
@@ -159,7 +173,8 @@ def first_line(error: BaseException) -> str:
 
 
 def as_table(results: dict[str, Any]) -> str:
-    """Returns results as a table in markdown, a line for each number of a row, under a line about the machine."""
+    """Returns results as a table in markdown, a line for each number of a row, under a line about
+    the machine."""
     lines = [", ".join(f"{name} {value}" for name, value in results["machine"].items()), "",
              "| section | row | number | published | ours | ours / published | beside it |",
              "|---|---|---|---|---|---|---|"]
@@ -172,7 +187,8 @@ def as_table(results: dict[str, Any]) -> str:
             beside = [f"{way} {as_text(values[name])}" for way, values in ways.items()
                       if way not in ("published", "ours") and name in values]
             cells = [row["section"], row["row"], name, as_text(published), as_text(ours),
-                     as_text(ratio(ours, published) if both else None), "; ".join([*beside, row["note"]]).strip("; ")]
+                     as_text(ratio(ours, published) if both else None),
+                     "; ".join([*beside, row["note"]]).strip("; ")]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -186,7 +202,7 @@ def as_text(number: float | None) -> str:
 
 def free_memory() -> None:
     """Forgets compiled code and graphs, and gives back what they and finished work held."""
-    if "torch._dynamo" in sys.modules:              # else nothing was compiled, and importing it takes seconds
+    if "torch._dynamo" in sys.modules:  # else nothing was compiled, and importing it takes seconds
         torch._dynamo.reset()
     gc.collect()
     if torch.cuda.is_initialized():
@@ -194,12 +210,16 @@ def free_memory() -> None:
 
 
 def resident_bytes(field: str) -> int:
-    """Returns a field of /proc/self/status (Linux): VmRSS is memory in use, VmHWM its peak, RssAnon without files."""
-    return 1024 * int(re.search(rf"^{field}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.M).group(1))
+    """Returns a field of /proc/self/status (Linux): VmRSS is memory in use, VmHWM its peak, RssAnon
+    without files."""
+    return 1024 * int(re.search(rf"^{field}:\s*(\d+) kB", Path("/proc/self/status").read_text(),
+                                re.M).group(1))
 
 
-def write_random_codes(folder: Path, count: int, grid: int, vocab_size: int, num_classes: int) -> list[str]:
-    """Writes codes of `count` images, in the layout of a file each, and a mapping; returns train_c2i.py's flags."""
+def write_random_codes(folder: Path, count: int, grid: int, vocab_size: int,
+                       num_classes: int) -> list[str]:
+    """Writes codes of `count` images, in the layout of a file each, and a mapping; returns
+    train_c2i.py's flags."""
     random = np.random.default_rng(0)
     codes_folder = folder / "codes" / "random_codes"
     labels_folder = folder / "codes" / "random_labels"
@@ -210,6 +230,7 @@ def write_random_codes(folder: Path, count: int, grid: int, vocab_size: int, num
         np.save(labels_folder / f"{row}.npy", random.integers(num_classes, size=1))
     mapping_path = folder / "mapping.pt"
     save_checkpoint(mapping_path, torch.from_numpy(random.permutation(vocab_size)))
-    flags = {"--code-path": folder / "codes", "--mapping-path": mapping_path, "--vocab-size": vocab_size,
-             "--codebook-size": vocab_size, "--num-classes": num_classes, "--image-size": 16 * grid}
+    flags = {"--code-path": folder / "codes", "--mapping-path": mapping_path,
+             "--vocab-size": vocab_size, "--codebook-size": vocab_size,
+             "--num-classes": num_classes, "--image-size": 16 * grid}
     return [str(word) for pair in flags.items() for word in pair]
