@@ -258,7 +258,7 @@ def test_several_processes_leave_without_finalising_the_interpreter(tmp_path):
                            "--nproc_per_node=2", tmp_path / "script.py", ROOT], capture_output=True,
                           text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "worked [0, 1] [(0, 7), (1, 7)]\n"
+    assert done.stdout.endswith("worked [0, 1] [(0, 7), (1, 7)]\n"), done.stdout    # torch 2.9 says more before
 
 
 @pytest.mark.parametrize("words", [["--global-seed", "-1"], ["--no-such-flag"], ["--global-see", "1"]])
