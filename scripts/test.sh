@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Lint and all tests, in about five minutes on 2 idle cores. `--all` adds the long ones; other arguments go to pytest.
+# Lint and all tests, in less than five minutes on 2 idle cores. `--all` adds the long ones; other
+# arguments go to pytest.
 set -euo pipefail
 CDPATH="" cd "$(dirname "$0")/.."
 . scripts/environment.sh requirements.txt tests/requirements.txt
@@ -8,4 +9,4 @@ if [ "${1:-}" = --all ]; then
     shift
     set -- --run-long "$@"
 fi
-exec python -m pytest -q -n 2 tests "$@"
+exec python -m pytest -q -n 2 --dist worksteal tests "$@"
