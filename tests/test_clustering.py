@@ -1,5 +1,7 @@
-"""The balanced clustering: sizes, exactness against brute force, the published method against its
-fixture."""
+"""The balanced clustering.
+
+Its sizes, its exactness against brute force, the published method against its fixture.
+"""
 
 import itertools
 
@@ -20,8 +22,9 @@ def random_codes(num_codes, dimensions=3, seed=0):
 def clumped_codes(num_codes, dimensions=4, seed=0):
     """Returns codes in few tight clumps of uneven weight."""
     random = np.random.default_rng(seed)
-    clumps = random.standard_normal((7, dimensions))[random.choice(7, num_codes, p=np.arange(1, 8) / 28)]
-    codes = clumps + 0.2 * random.standard_normal((num_codes, dimensions))
+    clumps = random.standard_normal((7, dimensions))
+    clump_of_code = random.choice(7, num_codes, p=np.arange(1, 8) / 28)
+    codes = clumps[clump_of_code] + 0.2 * random.standard_normal((num_codes, dimensions))
     return (codes / np.linalg.norm(codes, axis=1, keepdims=True)).astype(np.float32)
 
 
@@ -36,8 +39,7 @@ def total_cost(costs, assignment):
     return costs[np.arange(len(costs)), assignment].sum()
 
 
-# ---------------------------------------------------------------------------------------------- the
-# published method
+# ----------------------------------------------------------------------------- the published method
 
 def test_greedy_equals_the_published_algorithm(fixture):
     published = fixture("kmeans_sphere")
@@ -76,11 +78,11 @@ def test_keep_best_returns_the_round_of_least_sse(fixture):
 
 def test_greedy_ties_go_to_the_lower_code_and_the_lower_cluster():
     codes = np.tile(np.float32([[1, 0]]), (6, 1))
-    assert clustering.cluster_greedy(codes, np.array([5, 3, 1])).assignment.tolist() == [0, 0, 1, 1, 2, 2]
+    found = clustering.cluster_greedy(codes, np.array([5, 3, 1]))
+    assert found.assignment.tolist() == [0, 0, 1, 1, 2, 2]
 
 
-# -------------------------------------------------------------------------------------------------------
-# any codebook
+# ------------------------------------------------------------------------------------- any codebook
 
 def degenerate(name):
     codes = random_codes(30)
@@ -127,8 +129,7 @@ def test_zero_rows_stay_zero_when_normalized():
     np.testing.assert_allclose(codes, [[0, 0], [0.6, 0.8]], rtol=1e-6)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# exactness
+# ---------------------------------------------------------------------------------------- exactness
 
 @pytest.mark.parametrize("num_codes, num_clusters", [(8, 2), (6, 3), (9, 3), (8, 4)])
 def test_exact_assignment_costs_no_more_than_any_other(num_codes, num_clusters):
@@ -136,8 +137,8 @@ def test_exact_assignment_costs_no_more_than_any_other(num_codes, num_clusters):
         costs = np.random.default_rng(seed).standard_normal((num_codes, num_clusters))
         everything = [total_cost(costs, assignment)
                       for assignment in balanced_assignments(num_codes, num_clusters)]
-        for start in (balanced_assignment.fill_clusters(costs),
-                      np.arange(num_codes) % num_clusters):
+        starts = (balanced_assignment.fill_clusters(costs), np.arange(num_codes) % num_clusters)
+        for start in starts:
             found = balanced_assignment.assign_exactly(costs, start)
             assert total_cost(costs, found) == pytest.approx(min(everything))
 
@@ -147,7 +148,8 @@ def test_exact_assignment_equals_scipys_on_larger_costs():
     costs = np.random.default_rng(0).standard_normal((120, 24))
     found = balanced_assignment.assign_exactly(costs, np.arange(120) % 24)
     rows, columns = optimize.linear_sum_assignment(np.repeat(costs, 5, axis=1))
-    assert total_cost(costs, found) == pytest.approx(total_cost(costs, columns[np.argsort(rows)] // 5))
+    expected = columns[np.argsort(rows)] // 5
+    assert total_cost(costs, found) == pytest.approx(total_cost(costs, expected))
 
 
 @pytest.mark.parametrize("num_codes, num_clusters", [(6, 2), (6, 3), (8, 4)])
@@ -155,8 +157,8 @@ def test_certificate_of_the_assignment_agrees_with_brute_force(num_codes, num_cl
     costs = np.random.default_rng(3).standard_normal((num_codes, num_clusters))
     assignments = list(balanced_assignments(num_codes, num_clusters))
     least = min(total_cost(costs, assignment) for assignment in assignments)
-    for assignment in assignments[:: max(1, len(assignments) // 90)] + [balanced_assignment.assign_exactly(
-            costs, assignments[0])]:
+    best = balanced_assignment.assign_exactly(costs, assignments[0])
+    for assignment in [*assignments[:: max(1, len(assignments) // 90)], best]:
         is_least = total_cost(costs, assignment) < least + 1e-9
         assert balanced_assignment.assignment_is_optimal(costs, assignment) == is_least
 
@@ -176,8 +178,9 @@ def test_certificate_of_swaps_agrees_with_brute_force():
     claims = []
     for seed in range(8):
         codes = random_codes(12, seed=seed)
-        for assignment in (np.arange(12) % 3, clustering.cluster_greedy(codes, np.arange(3)).assignment,
-                           clustering.cluster_optimal(codes, np.arange(3)).assignment):
+        greedy = clustering.cluster_greedy(codes, np.arange(3)).assignment
+        optimal = clustering.cluster_optimal(codes, np.arange(3)).assignment
+        for assignment in (np.arange(12) % 3, greedy, optimal):
             claims.append(clustering.certify(codes, assignment, 3)["no_swap_improves"])
             assert claims[-1] == (not list(improving_swaps(codes, assignment, 3)))
     assert set(claims) == {True, False}
@@ -186,11 +189,12 @@ def test_certificate_of_swaps_agrees_with_brute_force():
 def test_change_of_a_swap_equals_the_difference_of_the_sse():
     codes = random_codes(10, dimensions=4).astype(np.float64)
     assignment = np.arange(10) // 5
+    before = clustering.balanced_sse(codes, assignment, 2)
     changes = balanced_assignment.swap_changes(codes[:5], codes[5:])
     for i, j in itertools.product(range(5), range(5)):
         swapped = assignment.copy()
         swapped[[i, 5 + j]] = 1, 0
-        expected = clustering.balanced_sse(codes, swapped, 2) - clustering.balanced_sse(codes, assignment, 2)
+        expected = clustering.balanced_sse(codes, swapped, 2) - before
         assert changes[i, j] == pytest.approx(expected, abs=1e-12)
 
 
@@ -200,20 +204,19 @@ def test_an_unbalanced_assignment_gets_no_certificate():
 
 
 def test_random_clusters_are_dealt_from_the_permutation_of_the_seed_whatever_the_codes_are():
-    codes = clustering.normalise_codes(torch.randn(60, 4,
-                                                   generator=torch.Generator().manual_seed(0)))
+    generator = torch.Generator().manual_seed(0)
+    codes = clustering.normalise_codes(torch.randn(60, 4, generator=generator))
     found = clustering.cluster_random(codes, 12, seed=3)
     permutation = torch.randperm(60, generator=torch.Generator().manual_seed(3)).numpy()
     assert np.array_equal(found.assignment[permutation], np.arange(60) // 5)
-    assert np.array_equal(clustering.cluster_random(codes[::-1], 12, seed=3).assignment,
-                          found.assignment)
+    other_codes = clustering.cluster_random(codes[::-1], 12, seed=3)
+    assert np.array_equal(other_codes.assignment, found.assignment)
     assert found.sse > 2 * clustering.cluster_optimal(codes, np.arange(12)).sse
-    assert not np.array_equal(clustering.cluster_random(codes, 12, seed=4).assignment,
-                              found.assignment)
+    other_seed = clustering.cluster_random(codes, 12, seed=4)
+    assert not np.array_equal(other_seed.assignment, found.assignment)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# quality
+# ------------------------------------------------------------------------------------------ quality
 
 @pytest.mark.parametrize("make_codes", [random_codes, clumped_codes])
 def test_optimal_is_never_worse_than_greedy(make_codes):
@@ -241,7 +244,8 @@ def test_separate_groups_are_found_whole():
     groups = np.repeat(np.eye(5), 7, axis=0)[random.permutation(35)]
     codes = (groups + 0.01 * random.standard_normal(groups.shape)).astype(np.float32)
     found = clustering.cluster_optimal(codes, np.arange(5))
-    assert len({(group, cluster) for group, cluster in zip(groups.argmax(1), found.assignment, strict=True)}) == 5
+    pairs = set(zip(groups.argmax(1).tolist(), found.assignment.tolist(), strict=True))
+    assert len(pairs) == 5
 
 
 def test_sse_falls_with_every_exact_round_and_swap():
@@ -255,7 +259,11 @@ def test_annealing_is_a_better_start_than_random_codes(monkeypatch):
     codes = random_codes(360, dimensions=4)
     starts = [clustering.start_codes(360, 12, seed) for seed in range(5)]
     annealed = [clustering.cluster_optimal(codes, start).sse for start in starts]
-    monkeypatch.setattr(clustering, "anneal", lambda codes, start, _: (codes[start].astype(float), np.zeros(12)))
+
+    def start_at_codes(codes, start, _):
+        return codes[start].astype(float), np.zeros(12)
+
+    monkeypatch.setattr(clustering, "anneal", start_at_codes)
     plain = [clustering.cluster_optimal(codes, start).sse for start in starts]
     assert np.median(annealed) < np.median(plain)
 
@@ -273,21 +281,18 @@ def test_inputs_are_left_as_they_were():
     assert np.array_equal(codes, kept)
 
 
-# -------------------------------------------------------------------------------------------------
-# order in a cluster
+# ------------------------------------------------------------------------------- order in a cluster
 
 def slow_chain(points):
-    """The rule of the order, written out: two ends that take turns, the left one first, from the
-    middle."""
+    """The rule of the order: from the middle, two ends that take turns, the left one first."""
     unplaced = list(range(len(points)))
     middle = (len(points) - 1) // 2
 
-    def nearest(target):
-        return min(unplaced, key=lambda index: (round(float(((points[index] - target) ** 2).sum()),
-                                                      12), index))
-
     def take(target):
-        chosen = nearest(target)
+        def distance(index):
+            return round(float(((points[index] - target) ** 2).sum()), 12)
+
+        chosen = min(unplaced, key=lambda index: (distance(index), index))
         unplaced.remove(chosen)
         return chosen
 

@@ -24,9 +24,11 @@ from autoregressive.runtime.files import mapping_sha256, write_json
 from autoregressive.runtime.lock import hold, lock_of
 from autoregressive.runtime.log import LOGGER
 
-MANIFEST = {"dataset": "test", "num_images": 7, "num_crops": 2, "num_tokens": 9, "grid": 3, "codebook_size": 24,
-            "crops": ["centre", "centre, mirrored"], "class_names": ["a", "b", "c"], "images_sha256": "1" * 64,
-            "image_size": 12, "codebook_sha256": "2" * 64, "tokenizer_sha256": "3" * 64}
+MANIFEST = {
+    "dataset": "test", "num_images": 7, "num_crops": 2, "num_tokens": 9, "grid": 3,
+    "codebook_size": 24, "crops": ["centre", "centre, mirrored"], "class_names": ["a", "b", "c"],
+    "images_sha256": "1" * 64, "image_size": 12, "codebook_sha256": "2" * 64,
+    "tokenizer_sha256": "3" * 64}
 LABELS = np.array([0, 0, 1, 1, 1, 2, 2])
 
 
@@ -37,8 +39,8 @@ def fill(path, manifest=MANIFEST, failures=None, upto=7):
     writer.create(LABELS)
     for first in range(0, upto, 3):
         rows = range(first, min(first + 3, 7))
-        writer.write(rows, codes[rows.start:rows.stop],
-                     {row: why for row, why in (failures or {}).items() if row in rows})
+        failed = {row: why for row, why in (failures or {}).items() if row in rows}
+        writer.write(rows, codes[rows.start:rows.stop], failed)
     return writer, codes
 
 
@@ -74,7 +76,8 @@ def test_unfinished_store_is_refused_and_can_be_continued(tmp_path):
     writer.write(range(6, 7), codes[6:], {})
     writer.finish(0)
     assert np.array_equal(open_codes(path).codes, codes)
-    assert sorted(item.name for item in path.iterdir()) == ["codes.npy", "labels.npy", "manifest.json"]
+    names = sorted(item.name for item in path.iterdir())
+    assert names == ["codes.npy", "labels.npy", "manifest.json"]
 
 
 def contents(folder):
@@ -85,18 +88,20 @@ def test_store_of_another_extraction_is_never_touched_without_overwrite(tmp_path
     path, other = tmp_path / "codes", MANIFEST | {"num_crops": 1}
     fill(path)
     before = contents(path)
-    with pytest.raises(ValueError,
-                       match="expected a store with num_crops 1, found one with 2; .* --overwrite"):
+    words = "expected a store with num_crops 1, found one with 2; .* --overwrite"
+    with pytest.raises(ValueError, match=words):
         CodeWriter(path, other).create(LABELS)
     assert before == contents(path)
     CodeWriter(path, other).create(LABELS, overwrite=True)
-    assert CodeWriter(path, other).rows.missing(7) == [range(7)] and np.load(path / "codes.npy").shape == (7, 1, 9)
+    assert CodeWriter(path, other).rows.missing(7) == [range(7)]
+    assert np.load(path / "codes.npy").shape == (7, 1, 9)
 
 
 def test_overwrite_replaces_a_finished_store_and_continues_an_unfinished_one(tmp_path, store):
     writer = CodeWriter(store.path, MANIFEST)
     writer.create(LABELS, overwrite=True)
-    assert not writer.is_complete and writer.rows.num_done == 0 and not np.load(writer.path / "codes.npy").any()
+    assert not writer.is_complete and writer.rows.num_done == 0
+    assert not np.load(writer.path / "codes.npy").any()
     writer.write(range(3), np.ones((3, 2, 9), np.int64), {})
     writer.create(LABELS, overwrite=True)
     assert writer.rows.num_done == 3
@@ -111,35 +116,37 @@ def test_folder_of_other_files_is_never_touched(tmp_path):
 
 
 def test_lock_in_a_folder_and_its_leftovers_are_no_other_files(tmp_path):
-    writer = CodeWriter(tmp_path / "codes", MANIFEST)
-    (tmp_path / "codes").mkdir()
-    (tmp_path / "codes" / ".codes.npy.takeover.tmp").touch()
+    folder = tmp_path / "codes"
+    writer = CodeWriter(folder, MANIFEST)
+    folder.mkdir()
+    (folder / ".codes.npy.takeover.tmp").touch()
     with hold(writer.target):
-        (tmp_path / "codes" / ".codes.npy.takeover.tmp").touch()
+        (folder / ".codes.npy.takeover.tmp").touch()
         writer.create(LABELS)
-        assert lock_of(writer.target).parent == tmp_path / "codes" and lock_of(
-            writer.target).exists()
-    assert sorted(path.name for path in (tmp_path / "codes").iterdir()) == [
-        "codes.npy", "labels.npy", "manifest.json", "status.npy"]
+        lock = lock_of(writer.target)
+        assert lock.parent == folder and lock.exists()
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["codes.npy", "labels.npy", "manifest.json", "status.npy"]
 
 
-def test_full_disk_is_a_clear_error_and_the_same_command_works_when_there_is_room(tmp_path, monkeypatch):
+def test_full_disk_is_a_clear_error_and_the_same_command_works_when_there_is_room(
+        tmp_path, monkeypatch):
     def no_room(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", no_room)
     writer = CodeWriter(tmp_path / "codes", MANIFEST)
-    with pytest.raises(ValueError,
-                       match=r"codes.npy: expected room for 0.0 MiB, No space left on device"):
+    words = "codes.npy: expected room for 0.0 MiB, No space left on device"
+    with pytest.raises(ValueError, match=words):
         writer.create(LABELS)
     monkeypatch.undo()
     fill(tmp_path / "codes")[0].finish(0)
     assert open_codes(tmp_path / "codes").rows.size == 7
 
 
-@pytest.mark.parametrize("name, words", [("codes.npy", "expected rows 0 to 6 as they were written"),
-                                         ("labels.npy",
-                                          "expected the labels as they were written")])
+@pytest.mark.parametrize("name, words", [
+    ("codes.npy", "expected rows 0 to 6 as they were written"),
+    ("labels.npy", "expected the labels as they were written")])
 def test_one_changed_byte_breaks_a_checksum(store, name, words):
     verify_checksums(store)
     content = bytearray((Path(store.path) / name).read_bytes())
@@ -155,8 +162,8 @@ def checksum(array):
 
 @pytest.mark.parametrize("written_by", ["now", "before"])
 @pytest.mark.parametrize("block_rows", [4, 7])
-def test_checksum_of_labels_covers_all_of_them_and_that_of_older_stores_holds(tmp_path, monkeypatch, written_by,
-                                                                              block_rows):
+def test_checksum_of_labels_covers_all_of_them_and_that_of_older_stores_holds(
+        tmp_path, monkeypatch, written_by, block_rows):
     for module in (checksums, code_writer, opening, store_checks):
         monkeypatch.setattr(module, "CHECKSUM_ROWS", block_rows)
     path = tmp_path / "codes"
@@ -164,8 +171,8 @@ def test_checksum_of_labels_covers_all_of_them_and_that_of_older_stores_holds(tm
     manifest = json.loads((path / "manifest.json").read_text())
     assert manifest["labels_sha256"] == checksum(LABELS)
     if written_by == "before":  # by a commit that covered the first block alone
-        write_json(path / "manifest.json",
-                   manifest | {"labels_sha256": checksum(LABELS[:block_rows])})
+        manifest["labels_sha256"] = checksum(LABELS[:block_rows])
+        write_json(path / "manifest.json", manifest)
     verify_checksums(open_codes(path))
     content = bytearray((path / "labels.npy").read_bytes())
     content[-8] ^= 1                                             # the last label
@@ -178,15 +185,23 @@ def test_checksum_of_labels_covers_all_of_them_and_that_of_older_stores_holds(tm
 
 
 @pytest.mark.parametrize(("content", "words"), [
-    (b"", "expected JSON"), (b"[]", "expected a JSON object, found a list"), (b'{"a": "\xff"}', "expected JSON"),
-    ({"complete": None}, "expected complete as bool, found NoneType"), ({"num_images": "7"}, "expected num_images as"),
-    ({"grid": None}, "expected grid as"), ({"class_names": {}}, "expected class_names as"),
-    ({"failed": None}, "expected failed as"), ({"failed": [3]}, "expected a row of every image in failed"),
-    ({"tokenizer_sha256": 3}, "expected tokenizer_sha256 as"), ({"codes_sha256": None}, "expected codes_sha256 as"),
-    ({"num_tokens": 10}, "found 10 tokens for a grid of 3 x 3"), ({"grid": 0, "num_tokens": 0}, "a grid of 0 x 0"),
+    (b"", "expected JSON"),
+    (b"[]", "expected a JSON object, found a list"),
+    (b'{"a": "\xff"}', "expected JSON"),
+    ({"complete": None}, "expected complete as bool, found NoneType"),
+    ({"num_images": "7"}, "expected num_images as"),
+    ({"grid": None}, "expected grid as"),
+    ({"class_names": {}}, "expected class_names as"),
+    ({"failed": None}, "expected failed as"),
+    ({"failed": [3]}, "expected a row of every image in failed"),
+    ({"tokenizer_sha256": 3}, "expected tokenizer_sha256 as"),
+    ({"codes_sha256": None}, "expected codes_sha256 as"),
+    ({"num_tokens": 10}, "found 10 tokens for a grid of 3 x 3"),
+    ({"grid": 0, "num_tokens": 0}, "a grid of 0 x 0"),
     ({"codes_sha256": []}, "expected 1 checksums in codes_sha256, found 0"),
 ])
-def test_manifest_that_lacks_something_is_refused_by_its_name_and_replaced_by_overwrite(store, content, words):
+def test_manifest_that_lacks_something_is_refused_by_its_name_and_replaced_by_overwrite(
+        store, content, words):
     path = Path(store.path) / "manifest.json"
     if isinstance(content, dict):
         content = json.dumps(json.loads(path.read_text()) | content).encode()
@@ -216,7 +231,8 @@ def test_file_that_was_cut_off_is_a_clear_error(store, name):
 
 
 def test_failed_images_are_listed_and_left_out_and_labels_do_not_shift(tmp_path):
-    writer, _ = fill(tmp_path / "codes", failures={4: ("b/x.jpg", "truncated"), 0: ("a/y.jpg", "empty")})
+    failures = {4: ("b/x.jpg", "truncated"), 0: ("a/y.jpg", "empty")}
+    writer, _ = fill(tmp_path / "codes", failures=failures)
     writer.finish(2)
     store = open_codes(tmp_path / "codes")
     assert store.manifest["failed"] == [{"row": 0, "path": "a/y.jpg", "reason": "empty"},
@@ -225,7 +241,8 @@ def test_failed_images_are_listed_and_left_out_and_labels_do_not_shift(tmp_path)
 
 
 def test_too_many_failures_leave_a_store_unfinished_and_are_tried_again(tmp_path):
-    writer, codes = fill(tmp_path / "codes", failures={4: ("b/x.jpg", "truncated"), 0: ("a/y.jpg", "empty")})
+    failures = {4: ("b/x.jpg", "truncated"), 0: ("a/y.jpg", "empty")}
+    writer, codes = fill(tmp_path / "codes", failures=failures)
     assert [failure["row"] for failure in writer.finish(1)] == [0, 4]
     assert len(json.loads((tmp_path / "codes" / "manifest.json").read_text())["failed"]) == 2
     with pytest.raises(ValueError, match="unfinished"):
@@ -237,16 +254,14 @@ def test_too_many_failures_leave_a_store_unfinished_and_are_tried_again(tmp_path
     assert writer.finish(1) == [] and np.array_equal(open_codes(tmp_path / "codes").codes, codes)
 
 
-def test_store_of_broken_images_alone_is_unfinished_whatever_may_fail_and_all_are_tried_again(
-    tmp_path):
+def test_store_of_broken_images_alone_stays_unfinished_and_all_are_tried_again(tmp_path):
     writer, _ = fill(tmp_path / "codes", failures=dict.fromkeys(range(7), ("x.jpg", "truncated")))
     assert len(writer.finish(7)) == 7 and not writer.is_complete
     writer.create(LABELS)
     assert writer.rows.missing(7) == [range(7)]
 
 
-def test_several_stores_of_the_same_images_add_their_crops_and_leave_out_what_failed_in_either(
-    tmp_path):
+def test_stores_of_the_same_images_add_their_crops_and_leave_out_what_failed_in_any(tmp_path):
     codes = [fill(tmp_path / "one", failures={4: ("b/x.jpg", "truncated")})[1]]
     writer = CodeWriter(tmp_path / "two", MANIFEST | {"num_crops": 3})
     writer.create(LABELS)
@@ -263,7 +278,8 @@ def test_several_stores_of_the_same_images_add_their_crops_and_leave_out_what_fa
 @pytest.mark.parametrize("change, labels, words", [
     ({"num_images": 6}, LABELS[:6], "expected a store with num_images 7"),
     ({"image_size": 24}, LABELS, "expected a store with image_size 12"),
-    ({"grid": 9}, LABELS, "expected the tokens of a square grid, found 9 tokens for a grid of 9 x 9"),
+    ({"grid": 9}, LABELS,
+     "expected the tokens of a square grid, found 9 tokens for a grid of 9 x 9"),
     ({}, LABELS[::-1], "expected the labels of")])
 def test_stores_of_other_images_are_not_combined(tmp_path, store, change, labels, words):
     writer = CodeWriter(tmp_path / "other", MANIFEST | change)
@@ -290,20 +306,21 @@ def warnings(monkeypatch):
 
 
 @pytest.mark.parametrize("padding", [0, 3])
-def test_older_layout_is_read_without_the_images_that_filled_its_last_round_and_says_so(tmp_path, warnings, padding):
+def test_older_layout_is_read_without_the_images_that_filled_its_last_round_and_says_so(
+        tmp_path, warnings, padding):
     codes = np.random.default_rng(0).integers(24, size=(11, 2, 9))
     labels = np.arange(11) % 3
     rows = [*range(11), *range(padding)]
     write_older(tmp_path / "old", codes[rows], labels[rows])
     store = open_codes(tmp_path / "old")
-    assert store.grid == 3 and np.array_equal(store.labels,
-                                              labels) and store.rows.tolist() == list(range(11))
+    assert store.grid == 3 and store.rows.tolist() == list(range(11))
+    assert np.array_equal(store.labels, labels)
     chosen, crops = np.array([10, 0, 10]), np.array([1, 0, 0])
     assert np.array_equal(store.codes[chosen, crops], codes[chosen, crops])
     tokens, _ = TokenBatches(store, np.arange(24), 4, 0, 3, 0.0)[0, range(4)]
     assert tokens.shape == (4, 9)
-    assert [warning.split(": ")[1].split(",")[0] for warning in warnings] == (
-        ["left out the last 3 of 14 files"] if padding else [])
+    expected = ["left out the last 3 of 14 files"] if padding else []
+    assert [warning.split(": ")[1].split(",")[0] for warning in warnings] == expected
 
 
 def test_older_layout_is_opened_once_and_sent_to_the_other_processes(tmp_path, monkeypatch):
@@ -334,31 +351,35 @@ def test_older_layout_has_checksums_by_which_other_codes_and_labels_are_told_apa
         verify_checksums(store)                                  # there is nothing to compare
         found[name] = store.manifest["codes_sha256"], store.manifest["labels_sha256"]
     assert found["old"] == found["same"] and found["old"][1] == checksum(labels)
-    assert [found["old"][part] == found[name][part] for name in ("codes", "labels") for part in (0, 1)] == [
-        False, True, True, False]
+    for name, are_equal in (("codes", [False, True]), ("labels", [True, False])):
+        assert [old == new for old, new in zip(found["old"], found[name], strict=True)] == are_equal
     assert isinstance(found["old"][0], str) and found["longer"][0] != found["old"][0]
 
 
 @pytest.mark.parametrize(("rows", "lengths"), [
     ([0, 0, 0, 0], "1 or 2 or 3"), ([0, 1, 0, 1, 0], "1 or 3"), ([0, 1, 0, 2, 0, 1, 0], "1 or 3")])
-def test_older_layout_of_data_that_repeat_themselves_is_read_whole_with_a_warning(tmp_path, warnings, rows, lengths):
+def test_older_layout_of_data_that_repeat_themselves_is_read_whole_with_a_warning(
+        tmp_path, warnings, rows, lengths):
     codes = np.random.default_rng(0).integers(24, size=(3, 2, 9))
     write_older(tmp_path / "old", codes[rows], np.zeros(len(rows), np.int64))
     store = open_codes(tmp_path / "old")
-    assert store.rows.tolist() == list(range(len(rows))) and np.array_equal(store.codes[store.rows, 0], codes[rows, 0])
-    assert len(
-        warnings) == 1 and f"the last files repeat the first ones, {lengths} of them" in warnings[0]
+    assert store.rows.tolist() == list(range(len(rows)))
+    assert np.array_equal(store.codes[store.rows, 0], codes[rows, 0])
+    warning, = warnings
+    assert f"the last files repeat the first ones, {lengths} of them" in warning
 
 
 @pytest.mark.parametrize(("kind", "row", "content", "words"), [
-    ("labels", 2, b"", "expected an array, No data left in file"), ("labels", 2, -4, "expected an array"),
+    ("labels", 2, b"", "expected an array, No data left in file"),
+    ("labels", 2, -4, "expected an array"),
     ("labels", 2, np.arange(2), r"expected one label, found shape \(2,\)"),
     ("labels", 2, np.zeros(1), "expected an array of integers, found float64"),
     ("codes", 2, -4, "expected 272 bytes as in 0.npy, found 268"),
     ("codes", 2, np.zeros((1, 3, 9), np.int64), "expected 272 bytes as in 0.npy, found 344"),
     ("codes", 0, np.zeros((1, 2, 9), np.float32), "expected an array of integers, found float32"),
     ("codes", 3, np.zeros((1, 2, 9)), "expected an array of integers, found float64"),
-    ("codes", 3, np.zeros((1, 9, 2), np.int64), r"expected shape \(1, 2, 9\) as in 0.npy, found \(1, 9, 2\)"),
+    ("codes", 3, np.zeros((1, 9, 2), np.int64),
+     r"expected shape \(1, 2, 9\) as in 0.npy, found \(1, 9, 2\)"),
     ("codes", 0, np.zeros((2, 9), np.int64), r"expected codes \(1, crops, T\), found \(2, 9\)"),
 ])
 def test_damaged_file_of_the_older_layout_is_refused_by_name(tmp_path, kind, row, content, words):
@@ -420,8 +441,8 @@ def test_stores_are_drawn_equally_often_whatever_their_crops_and_their_crops_equ
 
 
 def test_images_of_two_stores_of_unequal_size_come_from_each_half_of_the_time():
-    codes = CombinedCodes([np.full((100, crops, 4), store, np.uint16)
-                           for store, crops in enumerate((1, 3))])
+    stores = [np.full((100, crops, 4), store, np.uint16) for store, crops in enumerate((1, 3))]
+    codes = CombinedCodes(stores)
     store = CodeStore("", {}, codes, np.zeros(100, np.int64), np.arange(100))
     batches = TokenBatches(store, np.arange(2), 100, seed=1, num_classes=1, label_dropout=0.0)
     drawn = torch.cat([batches[epoch, range(100)][0] for epoch in range(20)])
@@ -447,35 +468,39 @@ def test_dropped_labels_become_the_null_label_at_the_given_rate(store):
     batches = TokenBatches(store, np.arange(24), 5, 0, 3, label_dropout=0.3)
     labels = torch.cat([batches[step, range(5)][1] for step in range(400)])
     assert 0.25 < (labels == 3).float().mean() < 0.35
-    assert not (torch.cat([TokenBatches(store, np.arange(24), 5, 0, 3, 0.0)[step, range(5)][1]
-                           for step in range(9)]) == 3).any()
+    without = TokenBatches(store, np.arange(24), 5, 0, 3, label_dropout=0.0)
+    labels = torch.cat([without[step, range(5)][1] for step in range(9)])
+    assert not (labels == 3).any()
 
 
-@pytest.mark.parametrize("settings, message", [({"batch_size": 8}, "at least one batch of 8"),
-                                               ({"num_classes": 2},
-                                                r"expected labels 0 \.\. 1, found 0 \.\. 2")])
+@pytest.mark.parametrize("settings, message", [
+    ({"batch_size": 8}, "at least one batch of 8"),
+    ({"num_classes": 2}, r"expected labels 0 \.\. 1, found 0 \.\. 2")])
 def test_batches_that_cannot_be_are_refused(store, settings, message):
+    valid = {"mapping": np.arange(24), "batch_size": 2, "seed": 0, "num_classes": 3,
+             "label_dropout": 0.1}
     with pytest.raises(ValueError, match=message):
-        TokenBatches(**{"store": store, "mapping": np.arange(24), "batch_size": 2, "seed": 0,
-                        "num_classes": 3, "label_dropout": 0.1} | settings)
+        TokenBatches(store, **valid | settings)
 
 
 def test_mapping_comes_with_its_hashes(tmp_path):
     permutation = torch.randperm(24)
     torch.save(permutation, tmp_path / "mapping.pt")
-    assert read_mapping(tmp_path / "mapping.pt",
-                        24).hashes == {"mapping_sha256": mapping_sha256(permutation)}
-    write_json(tmp_path / "mapping.pt.json", {"mapping_sha256": mapping_sha256(permutation),
-                                              "cluster_size": 4})
+    hashes = {"mapping_sha256": mapping_sha256(permutation)}
+    assert read_mapping(tmp_path / "mapping.pt", 24).hashes == hashes
+    write_json(tmp_path / "mapping.pt.json", hashes | {"cluster_size": 4})
     assert read_mapping(tmp_path / "mapping.pt", 24).hashes["cluster_size"] == 4
 
 
 @pytest.mark.parametrize("content, message", [
     (torch.arange(23), "expected a mapping of 24 codes, got shape"),
-    (torch.zeros(24).long(), "expected a permutation"), ({"a": 1}, "expected a mapping of 24 codes"),
-    ([1, 2], "expected a mapping of 24 codes"), (torch.arange(24).float(), "a dense one of torch.float32"),
+    (torch.zeros(24).long(), "expected a permutation"),
+    ({"a": 1}, "expected a mapping of 24 codes"),
+    ([1, 2], "expected a mapping of 24 codes"),
+    (torch.arange(24).float(), "a dense one of torch.float32"),
     (torch.arange(24).bfloat16(), "a dense one of torch.bfloat16"),
-    (torch.arange(24) > 3, "a dense one of torch.bool"), (torch.arange(24).to_sparse(), "a sparse one of torch.int64")])
+    (torch.arange(24) > 3, "a dense one of torch.bool"),
+    (torch.arange(24).to_sparse(), "a sparse one of torch.int64")])
 def test_other_mappings_are_refused(tmp_path, content, message):
     torch.save(content, tmp_path / "mapping.pt")
     with pytest.raises(ValueError, match=message):

@@ -1,5 +1,4 @@
-"""Experiments: the table's numbers, a plan of arms and seeds, and a harness that is killed
-anywhere."""
+"""Experiments: the table's numbers, a plan of arms and seeds, a harness killed anywhere."""
 
 import json
 import os
@@ -27,31 +26,54 @@ DIGITS = "--dataset digits --image-size 16"
 SUFFIX = "kmeans+nearest-cluster_size=8"
 PLAN = {
     "prepare": [
-        {"vq.pt": f"tokenizer/tokenizer_image/vq_train.py {VQ} {DIGITS} --data-path train --mixed-precision none "
-                  "--num-workers 0 --global-batch-size 16 --perceptual-weight 0 --disc-weight 0 --max-steps 4 "
-                  "--results-dir {work}/vq --output {work}/vq.pt",
-         "classifier.pt": f"evaluations/c2i/train_classifier.py {DIGITS} --data-path train --val-path val "
-                          "--max-steps 30 --output {work}/classifier.pt"},
-        {"codes": f"autoregressive/train/extract_codes_c2i.py {VQ} {DIGITS} --data-path train --vq-ckpt {{work}}/vq.pt "
-                  "--num-workers 0 --code-path {work}/codes",
-         "reference.npz": f"evaluations/c2i/make_reference.py {DIGITS} --data-path val "
-                          "--output {work}/reference.npz"},
-        {f"mapping-{SUFFIX}.pt": "balance_k_means.py --vq-ckpt {work}/vq.pt --cluster-size 8 --output-dir {work}",
-         "val.npz": f"evaluations/c2i/make_reference.py {DIGITS} --data-path train --output {{work}}/val.npz"},
-        {"floor.json": "evaluations/c2i/evaluator.py {work}/reference.npz {work}/val.npz --classifier "
-                       "{work}/classifier.pt --output {work}/floor.json"},
+        {
+            "vq.pt":
+                f"tokenizer/tokenizer_image/vq_train.py {VQ} {DIGITS} --data-path train "
+                "--mixed-precision none --num-workers 0 --global-batch-size 16 "
+                "--perceptual-weight 0 --disc-weight 0 --max-steps 4 "
+                "--results-dir {work}/vq --output {work}/vq.pt",
+            "classifier.pt":
+                f"evaluations/c2i/train_classifier.py {DIGITS} --data-path train --val-path val "
+                "--max-steps 30 --output {work}/classifier.pt",
+        },
+        {
+            "codes":
+                f"autoregressive/train/extract_codes_c2i.py {VQ} {DIGITS} --data-path train "
+                "--vq-ckpt {work}/vq.pt --num-workers 0 --code-path {work}/codes",
+            "reference.npz":
+                f"evaluations/c2i/make_reference.py {DIGITS} --data-path val "
+                "--output {work}/reference.npz",
+        },
+        {
+            f"mapping-{SUFFIX}.pt":
+                "balance_k_means.py --vq-ckpt {work}/vq.pt --cluster-size 8 --output-dir {work}",
+            "val.npz":
+                f"evaluations/c2i/make_reference.py {DIGITS} --data-path train "
+                "--output {work}/val.npz",
+        },
+        {
+            "floor.json":
+                "evaluations/c2i/evaluator.py {work}/reference.npz {work}/val.npz "
+                "--classifier {work}/classifier.pt --output {work}/floor.json",
+        },
     ],
-    "train": f"{GPT} {VQ} --vocab-size 64 --code-path {{work}}/codes --mapping-path {{work}}/mapping-{SUFFIX}.pt "
-             f"--vq-ckpt {{work}}/vq-reorder-{SUFFIX}.pt --mixed-precision none --max-steps 30 --log-every 10 "
-             "--val-every 15 --val-share 0.1 --ckpt-steps 10 --global-batch-size 32 --num-workers 0",
-    "sample": f"{GPT} {VQ} --vq-ckpt {{work}}/vq-reorder-{SUFFIX}.pt --image-size-eval 16 --precision none "
-              "--per-proc-batch-size 20",
+    "train": f"{GPT} {VQ} --vocab-size 64 --code-path {{work}}/codes "
+             f"--mapping-path {{work}}/mapping-{SUFFIX}.pt "
+             f"--vq-ckpt {{work}}/vq-reorder-{SUFFIX}.pt "
+             "--mixed-precision none --max-steps 30 --log-every 10 --val-every 15 --val-share 0.1 "
+             "--ckpt-steps 10 --global-batch-size 32 --num-workers 0",
+    "sample": f"{GPT} {VQ} --vq-ckpt {{work}}/vq-reorder-{SUFFIX}.pt --image-size-eval 16 "
+              "--precision none --per-proc-batch-size 20",
     "evaluate": "{work}/reference.npz {samples} --classifier {work}/classifier.pt",
-    "arms": {"lambda0": {"train": "--lambda-cce 0", "sample": ""}, "lambda1": {"train": "", "sample": ""}},
+    "arms": {
+        "lambda0": {"train": "--lambda-cce 0", "sample": ""},
+        "lambda1": {"train": "", "sample": ""},
+    },
     "baseline": "lambda0", "seeds": [0, 1],
     "guidance": {"scales": [1.0, 2.0], "num_samples": 20, "seed": 1000},
     "num_samples": 40, "sampling_seed": 0,
-    "columns": {"val_token_loss": "val token loss", "val_within_loss": "within", "FID": "FID", "Recall": "recall"},
+    "columns": {"val_token_loss": "val token loss", "val_within_loss": "within",
+                "FID": "FID", "Recall": "recall"},
     "floors": {"digits": "floor.json"},
 }
 
@@ -80,21 +102,26 @@ def test_differences_are_paired_by_seed():
 
     results = [result("base", seed, 10.0 * seed) for seed in range(3)]
     results += [result("other", seed, 10.0 * seed + 1) for seed in (2, 1, 0)]
-    table = make_table([*results, result("other", 7, 99.0)], {"floor": {"x": 0.25}}, "base",
-                       {"x": "number"}, 5)
+    results.append(result("other", 7, 99.0))
+    table = make_table(results, {"floor": {"x": 0.25}}, "base", {"x": "number"}, 5)
     assert "| base | 3 | 10.0000 ± 24.8414 | 1.5 | 0.50 | aaaaaaa |" in table
     assert "| floor |  | 0.2500 |  |  |  |" in table
     assert "| other | 3 | +1.0000 ± 0.0000 |" in table
-    assert "| what 5 seeds can show | pairs | number |\n|---|---|---|\n| other | 3 | 0.0000 |" in table
+    head = "| what 5 seeds can show | pairs | number |\n|---|---|---|\n"
+    assert head + "| other | 3 | 0.0000 |" in table
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"arms": []}, "expected arms as dict"), ({"baseline": "best"}, "expected a baseline among lambda0, lambda1"),
-    ({"seeds": None}, "expected seeds as list"), ({"seeds": [1, 2, 1]}, "expected different whole numbers as seeds"),
+    ({"arms": []}, "expected arms as dict"),
+    ({"baseline": "best"}, "expected a baseline among lambda0, lambda1"),
+    ({"seeds": None}, "expected seeds as list"),
+    ({"seeds": [1, 2, 1]}, "expected different whole numbers as seeds"),
     ({"arms": {"lambda0": {"train": ""}}}, "arm lambda0: expected sample as str, found none"),
-    ({"train": "--code-path {works}/codes"}, "expected the names work, data, samples in {}, found 'works'"),
+    ({"train": "--code-path {works}/codes"},
+     "expected the names work, data, samples in {}, found 'works'"),
     ({"guidance": {"scales": [1]}}, "guidance: expected num_samples as int"),
-    ({"prepare": [{"images": "make.py {data}"}]}, "--data: expected what images is made of, got none")])
+    ({"prepare": [{"images": "make.py {data}"}]},
+     "--data: expected what images is made of, got none")])
 def test_a_wrong_plan_is_one_line(tmp_path, capsys, change, words):
     (tmp_path / "experiment.json").write_text(json.dumps(PLAN | change))
     assert run_here(RUN, tmp_path / "experiment.json", "--work", tmp_path / "work") == 2
@@ -105,8 +132,8 @@ def test_a_wrong_plan_is_one_line(tmp_path, capsys, change, words):
 def start_harness(folder):
     (folder / "experiment.json").write_text(json.dumps(PLAN))
     words = [sys.executable, ROOT / RUN, folder / "experiment.json", "--work", folder / "work"]
-    return subprocess.Popen(words, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE)
+    return subprocess.Popen(words, env=ENVIRONMENT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def finish(folder):
@@ -123,15 +150,14 @@ def kinds_of_times(folder):
 
 
 @pytest.mark.long
-def test_a_harness_that_is_killed_five_times_ends_with_the_same_table_and_does_no_run_twice(
-    tmp_path):
+def test_a_harness_killed_five_times_ends_with_the_same_table_and_does_no_run_twice(tmp_path):
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     straight.mkdir()
     killed.mkdir()
     started = time.monotonic()
     expected = finish(straight)
     seconds = time.monotonic() - started
-    # Three heads of two lines, two arms, a floor, a difference and what shows
+    # Three heads of two lines, two arms, a floor, a difference and what shows.
     assert len(expected) == 11
     choose, written = random.Random(0), {}
     for number in range(5):
@@ -157,23 +183,26 @@ def write_result(folder, arm, seed, **more):
     """Writes a result of the plan in `folder` as the harness does."""
     (folder / "experiment.json").write_text(json.dumps(PLAN))
     experiment = Experiment(folder / "experiment.json", folder / "work", None)
-    path = experiment.result(Run(arm, seed))
-    numbers = {"val_token_loss": 3.0 + seed, "FID": 0.5}
-    write_json(path, {"arm": arm, "seed": seed, **experiment.identity(Run(arm, seed)),
-                      "commit": "a" * 40, "inputs": {"codes": "1" * 64}, "cfg_scale": 1.5,
-                      "numbers": numbers, "cpu_hours": 0.5} | more)
+    run = Run(arm, seed)
+    result = {"arm": arm, "seed": seed, **experiment.identity(run), "commit": "a" * 40,
+              "inputs": {"codes": "1" * 64}, "cfg_scale": 1.5, "cpu_hours": 0.5,
+              "numbers": {"val_token_loss": 3.0 + seed, "FID": 0.5}}
+    write_json(experiment.result(run), result | more)
 
 
 def test_a_table_is_made_of_results_alone_and_lacks_what_they_lack(tmp_path, capsys):
     write_result(tmp_path, "lambda0", 0)
     write_result(tmp_path, "lambda1", 0)
     assert run_here(RUN, tmp_path / "experiment.json", "--table") == 0
-    assert "| lambda1 | 1 | 3.0000 | nan | 0.5000 | nan | 1.5 | 0.50 | aaaaaaa |" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert "| lambda1 | 1 | 3.0000 | nan | 0.5000 | nan | 1.5 | 0.50 | aaaaaaa |" in table
 
 
 @pytest.mark.parametrize("more, words", [
-    ({"train": "--lambda-cce 3"}, "expected one with train"), ({"num_samples": 7}, "expected one with num_samples 40"),
-    ({"inputs": {"codes": "2" * 64}}, "expected one with codes '111"), ({"cfg_scale": "big"}, "cfg_scale as float")])
+    ({"train": "--lambda-cce 3"}, "expected one with train"),
+    ({"num_samples": 7}, "expected one with num_samples 40"),
+    ({"inputs": {"codes": "2" * 64}}, "expected one with codes '111"),
+    ({"cfg_scale": "big"}, "cfg_scale as float")])
 def test_results_of_other_flags_or_files_do_not_mix(tmp_path, capsys, more, words):
     write_result(tmp_path, "lambda0", 0)
     write_result(tmp_path, "lambda1", 0, **more)
@@ -196,7 +225,7 @@ def test_a_harness_that_is_asked_to_leave_takes_its_jobs_along(tmp_path):
     assert harness.wait(timeout=60) == 128 + signal.SIGTERM
     assert children
     deadline = time.monotonic() + 20
-    # One may not have been known yet
+    # One of them may not have been known yet.
     while any(stat_of(Path(f"/proc/{pid}/stat"))[0] for pid in children):
         assert time.monotonic() < deadline
         time.sleep(0.1)

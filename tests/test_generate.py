@@ -1,5 +1,4 @@
-"""Filters against the fixture, draws against exact probabilities, guidance and independence of the
-batch."""
+"""Filters against the fixture, draws against exact probabilities, guidance, any batch size."""
 
 import copy
 import gc
@@ -41,12 +40,18 @@ def model():
     return model
 
 
+def numbers_for(seed, count):
+    """Returns labels (count,) and uniforms (count, 9) for the model."""
+    labels, uniforms = random_numbers(seed, range(count), 4, 9)
+    return torch.from_numpy(labels), torch.from_numpy(uniforms)
+
+
 @pytest.mark.parametrize("top_k", [0, 1, 10, 100])
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3])
 def test_filters_equal_the_fixture(fixture, top_k, top_p):
     numbers = fixture("sampling_filter")
-    assert torch.equal(filter_logits(numbers["logits"], top_k, top_p),
-                       numbers[f"k{top_k}_p{top_p}"])
+    found = filter_logits(numbers["logits"], top_k, top_p)
+    assert torch.equal(found, numbers[f"k{top_k}_p{top_p}"])
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
@@ -63,8 +68,8 @@ def test_ties_at_the_kth_logit_stay():
 
 
 def test_the_most_likely_token_stays_at_any_top_p():
-    assert filter_logits(torch.tensor([[0.0, 5.0, 1.0]]),
-                         top_p=1e-9).isfinite().tolist() == [[False, True, False]]
+    kept = filter_logits(torch.tensor([[0.0, 5.0, 1.0]]), top_p=1e-9).isfinite()
+    assert kept.tolist() == [[False, True, False]]
 
 
 def test_draws_invert_the_cumulative_distribution():
@@ -90,8 +95,7 @@ def test_guidance_equals_the_equation():
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 @pytest.mark.parametrize("interval", [-1, 0, 4])
 def test_cached_generation_equals_generation_by_full_forward(model, scale, interval):
-    labels, uniforms = random_numbers(5, range(3), 4, 9)
-    labels, uniforms = torch.from_numpy(labels), torch.from_numpy(uniforms)
+    labels, uniforms = numbers_for(seed=5, count=3)
     sampler = Sampler(scale, interval, temperature=0.9, top_k=15, top_p=0.95)
     expected = torch.empty(3, 0, dtype=torch.int64)
     for position in range(9):
@@ -115,32 +119,35 @@ def test_random_numbers_depend_on_seed_and_index_alone():
 
 def test_random_labels_cover_all_classes_evenly():
     counts = np.bincount(random_numbers(0, range(4000), 10, 1)[0], minlength=10)
-    # Chi-square, 9 degrees, 0.1 %
-    assert len(counts) == 10 and ((counts - 400) ** 2 / 400).sum() < 27.9
+    assert len(counts) == 10
+    # Chi-square: 9 degrees, 0.1 %.
+    assert ((counts - 400) ** 2 / 400).sum() < 27.9
 
 
-@pytest.mark.parametrize("settings, message", [({"temperature": 0.0}, "--temperature"),
-                                               ({"top_k": 21}, "--top-k")])
+@pytest.mark.parametrize("settings, message", [
+    ({"temperature": 0.0}, "--temperature"), ({"top_k": 21}, "--top-k")])
 def test_settings_without_a_meaning_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         Sampler(**settings).check(vocab_size=20)
 
 
-@pytest.mark.parametrize("flag, value", [("--temperature", -0.1), ("--top-k", -1), ("--top-p", 0.0), ("--top-p", 1.01),
-                                         ("--cfg-interval", -2), ("--cfg-scale", "nan")])
+@pytest.mark.parametrize("flag, value", [
+    ("--temperature", -0.1), ("--top-k", -1), ("--top-p", 0.0), ("--top-p", 1.01),
+    ("--cfg-interval", -2), ("--cfg-scale", "nan")])
 def test_flags_without_a_meaning_are_refused(flag, value, capsys):
     parser = Parser("test")
     add_sampler_args(parser)
     with pytest.raises(SystemExit) as stop:
         parser.parse_args([f"{flag}={value}"])
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and f"error: {flag}: expected " in error and f", got {value}" in error
+    assert stop.value.code == 2
+    assert f"error: {flag}: expected " in error and f", got {value}" in error
 
 
 def test_balanced_labels_hold_every_class_evenly_in_any_stretch():
     for first in (0, 5000, 12345):
-        counts = np.bincount(labels_in_turn(range(1000), range(first, first + 5000)),
-                             minlength=1000)
+        labels = labels_in_turn(range(1000), range(first, first + 5000))
+        counts = np.bincount(labels, minlength=1000)
         assert counts.min() == counts.max() == 5
 
 
@@ -152,21 +159,21 @@ def test_first_two_tokens_follow_the_exact_probabilities(model, scale):
 
     def probability_after(tokens):
         rows = [model(tokens, torch.full((len(tokens),), label))[:, -1] for label in (2, 4)]
-        return probabilities(guide(torch.cat(rows), scale) if scale > 1 else rows[0],
-                             sampler).double()
+        logits = guide(torch.cat(rows), scale) if scale > 1 else rows[0]
+        return probabilities(logits, sampler).double()
 
     with torch.no_grad():
-        first = probability_after(torch.empty(1, 0, dtype=torch.int64))[0]                  # (V,)
-        both = first[:, None] * probability_after(torch.arange(20)[:, None])                # (V, V)
+        first = probability_after(torch.empty(1, 0, dtype=torch.int64))[0]      # (V,)
+        both = first[:, None] * probability_after(torch.arange(20)[:, None])    # (V, V)
     drawn = torch.cat([generate(model, labels[:4000], torch.from_numpy(part), sampler)
                        for part in np.split(uniforms, 5)])
-    counts = torch.zeros(20, 20, dtype=torch.float64)
-    counts.index_put_((drawn[:, 0], drawn[:, 1]), torch.ones(count, dtype=torch.float64),
-                      accumulate=True)
+    pairs = 20 * drawn[:, 0] + drawn[:, 1]
+    counts = torch.bincount(pairs, minlength=400).reshape(20, 20).double()
     expected = both / both.sum() * count
     assert counts[expected == 0].sum() == 0
     common = expected >= 5
-    found, expected = (torch.cat([table[common], table[~common].sum()[None]]) for table in (counts, expected))
+    found = torch.cat([counts[common], counts[~common].sum()[None]])
+    expected = torch.cat([expected[common], expected[~common].sum()[None]])
     statistic = ((found - expected) ** 2 / expected.clamp(min=1e-9)).sum()
     degrees = len(expected) - 1
     assert statistic < degrees + 4 * (2 * degrees) ** 0.5  # chi-square: four standard deviations
@@ -181,13 +188,15 @@ def test_a_bucket_of_the_cache_gives_the_logits_of_its_filled_part(model):
             tokens, index = torch.randint(20, (3,)), torch.tensor([position])
             expected = model.decode_step(tokens, DecodePosition(index, position + 1), caches[0])
             at = DecodePosition.in_bucket(index, length=9 if position > 3 else 4)
-            torch.testing.assert_close(model.decode_step(tokens, at, caches[1]), expected,
-                                       rtol=1e-5, atol=1e-5)
+            found = model.decode_step(tokens, at, caches[1])
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 class ReplayedFunction:
-    """Stands in for a CUDA graph: it runs the function again, on whatever tensors that one holds,
-    and keeps count."""
+    """Stands in for a CUDA graph.
+
+    It runs the function again, on whatever tensors that one holds, and keeps count.
+    """
 
     def __init__(self, function):
         self.function, self.count = function, 0
@@ -203,12 +212,13 @@ def test_captured_steps_sample_the_tokens_of_eager_ones(model, monkeypatch, scal
     sampler = Sampler(scale, interval, temperature=0.9, top_k=15)
     steps = CapturedSteps(model, ReplayedFunction)
     for seed in range(4):  # later batches find the tensors as an earlier one left them
-        labels, uniforms = (torch.from_numpy(array) for array in random_numbers(seed, range(30), 4, 9))
+        labels, uniforms = numbers_for(seed, count=30)
         expected = generate(model, labels, uniforms, sampler)
         assert torch.equal(generate(model, labels, uniforms, sampler, steps), expected)
 
 
-def test_a_step_is_captured_once_for_every_bucket_batch_size_and_way_of_sampling(model, monkeypatch):
+def test_a_step_is_captured_once_for_every_bucket_batch_size_and_way_of_sampling(
+        model, monkeypatch):
     monkeypatch.setattr(captured, "BUCKET", 4)
     graphs = []
 
@@ -220,8 +230,10 @@ def test_a_step_is_captured_once_for_every_bucket_batch_size_and_way_of_sampling
     cases = [(3, Sampler(2.0, 3)), (3, Sampler(2.0, 3)), (2, Sampler(2.0, 3)), (3, Sampler(3.0))]
     kept = []
     for batch_size, sampler in cases:
-        labels, uniforms = (torch.from_numpy(array) for array in random_numbers(0, range(batch_size), 4, 9))
-        kept.append((generate(model, labels, uniforms, sampler, steps), generate(model, labels, uniforms, sampler)))
+        labels, uniforms = numbers_for(seed=0, count=batch_size)
+        found = generate(model, labels, uniforms, sampler, steps)
+        expected = generate(model, labels, uniforms, sampler)
+        kept.append((found, expected))
     # Positions 1 to 3, 4 to 7, 8; an interval of 3 ends after position 4, within the second bucket.
     assert len(graphs) == 2 * 4 + 3
     # Of a batch's 8 steps the first of each graph runs while it is captured.
@@ -232,7 +244,7 @@ def test_a_step_is_captured_once_for_every_bucket_batch_size_and_way_of_sampling
 
 def test_what_an_earlier_batch_left_in_the_cache_reaches_no_later_one(model):
     steps = CapturedSteps(model)
-    labels, uniforms = (torch.from_numpy(array) for array in random_numbers(0, range(3), 4, 9))
+    labels, uniforms = numbers_for(seed=0, count=3)
     expected = generate(model, labels, uniforms, Sampler(2.0))
     for values in steps.state_for(3, Sampler(2.0)).cache.values:
         values.fill_(torch.nan)
@@ -243,7 +255,7 @@ def test_captured_steps_keep_the_tensors_of_one_batch_size(model):
     steps = CapturedSteps(model)
     states = weakref.WeakSet()
     for batch_size in (3, 2, 4):
-        labels, uniforms = (torch.from_numpy(array) for array in random_numbers(0, range(batch_size), 4, 9))
+        labels, uniforms = numbers_for(seed=0, count=batch_size)
         generate(model, labels, uniforms, Sampler(2.0), steps)
         states.add(steps.state_for(batch_size, Sampler(2.0)))
     gc.collect()
@@ -260,7 +272,7 @@ def compiled_graphs():
     logger = logging.getLogger("torch._inductor.compile_fx.__post_grad_graphs")
     handler = logging.StreamHandler(text)
     logger.addHandler(handler)
-    # What comes from a cache is not logged
+    # What comes from a cache is not logged.
     with torch._inductor.config.patch(force_disable_caches=True):
         yield text
     logger.removeHandler(handler)
@@ -268,15 +280,17 @@ def compiled_graphs():
 
 
 @pytest.mark.long
-def test_compiled_blocks_decode_to_the_logits_of_eager_ones_and_copy_no_cache(model, compiled_graphs):
+def test_compiled_blocks_give_the_logits_of_eager_ones_and_copy_no_cache(model, compiled_graphs):
     compiled, labels = compile_decoding(copy.deepcopy(model)), torch.tensor([0, 1, 4])
     caches = [model.new_cache(3) for _ in range(2)]
     with torch.inference_mode():
         for cache in caches:
             model.prefill(labels, cache)
         for position in range(1, 9):
-            tokens, at = torch.randint(20, (3,)), DecodePosition.in_bucket(torch.tensor([position]), length=9)
-            expected, found = model.decode_step(tokens, at, caches[0]), compiled.decode_step(tokens, at, caches[1])
+            tokens = torch.randint(20, (3,))
+            at = DecodePosition.in_bucket(torch.tensor([position]), length=9)
+            expected = model.decode_step(tokens, at, caches[0])
+            found = compiled.decode_step(tokens, at, caches[1])
             assert (found - expected).abs().max() < 1e-5 * expected.abs().max().clamp(min=1)
     text = compiled_graphs.getvalue()
     assert text.count("aten.index_put_.default") == 2  # keys and values, once for both layers
@@ -292,8 +306,8 @@ def packed(model):
 def test_packed_layers_give_the_same_logits(model, packed):
     tokens, labels = torch.randint(20, (3, 8)), torch.tensor([0, 1, 4])
     with torch.no_grad():
-        torch.testing.assert_close(packed(tokens, labels), model(tokens, labels), rtol=1e-5,
-                                   atol=1e-5)
+        found, expected = packed(tokens, labels), model(tokens, labels)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.skipif(not can_pack(torch.device("cpu"), torch.bfloat16),
@@ -310,9 +324,9 @@ def test_packed_layers_of_bfloat16_give_the_logits_of_float32_as_nearly_as_plain
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 10])
 def test_a_sample_does_not_depend_on_the_batch_it_is_drawn_in(packed, batch_size):
-    labels, uniforms = (torch.from_numpy(array) for array in random_numbers(1, range(20), 4, 9))
+    labels, uniforms = numbers_for(seed=1, count=20)
     sampler = Sampler(2.0, 4, temperature=0.9, top_k=15)
     expected = generate(packed, labels, uniforms, sampler)
-    found = torch.cat([generate(packed, labels[first:first + batch_size], uniforms[first:first + batch_size], sampler)
-                       for first in range(0, 20, batch_size)])
+    batches = zip(labels.split(batch_size), uniforms.split(batch_size), strict=True)
+    found = torch.cat([generate(packed, *batch, sampler) for batch in batches])
     assert torch.equal(found, expected)

@@ -1,5 +1,7 @@
-"""Kills at any moment, and two starts at one moment: the result is that of a run that nobody
-disturbed."""
+"""Kills at any moment, and two starts at one moment.
+
+The result is that of a run that nobody disturbed.
+"""
 
 import random
 import subprocess
@@ -9,15 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import (
-    ENVIRONMENT,
-    Pause,
-    command,
-    contents,
-    run_here,
-    start,
-    start_and_kill,
-)
+from processes import ENVIRONMENT, Pause, command, contents, run_here, start, start_and_kill
 
 from autoregressive.runtime.checkpoint import save_checkpoint
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
@@ -28,15 +22,17 @@ GPT = "--gpt-model GPT-tiny --num-classes 10 --image-size 16 --downsample-size 4
 DIGITS = "--dataset digits --data-path train --image-size 16 --num-workers 0"
 RUN = "000-GPT-tiny-lambda=1-cluster_size=8"
 # Flags of each script, to be started in a folder beside the folder `in`.
-TRAIN = (f"{GPT} {VQ} --vocab-size 64 --code-path ../in/codes --mapping-path ../in/mapping-{SUFFIX} "
-         f"--vq-ckpt ../in/vq-reorder-{SUFFIX} --results-dir gpt --mixed-precision none --global-batch-size 64 "
-         "--max-steps 40 --log-every 1 --ckpt-steps 5 --val-every 12 --val-share 0.1 --ema --num-workers 0")
+TRAIN = (f"{GPT} {VQ} --vocab-size 64 --code-path ../in/codes "
+         f"--mapping-path ../in/mapping-{SUFFIX} --vq-ckpt ../in/vq-reorder-{SUFFIX} "
+         "--results-dir gpt --mixed-precision none --global-batch-size 64 --max-steps 40 "
+         "--log-every 1 --ckpt-steps 5 --val-every 12 --val-share 0.1 --ema --num-workers 0")
 EXTRACT = f"{VQ} {DIGITS} --vq-ckpt ../in/vq.pt --code-path codes --batch-size 100"
-SAMPLE = (f"{GPT} {VQ} --vq-ckpt ../in/vq-reorder-{SUFFIX} --gpt-ckpt ../in/gpt/{RUN} --image-size-eval 16 "
-          "--precision none --num-fid-samples 300 --per-proc-batch-size 10 --sample-dir samples --save-codes")
-TOKENIZER = (f"{VQ} {DIGITS} --val-path val --mixed-precision none --global-batch-size 16 --perceptual-weight 0 "
-             "--disc-weight 0 --results-dir runs --max-steps 24 --ckpt-steps 4 --val-every 8 --log-every 1 "
-             "--revive-every 5 --output vq.pt")
+SAMPLE = (f"{GPT} {VQ} --vq-ckpt ../in/vq-reorder-{SUFFIX} --gpt-ckpt ../in/gpt/{RUN} "
+          "--image-size-eval 16 --precision none --num-fid-samples 300 --per-proc-batch-size 10 "
+          "--sample-dir samples --save-codes")
+TOKENIZER = (f"{VQ} {DIGITS} --val-path val --mixed-precision none --global-batch-size 16 "
+             "--perceptual-weight 0 --disc-weight 0 --results-dir runs --max-steps 24 "
+             "--ckpt-steps 4 --val-every 8 --log-every 1 --revive-every 5 --output vq.pt")
 BALANCE = "--vq-ckpt ../in/vq.pt --cluster-size 8 --output-dir . --restarts 3"
 BEGUN = [("os.rename", "config.json", 1), ("open", "log.txt", 1), ("open", "metrics.jsonl", 1)]
 
@@ -66,8 +62,11 @@ class Series:
         assert done.returncode == 0, done.stderr
 
     def kill(self, folder: Path, moment: float | tuple[str, str, int], scratch: Path) -> bool:
-        """Starts the command and kills it after some seconds, or at an aim; says whether it came to
-        that."""
+        """Starts the command and kills it after some seconds, or at an aim.
+
+        Returns:
+            Whether it came to that.
+        """
         pause = None
         if isinstance(moment, tuple):
             pause = Pause(*moment, mark=scratch / "paused")
@@ -79,40 +78,63 @@ class Series:
             def is_now():
                 return time.monotonic() >= end
 
-        status = start_and_kill(*self.words(), processes=self.processes, when=is_now, cwd=folder,
-                                pause=pause)
+        status = start_and_kill(*self.words(), processes=self.processes, when=is_now,
+                                cwd=folder, pause=pause)
         assert status in (0, -9)
         return status == -9
 
 
 SERIES = {
     "training": Series("autoregressive/train/train_c2i.py", TRAIN, 0, [
-        *BEGUN, ("os.rename", "0000005.pt", 1), ("os.rename", "0000025.pt", 1), ("open", ".0000020.pt.*", 1),
-        ("os.rename", "0000040.pt", 1), ("os.rename", "curves.png", 1), ("os.rename", "finished.json", 1)], 6),
+        *BEGUN,
+        ("os.rename", "0000005.pt", 1),
+        ("os.rename", "0000025.pt", 1),
+        ("open", ".0000020.pt.*", 1),
+        ("os.rename", "0000040.pt", 1),
+        ("os.rename", "curves.png", 1),
+        ("os.rename", "finished.json", 1)], 6),
     "training by two": Series("autoregressive/train/train_c2i.py", TRAIN, 2, [
-        ("os.rename", "config.json", 1), ("os.rename", "0000015.pt", 1), ("open", ".0000030.pt.*", 1),
+        ("os.rename", "config.json", 1),
+        ("os.rename", "0000015.pt", 1),
+        ("open", ".0000030.pt.*", 1),
         ("os.rename", "finished.json", 1)], 4),
     "extraction": Series("autoregressive/train/extract_codes_c2i.py", EXTRACT, 0, [
-        ("os.rename", "manifest.json", 1), ("os.rename", "codes.npy", 1), ("os.rename", "status.npy", 1),
-        ("open", "status.npy", 9), ("open", "codes.npy", 20), ("os.rename", "manifest.json", 2),
+        ("os.rename", "manifest.json", 1),
+        ("os.rename", "codes.npy", 1),
+        ("os.rename", "status.npy", 1),
+        ("open", "status.npy", 9),
+        ("open", "codes.npy", 20),
+        ("os.rename", "manifest.json", 2),
         ("os.remove", "status.npy", 1)], 4),
     "sampling": Series("autoregressive/sample/sample_c2i_ddp.py", SAMPLE, 0, [
-        ("os.rename", "identity.json", 1), ("os.rename", "arr_0.npy", 1), ("open", "status.npy", 20),
-        ("os.rename", "*.png", 1), ("open", "*.npz*", 1), ("os.rename", "*.npz", 1),
-        ("os.remove", "status.npy", 1), ("os.remove", "arr_0.npy", 1), ("os.remove", "identity.json", 1)], 4),
+        ("os.rename", "identity.json", 1),
+        ("os.rename", "arr_0.npy", 1),
+        ("open", "status.npy", 20),
+        ("os.rename", "*.png", 1),
+        ("open", "*.npz*", 1),
+        ("os.rename", "*.npz", 1),
+        ("os.remove", "status.npy", 1),
+        ("os.remove", "arr_0.npy", 1),
+        ("os.remove", "identity.json", 1)], 4),
     "tokenizer": Series("tokenizer/tokenizer_image/vq_train.py", TOKENIZER, 0, [
-        ("os.rename", "config.json", 1), ("os.rename", "0000008.pt", 1), ("os.rename", "vq.pt", 1),
-        ("os.rename", "vq.json", 1), ("os.rename", "finished.json", 1)], 3),
+        ("os.rename", "config.json", 1),
+        ("os.rename", "0000008.pt", 1),
+        ("os.rename", "vq.pt", 1),
+        ("os.rename", "vq.json", 1),
+        ("os.rename", "finished.json", 1)], 3),
     "clustering": Series("balance_k_means.py", BALANCE, 0, [
-        ("os.rename", f"mapping-{SUFFIX}", 1), ("os.rename", f"mapping-{SUFFIX}.json", 1),
+        ("os.rename", f"mapping-{SUFFIX}", 1),
+        ("os.rename", f"mapping-{SUFFIX}.json", 1),
         ("os.rename", f"vq-reorder-{SUFFIX}", 1)], 2),
 }
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """A folder with `in`: a tokenizer of random weights, and all that is made of it up to a GPT of
-    few steps."""
+    """A folder with `in`: a tokenizer of random weights, and what is made of it.
+
+    That goes up to a GPT of few steps.
+    """
     folder = tmp_path_factory.mktemp("kills")
     work = folder / "in"
     work.mkdir()
@@ -147,7 +169,8 @@ def test_sixty_kills():
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", SERIES)
-def test_killed_at_any_moment_the_same_command_ends_bit_for_bit_like_a_straight_run(inputs, tmp_path, name):
+def test_killed_at_any_moment_the_same_command_ends_bit_for_bit_like_a_straight_run(
+        inputs, tmp_path, name):
     series = SERIES[name]
     new_folders = folders(inputs, name)
     straight = next(new_folders)
@@ -170,8 +193,8 @@ def test_killed_at_any_moment_the_same_command_ends_bit_for_bit_like_a_straight_
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["training", "training by two", "extraction", "sampling",
-                                  "tokenizer"])
+@pytest.mark.parametrize("name", [
+    "training", "training by two", "extraction", "sampling", "tokenizer"])
 def test_of_two_starts_at_one_moment_one_works_and_one_leaves(inputs, name):
     series = SERIES[name]
     new_folders = folders(inputs, f"two starts of {name}")
@@ -192,7 +215,8 @@ def test_of_two_starts_at_one_moment_one_works_and_one_leaves(inputs, name):
         lines = [line for line in error.splitlines() if ": error: " in line]
         assert len(lines) == 1 and "expected to be the only one" in lines[0], error
         if series.processes:
-            assert "exitcode  : 2" in error and "Traceback (most recent call last):\n  File \"autoreg" not in error
+            assert "exitcode  : 2" in error
+            assert "Traceback (most recent call last):\n  File \"autoreg" not in error
         else:
             assert error.splitlines() == lines
         assert_same(contents(folder), expected)

@@ -1,5 +1,7 @@
-"""The ground floor: whole files, run folders that resume, flags and one-line errors, hashes,
-batches read ahead."""
+"""The ground floor.
+
+Whole files, run folders that resume, flags and one-line errors, hashes, batches read ahead.
+"""
 
 import argparse
 import contextlib
@@ -68,18 +70,21 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
 
 def test_streamed_npz_is_read_by_numpy(tmp_path):
     with open_npz(tmp_path / "a.npz", {"cfg_scale": 1.5}) as npz:
-        npz.add_rows("arr_0", np.uint8, (5, 2), [np.full((2, 2), 7, np.uint8), np.full((3, 2), 9, np.uint8)])
+        rows = [np.full((2, 2), 7, np.uint8), np.full((3, 2), 9, np.uint8)]
+        npz.add_rows("arr_0", np.uint8, (5, 2), rows)
         npz.add("text", np.array("abc"))
     with np.load(tmp_path / "a.npz", allow_pickle=False) as arrays:
-        assert arrays["arr_0"].tolist() == [[7, 7]] * 2 + [[9, 9]] * 3 and str(arrays["text"]) == "abc"
-        assert arrays["arr_0"].dtype == np.uint8 and json.loads(
-            str(arrays["settings"])) == {"cfg_scale": 1.5}
+        assert arrays["arr_0"].tolist() == [[7, 7]] * 2 + [[9, 9]] * 3
+        assert arrays["arr_0"].dtype == np.uint8
+        assert str(arrays["text"]) == "abc"
+        assert json.loads(str(arrays["settings"])) == {"cfg_scale": 1.5}
     assert read_npz_settings(tmp_path / "a.npz") == {"cfg_scale": 1.5}
 
 
 def test_codebook_hash_is_that_of_little_endian_floats():
     codebook = torch.tensor([[1.5, -2.0], [0.0, 3.25]])
-    assert codebook_sha256(codebook) == hashlib.sha256(struct.pack("<4f", 1.5, -2.0, 0.0, 3.25)).hexdigest()
+    content = struct.pack("<4f", 1.5, -2.0, 0.0, 3.25)
+    assert codebook_sha256(codebook) == hashlib.sha256(content).hexdigest()
     assert codebook_sha256(codebook.double()) == codebook_sha256(codebook)
 
 
@@ -122,8 +127,10 @@ def test_equal_configs_continue_one_folder_and_others_get_a_new_one(tmp_path):
 
 
 def test_a_flag_that_an_older_config_lacks_counts_as_its_default_and_as_nothing_else(tmp_path):
+    defaults = {"lr": 7, "warmup": 0, "paths": ("a",)}
+
     def find(**identity):
-        return find_run_folder(tmp_path, "x", {"lr": 1} | identity, {"lr": 7, "warmup": 0, "paths": ("a",)}).path
+        return find_run_folder(tmp_path, "x", {"lr": 1} | identity, defaults).path
 
     find_run_folder(tmp_path, "x", {"lr": 1}, {"lr": 7}).start({"lr": 1})
     assert find(warmup=0).name == find(warmup=0, paths=["a"]).name == "000-x" and find().is_dir()
@@ -209,7 +216,8 @@ def test_metrics_are_cut_back_to_the_step_that_training_continues_from(tmp_path)
 
 def test_pictures_stand_where_they_belong(tmp_path):
     from PIL import Image
-    images = np.arange(3, dtype=np.uint8)[:, None, None, None].repeat(2, 1).repeat(2, 2).repeat(3, 3) * 100
+    levels = np.uint8([0, 100, 200])[:, None, None, None]
+    images = levels.repeat(2, 1).repeat(2, 2).repeat(3, 3)        # (3, 2, 2, 3)
     save_grid(tmp_path / "grid.png", images, columns=2, captions=["a", "b", "a very long caption"])
     canvas = np.asarray(Image.open(tmp_path / "grid.png"))
     side = LEGIBLE_SIDE                                           # of 2 pixels each, enlarged
@@ -255,13 +263,14 @@ run(main, Parser("test"))
 def test_several_processes_leave_without_finalising_the_interpreter(tmp_path):
     (tmp_path / "script.py").write_text(LEAVES)  # else gloo's thread may abort a rank as it ends
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                           "--nproc_per_node=2", tmp_path / "script.py", ROOT], capture_output=True,
-                          text=True)
+                           "--nproc_per_node=2", tmp_path / "script.py", ROOT],
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("worked [0, 1] [(0, 7), (1, 7)]\n"), done.stdout    # torch 2.9 says more before
 
 
-@pytest.mark.parametrize("words", [["--global-seed", "-1"], ["--no-such-flag"], ["--global-see", "1"]])
+@pytest.mark.parametrize("words", [
+    ["--global-seed", "-1"], ["--no-such-flag"], ["--global-see", "1"]])
 def test_unknown_flags_and_values_are_one_line_and_exit_code_2(words, capsys):
     with pytest.raises(SystemExit) as stop:
         Parser("test").parse_args(words)
@@ -271,9 +280,9 @@ def test_unknown_flags_and_values_are_one_line_and_exit_code_2(words, capsys):
 NOT_FINITE = ("nan", "inf", "-inf", "NaN", "infinity", "1e999")
 
 
-@pytest.mark.parametrize("kind", [at_least(0), at_least(0.0), at_least(-1.0), above(0.0),
-                                  above(-1.0), finite, fraction, fraction_above_0, fraction_up_to_1,
-                                  seed_number])
+@pytest.mark.parametrize("kind", [
+    at_least(0), at_least(0.0), at_least(-1.0), above(0.0), above(-1.0), finite,
+    fraction, fraction_above_0, fraction_up_to_1, seed_number])
 @pytest.mark.parametrize("text", NOT_FINITE)
 def test_numbers_that_are_not_finite_are_one_line_and_exit_code_2(kind, text, capsys):
     parser = Parser("test")
@@ -286,12 +295,18 @@ def test_numbers_that_are_not_finite_are_one_line_and_exit_code_2(kind, text, ca
 
 
 @pytest.mark.parametrize("kind, accepted, refused", [
-    (at_least(1), "1 2", "0 -3 1.5 x"), (at_least(0.5), "0.5 1 1e9", "0.49 x"), (above(0.0), "1e-300 3", "0 -1"),
-    (finite, "-1.5 0 1e300", "x"), (fraction, "0 0.999", "-0.1 1"), (fraction_above_0, "0.001 1", "0 1.001"),
-    (fraction_up_to_1, "0 1", "-0.001 1.001"), (seed_number, f"0 {2**64 - 1}", f"-1 {2**64} 0.5")])
+    (at_least(1), "1 2", "0 -3 1.5 x"),
+    (at_least(0.5), "0.5 1 1e9", "0.49 x"),
+    (above(0.0), "1e-300 3", "0 -1"),
+    (finite, "-1.5 0 1e300", "x"),
+    (fraction, "0 0.999", "-0.1 1"),
+    (fraction_above_0, "0.001 1", "0 1.001"),
+    (fraction_up_to_1, "0 1", "-0.001 1.001"),
+    (seed_number, f"0 {2**64 - 1}", f"-1 {2**64} 0.5")])
 def test_numbers_are_accepted_in_their_range_alone(kind, accepted, refused):
-    assert [kind(text) for text in accepted.split()] == [float(text) if "e" in text or "." in text else int(text)
-                                                         for text in accepted.split()]
+    for text in accepted.split():
+        expected = float(text) if "e" in text or "." in text else int(text)
+        assert kind(text) == expected
     for text in refused.split():
         with pytest.raises((argparse.ArgumentTypeError, ValueError)):
             kind(text)
@@ -308,19 +323,20 @@ def settled(*words, recorded, preset):
 
 
 def test_flags_are_what_was_given_else_what_the_file_records_else_the_preset_else_the_default():
-    recorded, preset = {"top_k": 2, "width": 2}, {"top_k": 2, "width": 2, "depth": 3,
-                                                  "compile": True}
-    assert settled(recorded=recorded, preset=preset) == [2, 2, 3, 0, True]
-    assert settled("--top-k", "1", "--depth", "1", recorded=recorded, preset=preset) == [1, 2, 1, 0, True]
-    assert settled("--top-k", "0", "--no-compile", recorded=recorded, preset=preset) == [0, 2, 3, 0, False]
+    recorded = {"top_k": 2, "width": 2}
+    preset = {"top_k": 2, "width": 2, "depth": 3, "compile": True}
+    both = {"recorded": recorded, "preset": preset}
+    assert settled(**both) == [2, 2, 3, 0, True]
+    assert settled("--top-k", "1", "--depth", "1", **both) == [1, 2, 1, 0, True]
+    assert settled("--top-k", "0", "--no-compile", **both) == [0, 2, 3, 0, False]
     assert settled(recorded=recorded, preset={}) == [2, 2, 0, 0, False]
     assert settled(recorded={}, preset={}) == [0, 0, 0, 0, False]
 
 
 def test_preset_that_contradicts_the_file_is_refused_unless_the_flag_is_given():
     both = {"recorded": {"top_k": 2}, "preset": {"top_k": 3, "width": 4}}
-    with pytest.raises(ValueError,
-                       match=r"^--preset: expected --top-k 2 as in a\.pt, got 3; choose the"):
+    words = r"^--preset: expected --top-k 2 as in a\.pt, got 3; choose the"
+    with pytest.raises(ValueError, match=words):
         settled(**both)
     with pytest.raises(ValueError, match="--top-k 2"):
         settled("--width", "2", **both)
@@ -386,17 +402,19 @@ def test_seeds_of_ranks_differ_and_repeat():
 def test_learning_rate_warms_up_and_ends_as_its_schedule_says():
     rates = {schedule: [learning_rate(step, 30, 2.0, 10, schedule) for step in range(30)]
              for schedule in ("constant", "linear", "cosine")}
-    assert all(rate[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
-               for rate in rates.values())
+    for rate in rates.values():
+        assert rate[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
     assert rates["constant"][10:] == [2.0] * 20
-    assert rates["linear"][10:] == pytest.approx([2.0 * (1 - i / 20) for i in range(20)])
-    assert rates["cosine"][10:] == pytest.approx([1 + math.cos(math.pi * i / 20)
-                                                  for i in range(20)])
+    linear = [2.0 * (1 - i / 20) for i in range(20)]
+    cosine = [1 + math.cos(math.pi * i / 20) for i in range(20)]
+    assert rates["linear"][10:] == pytest.approx(linear)
+    assert rates["cosine"][10:] == pytest.approx(cosine)
 
 
 def test_weight_decay_spares_vectors():
     model = torch.nn.LayerNorm(4)
     model.matrix = torch.nn.Parameter(torch.ones(2, 2))
     decayed, spared = build_optimizer(model, OptimSettings(1e-3, weight_decay=0.05)).param_groups
-    assert [p.dim() for p in decayed["params"]] == [2] and [p.dim() for p in spared["params"]] == [1, 1]
+    assert [p.dim() for p in decayed["params"]] == [2]
+    assert [p.dim() for p in spared["params"]] == [1, 1]
     assert json.dumps([decayed["weight_decay"], spared["weight_decay"]]) == "[0.05, 0.0]"

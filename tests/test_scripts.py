@@ -1,5 +1,4 @@
-"""The shell scripts and the reports around them: paths of the caller, and one line for every
-mistake."""
+"""The shell scripts and the reports around them: the caller's paths, one line for every mistake."""
 
 import json
 import os
@@ -26,8 +25,10 @@ case "$*" in *sample_c2i_ddp.py*--cfg-scale*) mkdir -p "$last" && touch "$last/x
 
 @pytest.fixture
 def caller(tmp_path, monkeypatch):
-    """A folder to call scripts from, with python, python3 and torchrun that only write down how
-    they are called."""
+    """A folder to call scripts from.
+
+    There python, python3 and torchrun only write down how they are called.
+    """
     (tmp_path / "bin").mkdir()
     (tmp_path / "calls.prefix").mkdir()
     for name in ("python", "python3", "torchrun"):
@@ -44,10 +45,14 @@ def caller(tmp_path, monkeypatch):
 
 
 def shell(caller, script, *words, **environment):
-    """Runs a shell script; returns the finished process and what it called: (program, its folder,
-    arguments)."""
-    done = subprocess.run(["bash", os.path.relpath(ROOT / script, caller), *words], cwd=caller,
-                          capture_output=True, text=True, env=os.environ | environment)
+    """Runs a shell script.
+
+    Returns:
+        The finished process and what it called: program, its folder, arguments.
+    """
+    path = os.path.relpath(ROOT / script, caller)
+    done = subprocess.run(["bash", path, *words], cwd=caller, env=os.environ | environment,
+                          capture_output=True, text=True)
     calls = caller.parent / "calls"
     lines = calls.read_text().splitlines() if calls.exists() else []
     return done, [line.split(" ", 2) for line in lines]
@@ -68,7 +73,8 @@ def test_own_images_hands_on_the_callers_paths(caller):
     done, calls = shell(caller, "scripts/own_images.sh", "in", f"{caller}/in", "./out")
     assert done.returncode == 0, done.stderr
     train, extract, balance, gpt, sample = [words for _, _, words in calls if ".py" in words]
-    assert f"--data-path {caller}/in --val-path {caller}/in" in train and f"--output {caller}/./out/vq.pt" in train
+    assert f"--data-path {caller}/in --val-path {caller}/in" in train
+    assert f"--output {caller}/./out/vq.pt" in train
     assert f"--data-path {caller}/in" in extract and f"--output-dir {caller}/./out" in balance
     assert "--num-classes 1 " in gpt and f"--gpt-ckpt {caller}/./out/gpt/000-x" in sample
 
@@ -82,19 +88,26 @@ def test_a_sweep_scores_every_npz_and_leaves_reuse_to_the_evaluator(caller):
         assert {folder for _, folder, _ in calls} == {str(caller)}
         words = [words.removeprefix(f"{ROOT}/") for _, _, words in calls]
         for draw, score, scale in ((words[0], words[1], "1.0"), (words[2], words[3], "2.5")):
-            assert draw.endswith(
-                f"--gpt-ckpt run --cfg-scale {scale} --sample-dir sweep/cfg-{scale}")
-            assert score == f"evaluations/c2i/evaluator.py ref.npz sweep/cfg-{scale}/x.npz --reuse --metrics fid"
+            folder = f"sweep/cfg-{scale}"
+            assert draw.endswith(f"--gpt-ckpt run --cfg-scale {scale} --sample-dir {folder}")
+            assert score == (f"evaluations/c2i/evaluator.py ref.npz {folder}/x.npz "
+                             "--reuse --metrics fid")
         assert words[4:] == ["scripts/sweep_report.py sweep --reference ref.npz"]
 
 
 @pytest.mark.parametrize("script, words, environment, message", [
-    ("scripts/own_images.sh", ("in",), {}, "own_images.sh: error: expected TRAIN VAL OUT, got 1 arguments"),
-    ("scripts/own_images.sh", ("in", "nowhere", "out"), {}, "nowhere: expected a folder of class folders"),
-    ("scripts/own_images.sh", ("ref.npz", "in", "out"), {}, "ref.npz: expected a folder of class folders"),
-    ("scripts/autoregressive/sweep_cfg.sh", (), {}, "sweep_cfg.sh: error: expected REFERENCE=<npz"),
-    ("scripts/autoregressive/sweep_cfg.sh", (), {"REFERENCE": "none.npz"}, "found no file 'none.npz'"),
-    ("scripts/quickstart.sh", ("again",), {}, "quickstart.sh: error: expected no arguments, got 1"),
+    ("scripts/own_images.sh", ("in",), {},
+     "own_images.sh: error: expected TRAIN VAL OUT, got 1 arguments"),
+    ("scripts/own_images.sh", ("in", "nowhere", "out"), {},
+     "nowhere: expected a folder of class folders"),
+    ("scripts/own_images.sh", ("ref.npz", "in", "out"), {},
+     "ref.npz: expected a folder of class folders"),
+    ("scripts/autoregressive/sweep_cfg.sh", (), {},
+     "sweep_cfg.sh: error: expected REFERENCE=<npz"),
+    ("scripts/autoregressive/sweep_cfg.sh", (), {"REFERENCE": "none.npz"},
+     "found no file 'none.npz'"),
+    ("scripts/quickstart.sh", ("again",), {},
+     "quickstart.sh: error: expected no arguments, got 1"),
 ])
 def test_a_mistake_is_one_line_before_anything_runs(caller, script, words, environment, message):
     done, calls = shell(caller, script, *words, **environment)
@@ -119,19 +132,23 @@ def score(scale=2.0, fid=3.5, reference="one", network="net", **settings):
 
 
 @pytest.mark.parametrize("other, message", [
-    ([], "expected a JSON object"), ("", "expected JSON"), ({"numbers": {}}, "expected samples as dict"),
+    ([], "expected a JSON object"),
+    ("", "expected JSON"),
+    ({"numbers": {}}, "expected samples as dict"),
     (score() | {"samples": {"settings": {}}}, "that hold a number under cfg_scale"),
-    (score(scale="2"), "that hold a number under cfg_scale"), (score(fid=None), "expected numbers of the evaluator"),
-    (score() | {"numbers": {"Recall": 0.5}}, "expected a score with metrics ['FID'], found one with ['Recall']"),
+    (score(scale="2"), "that hold a number under cfg_scale"),
+    (score(fid=None), "expected numbers of the evaluator"),
+    (score() | {"numbers": {"Recall": 0.5}},
+     "expected a score with metrics ['FID'], found one with ['Recall']"),
     (score(reference="two"), "expected a score with reference 'one', found one with 'two'"),
     (score(network="other"), "expected a score with feature_network 'net'"),
     (score(gpt_sha256="b"), "expected a score with gpt_sha256 'a', found one with 'b'"),
 ])
-def test_a_sweep_of_records_that_do_not_belong_together_is_refused(tmp_path, capsys, other, message):
+def test_a_sweep_of_records_that_do_not_belong_together_is_refused(
+        tmp_path, capsys, other, message):
     write(tmp_path / "cfg-1.0" / "a.json", score(1.0, gpt_sha256="a"))
-    if isinstance(other,
-                  dict) and "samples" in other and "gpt_sha256" not in other["samples"]["settings"]:
-        other["samples"]["settings"]["gpt_sha256"] = "a"
+    if isinstance(other, dict) and "samples" in other:
+        other["samples"]["settings"].setdefault("gpt_sha256", "a")
     write(tmp_path / "cfg-2.0" / "b.json", other)
     assert run_here("scripts/sweep_report.py", tmp_path) == 2
     line = capsys.readouterr().err
@@ -142,11 +159,12 @@ def test_a_sweep_of_records_that_do_not_belong_together_is_refused(tmp_path, cap
 def test_a_sweep_leaves_out_scores_against_another_reference(tmp_path, capsys):
     np.savez(tmp_path / "ref.npz", arr_0=np.zeros(3))
     write(tmp_path / "cfg-1.0" / "a.json", score(1.0, 2.0, reference="of another npz"))
-    write(tmp_path / "cfg-2.0" / "b.json", score(2.0, 4.0,
-                                                 reference=file_sha256(tmp_path / "ref.npz")))
+    reference = file_sha256(tmp_path / "ref.npz")
+    write(tmp_path / "cfg-2.0" / "b.json", score(2.0, 4.0, reference=reference))
     assert run_here("scripts/sweep_report.py", tmp_path, "--reference", tmp_path / "ref.npz") == 0
     printed = capsys.readouterr().out
-    assert "left out 1 scores against another reference, such as" in printed and "lowest FID: 4.0000" in printed
+    assert "left out 1 scores against another reference, such as" in printed
+    assert "lowest FID: 4.0000" in printed
     assert json.loads((tmp_path / "sweep.json").read_text()) == [{"cfg_scale": 2.0, "FID": 4.0}]
 
 
@@ -155,30 +173,36 @@ def test_a_sweep_of_two_seeds_says_which_is_which(tmp_path, capsys):
         write(tmp_path / "cfg-2.0" / f"{seed}.json", score(2.0, fid, global_seed=seed))
     assert run_here("scripts/sweep_report.py", tmp_path) == 0
     assert "lowest FID: 3.0000 at guidance 2, seed 1" in capsys.readouterr().out
-    assert [row["global_seed"] for row in json.loads((tmp_path / "sweep.json").read_text())] == [0, 1]
+    rows = json.loads((tmp_path / "sweep.json").read_text())
+    assert [row["global_seed"] for row in rows] == [0, 1]
 
 
-NUMBERS = dict.fromkeys(("Inception Score", "FID", "sFID", "Precision", "Recall", "Label agreement",
-                         "Validation accuracy of the classifier"), 0.5)
+METRICS = ("Inception Score", "FID", "sFID", "Precision", "Recall", "Label agreement",
+           "Validation accuracy of the classifier")
+NUMBERS = dict.fromkeys(METRICS, 0.5)
 QUICKSTART = {"vq.json": {"psnr": 20.5, "codes_used": 7}, "vq/000-x/config.json": {},
               "codes/manifest.json": {"codebook_size": 16}, "report-kmeans.json": {}}
 for weight in (0, 1):
-    QUICKSTART |= {f"gpt-lambda{weight}/000-x/finished.json": {"token_loss": 1.5, "cluster_loss": 0.5},
-                   f"gpt-lambda{weight}/000-x/config.json": {"vq_model": "VQ-4-small", "codebook_size": 16},
-                   f"gpt-lambda{weight}/000-x/metrics.jsonl": "",
+    run = f"gpt-lambda{weight}/000-x"
+    QUICKSTART |= {f"{run}/finished.json": {"token_loss": 1.5, "cluster_loss": 0.5},
+                   f"{run}/config.json": {"vq_model": "VQ-4-small", "codebook_size": 16},
+                   f"{run}/metrics.jsonl": "",
                    f"samples-lambda{weight}/x.json": {"numbers": NUMBERS}}
 
 
 @pytest.mark.parametrize("name, content, message", [
     ("vq.json", {"psnr": 20.5}, "expected codes_used as int, found none"),
     ("codes/manifest.json", [], "expected a JSON object"),
-    ("gpt-lambda1/000-x/finished.json", {"token_loss": "1"}, "expected token_loss as int or float, found str"),
+    ("gpt-lambda1/000-x/finished.json", {"token_loss": "1"},
+     "expected token_loss as int or float, found str"),
     ("gpt-lambda0/000-x/config.json", {}, "expected vq_model as str"),
-    ("samples-lambda1/x.json", {"numbers": {"FID": 1}}, "expected numbers under Inception Score, sFID"),
+    ("samples-lambda1/x.json", {"numbers": {"FID": 1}},
+     "expected numbers under Inception Score, sFID"),
     ("samples-lambda0/x.json", {}, "expected numbers as dict"),
     ("classifier.pt", None, "expected a classifier with settings"),
 ])
-def test_the_report_of_the_quickstart_names_the_record_that_lacks_something(tmp_path, capsys, name, content, message):
+def test_the_report_of_the_quickstart_names_the_record_that_lacks_something(
+        tmp_path, capsys, name, content, message):
     for path, known in QUICKSTART.items():
         write(tmp_path / path, known)
     torch.save({"settings": {}} if content is not None else {}, tmp_path / "classifier.pt")

@@ -43,9 +43,11 @@ from autoregressive.train.objective import GPTTrainer, Objective
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 
 TRAIN = "autoregressive/train/train_c2i.py"
-MANIFEST = {"dataset": "test", "num_images": 50, "num_crops": 2, "num_tokens": 16, "grid": 4, "codebook_size": 64,
-            "crops": ["centre", "centre, mirrored"], "class_names": ["a", "b", "c"], "images_sha256": "1" * 64,
-            "image_size": 16, "codebook_sha256": "2" * 64, "tokenizer_sha256": "3" * 64}
+MANIFEST = {
+    "dataset": "test", "num_images": 50, "num_crops": 2, "num_tokens": 16, "grid": 4,
+    "codebook_size": 64, "crops": ["centre", "centre, mirrored"], "class_names": ["a", "b", "c"],
+    "images_sha256": "1" * 64, "image_size": 16, "codebook_sha256": "2" * 64,
+    "tokenizer_sha256": "3" * 64}
 NO_DROPOUT = ("--dropout-p", 0, "--token-dropout-p", 0, "--global-batch-size", 16)
 EVERYTHING = ("--ema", "--gradient-accumulation-steps", 2, "--val-every", 7, "--val-share", 0.1,
               "--lr-schedule", "cosine", "--warmup", 3)
@@ -56,7 +58,8 @@ sys.path.insert(0, sys.argv[1])
 from autoregressive.runtime.loader import read_ahead
 def rows():
     yield from read_ahead(list(range(1000)), range(1000), num_workers=2)
-def write(chunks):                      # its traceback keeps the reader, and with it the workers, to the very end
+def write(chunks):
+    # The traceback of write keeps the reader, and with it the workers, to the very end.
     for _ in chunks:
         raise OSError("disk full")
 write(rows())
@@ -77,17 +80,19 @@ def folder(tmp_path_factory):
     write_store(folder / "codes", np.arange(50) % 3, seed=0)
     torch.manual_seed(0)
     save_checkpoint(folder / "mapping.pt", torch.randperm(64))
-    save_checkpoint(folder / "vq.pt", {"model": VQModel(VQConfig("VQ-4-small", 64, 8)).state_dict()})
+    model = VQModel(VQConfig("VQ-4-small", 64, 8))
+    save_checkpoint(folder / "vq.pt", {"model": model.state_dict()})
     return folder
 
 
 def flags(folder, results, *more):
     return ("--code-path", folder / "codes", "--mapping-path", folder / "mapping.pt",
-            "--results-dir", results, "--gpt-model", "GPT-tiny", "--num-classes", 3, "--vocab-size",
-            64, "--codebook-size", 64, "--cluster-size", 8, "--image-size", 16, "--downsample-size",
-            4, "--vq-model", "VQ-4-small", "--vq-ckpt", folder / "vq.pt", "--mixed-precision",
-            "none", "--global-batch-size", 8, "--max-steps", 20, "--log-every", 1, "--ckpt-steps",
-            3, *more)
+            "--results-dir", results, "--gpt-model", "GPT-tiny", "--num-classes", 3,
+            "--vocab-size", 64, "--codebook-size", 64, "--cluster-size", 8,
+            "--image-size", 16, "--downsample-size", 4,
+            "--vq-model", "VQ-4-small", "--vq-ckpt", folder / "vq.pt",
+            "--mixed-precision", "none", "--global-batch-size", 8, "--max-steps", 20,
+            "--log-every", 1, "--ckpt-steps", 3, *more)
 
 
 def train(folder, results, *more, processes=0):
@@ -128,21 +133,24 @@ def steps_done(results):
 
 
 @pytest.mark.parametrize("processes, kills, more", [
-    (2, 2, EVERYTHING), pytest.param(0, 20, EVERYTHING, marks=pytest.mark.long),
+    (2, 2, EVERYTHING),
+    pytest.param(0, 20, EVERYTHING, marks=pytest.mark.long),
     pytest.param(2, 20, (), marks=pytest.mark.long)])
-def test_killed_and_resumed_run_ends_bit_for_bit_like_a_straight_one(folder, tmp_path, processes, kills, more):
+def test_killed_and_resumed_run_ends_bit_for_bit_like_a_straight_one(
+        folder, tmp_path, processes, kills, more):
     choose = random.Random(kills)
+    killed = tmp_path / "killed"
     straight = start(TRAIN, *flags(folder, tmp_path / "straight", *more), processes=processes)
     assert straight.returncode == 0, straight.stderr
     goals = sorted(choose.choices(range(1, 19), k=kills))
     for goal in goals:
-        status = start_and_kill(TRAIN, *flags(folder, tmp_path / "killed", *more), processes=processes,
-                                when=lambda goal=goal: steps_done(tmp_path / "killed") >= goal)
+        status = start_and_kill(TRAIN, *flags(folder, killed, *more), processes=processes,
+                                when=lambda goal=goal: steps_done(killed) >= goal)
         assert status == -signal.SIGKILL
-    resumed = start(TRAIN, *flags(folder, tmp_path / "killed", *more), processes=processes)
+    resumed = start(TRAIN, *flags(folder, killed, *more), processes=processes)
     assert resumed.returncode == 0, resumed.stderr
-    assert_same_end(tmp_path / "straight", tmp_path / "killed")
-    assert len(list((tmp_path / "killed").iterdir())) == 1
+    assert_same_end(tmp_path / "straight", killed)
+    assert len(list(killed.iterdir())) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
@@ -165,13 +173,17 @@ def baseline(folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize("processes, tolerance, more", [
-    (0, 1e-6, ("--gradient-accumulation-steps", 4)), (0, 1e-6, ("--checkpoint-activations",)), (0, 1e-6, ()),
-    (0, 1e-6, ("--loss-mib", 1, "--num-workers", 0)), (0, 1e-5, ("--parallel", "fsdp")),
-    (2, 1e-5, ()), (2, 1e-5, ("--parallel", "fsdp", "--ema")),
-    pytest.param(2, 1e-5, ("--parallel", "fsdp", "--gradient-accumulation-steps", 2, "--checkpoint-activations"),
-                 marks=pytest.mark.long)])
-def test_every_way_to_compute_a_step_gives_the_same_losses_and_norms(folder, tmp_path, baseline, processes, tolerance,
-                                                                     more):
+    (0, 1e-6, ("--gradient-accumulation-steps", 4)),
+    (0, 1e-6, ("--checkpoint-activations",)),
+    (0, 1e-6, ()),
+    (0, 1e-6, ("--loss-mib", 1, "--num-workers", 0)),
+    (0, 1e-5, ("--parallel", "fsdp")),
+    (2, 1e-5, ()),
+    (2, 1e-5, ("--parallel", "fsdp", "--ema")),
+    pytest.param(2, 1e-5, ("--parallel", "fsdp", "--gradient-accumulation-steps", 2,
+                           "--checkpoint-activations"), marks=pytest.mark.long)])
+def test_every_way_to_compute_a_step_gives_the_same_losses_and_norms(
+        folder, tmp_path, baseline, processes, tolerance, more):
     train(folder, tmp_path, *NO_DROPOUT, *more, processes=processes)
     found = metrics(tmp_path)
     assert len(found) == len(baseline) == 20
@@ -182,12 +194,15 @@ def test_every_way_to_compute_a_step_gives_the_same_losses_and_norms(folder, tmp
 
 
 @pytest.mark.parametrize("first, then", [
-    ((2, "fsdp"), (0, "ddp")), pytest.param((2, "ddp"), (0, "ddp"), marks=pytest.mark.long),
+    ((2, "fsdp"), (0, "ddp")),
+    pytest.param((2, "ddp"), (0, "ddp"), marks=pytest.mark.long),
     pytest.param((0, "ddp"), (2, "fsdp"), marks=pytest.mark.long)])
-def test_another_number_of_processes_continues_by_sample_position(folder, tmp_path, baseline, first, then):
-    train(folder, tmp_path, *NO_DROPOUT, "--parallel", first[1], "--max-steps", 9, "--ema",
+def test_another_number_of_processes_continues_by_sample_position(
+        folder, tmp_path, baseline, first, then):
+    train(folder, tmp_path, *NO_DROPOUT, "--ema", "--parallel", first[1], "--max-steps", 9,
           processes=first[0])
-    train(folder, tmp_path, *NO_DROPOUT, "--parallel", then[1], "--ema", processes=then[0])
+    train(folder, tmp_path, *NO_DROPOUT, "--ema", "--parallel", then[1],
+          processes=then[0])
     for row, expected in zip(metrics(tmp_path), baseline, strict=True):
         assert row["token_loss"] == pytest.approx(expected["token_loss"], rel=1e-5)
     assert len(list(tmp_path.iterdir())) == 1
@@ -204,8 +219,9 @@ def test_damaged_newest_checkpoint_is_skipped_with_a_warning(folder, tmp_path):
     content[len(content) // 2] ^= 1
     newest.write_bytes(content)
     done = start(TRAIN, *flags(folder, tmp_path / "damaged"))
-    assert done.returncode == 0 and "damaged part" in done.stdout and "continuing from" in done.stdout
-    assert "0000015.pt" in done.stdout
+    assert done.returncode == 0
+    for words in ("damaged part", "continuing from", "0000015.pt"):
+        assert words in done.stdout
     assert_same_end(tmp_path / "straight", tmp_path / "damaged")
     log = (run / "log.txt").read_text()
     assert "damaged part" in log and "continuing from" in log
@@ -247,14 +263,15 @@ def test_only_the_newest_checkpoints_are_kept(folder, tmp_path):
 def test_a_run_leaves_curves_validation_losses_and_sample_pictures(folder, tmp_path):
     train(folder, tmp_path, *EVERYTHING, "--validation_step", 10)
     run, = tmp_path.iterdir()
-    assert sorted(path.name for path in (run / "pictures").iterdir()) == ["0000010.png", "0000020.png"]
+    pictures = sorted(path.name for path in (run / "pictures").iterdir())
+    assert pictures == ["0000010.png", "0000020.png"]
     assert (run / "curves.png").stat().st_size > 10000
     val = [row for row in metrics(tmp_path) if "val_token_loss" in row]
     assert [row["step"] for row in val] == [7, 14, 20]
     assert 0 < val[-1]["val_token_loss"] < 5 and 0 <= val[-1]["val_cluster_accuracy"] <= 1
     text = (run / "log.txt").read_text()
-    for words in ("ln V = 4.16", "peak memory of the first step", "step 20: token loss",
-                  "images per second"):
+    for words in ("ln V = 4.16", "peak memory of the first step",
+                  "step 20: token loss", "images per second"):
         assert words in text
 
 
@@ -269,27 +286,32 @@ def test_training_starts_from_given_weights_and_continues_from_a_given_checkpoin
     checkpoints, = (tmp_path / "straight").glob("*/checkpoints")
     train(folder, tmp_path / "continued", *NO_DROPOUT, "--gpt-ckpt", checkpoints / "0000012.pt")
     assert metrics(tmp_path / "continued") == metrics(tmp_path / "straight")[12:]
-    save_checkpoint(tmp_path / "weights.pt",
-                    {"model": last_checkpoint(tmp_path / "straight")["model"]})
+    weights = last_checkpoint(tmp_path / "straight")["model"]
+    save_checkpoint(tmp_path / "weights.pt", {"model": weights})
     train(folder, tmp_path / "started", *NO_DROPOUT, "--gpt-ckpt", tmp_path / "weights.pt")
-    started = metrics(tmp_path / "started")
-    assert started[0]["step"] == 1 and started[0]["token_loss"] < metrics(tmp_path / "straight")[0]["token_loss"] - 0.01
+    first_straight = metrics(tmp_path / "straight")[0]
+    first_started = metrics(tmp_path / "started")[0]
+    assert first_started["step"] == 1
+    assert first_started["token_loss"] < first_straight["token_loss"] - 0.01
 
 
 @pytest.fixture
 def older(monkeypatch, tmp_path):
-    """What commit fa9bbd5 left of a small GPT after 2 steps; (path, payload, the numbers that its
-    code went on to)."""
+    """What commit fa9bbd5 left of a small GPT after 2 steps.
+
+    Returns:
+        Its path, its payload, and the numbers that the code of that commit went on to.
+    """
     monkeypatch.setitem(GPT_MODELS, "GPT-mini", GPTSize(2, 2, 16))
-    save_checkpoint(tmp_path / "older_mapping.pt",
-                    torch.from_numpy(np.random.default_rng(0).permutation(64)))
+    mapping = torch.from_numpy(np.random.default_rng(0).permutation(64))
+    save_checkpoint(tmp_path / "older_mapping.pt", mapping)
     path = FIXTURES / "older_gpt_checkpoint.pt"
     return path, read_checkpoint(path), json.loads(path.with_suffix(".json").read_text())
 
 
 def train_mini(folder, tmp_path, *more):
-    train(folder, tmp_path / "results", "--gpt-model", "GPT-mini", "--mapping-path",
-          tmp_path / "older_mapping.pt", *NO_DROPOUT, "--lr", 0.01, *more)
+    train(folder, tmp_path / "results", "--gpt-model", "GPT-mini",
+          "--mapping-path", tmp_path / "older_mapping.pt", *NO_DROPOUT, "--lr", 0.01, *more)
 
 
 def assert_rows(found, expected):
@@ -304,25 +326,29 @@ def test_an_older_checkpoint_samples_what_the_older_code_drew(older, weights):
     assert file.flags() == {"gpt_model": "GPT-mini", "image_size": 16, "num_classes": 3,
                             "cluster_size": 8, "codebook_size": 64, "downsample_size": 4}
     gpt = build_gpt(file, gpt_config("GPT-mini", grid=4, vocab_size=64, num_classes=3))
-    assert torch.equal(gpt.output.weight, payload["ema" if weights == "ema"
-                                                  else "model"]["output.weight"])
+    saved = payload["ema" if weights == "ema" else "model"]
+    assert torch.equal(gpt.output.weight, saved["output.weight"])
     labels, uniforms = random_numbers(0, range(6), 3, 16)
     tokens = generate(gpt, torch.from_numpy(labels), torch.from_numpy(uniforms),
                       Sampler(cfg_scale=2.0))
-    assert tokens.tolist() == numbers["tokens"][weights] and numbers["tokens"]["raw"] != numbers["tokens"]["ema"]
+    assert tokens.tolist() == numbers["tokens"][weights]
+    assert numbers["tokens"]["raw"] != numbers["tokens"]["ema"]
 
 
 def test_training_goes_on_from_an_older_checkpoint_as_the_older_code_did(older, folder, tmp_path):
     path, payload, numbers = older
     train_mini(folder, tmp_path, "--ema", "--max-steps", 4, "--gpt-ckpt", path)
     assert_rows(metrics(tmp_path / "results"), numbers["continued"])
-    assert [row["step"] for row in metrics(tmp_path / "results")] == [3, 4] and payload["steps"] == 2
+    assert payload["steps"] == 2
+    assert [row["step"] for row in metrics(tmp_path / "results")] == [3, 4]
     end = last_checkpoint(tmp_path / "results")
-    assert end["steps"] == 4 and end["images_seen"] == 64 and end["ema"].keys() == payload["ema"].keys()
+    assert end["steps"] == 4 and end["images_seen"] == 64
+    assert end["ema"].keys() == payload["ema"].keys()
     assert all(state["step"] == 4 for state in end["optimizer"]["state"].values())
 
 
-def test_training_starts_from_the_weights_of_an_older_checkpoint_as_the_older_code_did(older, folder, tmp_path):
+def test_training_starts_from_the_weights_of_an_older_checkpoint_as_the_older_code_did(
+        older, folder, tmp_path):
     _, payload, numbers = older
     save_checkpoint(tmp_path / "weights.pt", {"model": payload["model"]})
     train_mini(folder, tmp_path, "--max-steps", 2, "--gpt-ckpt", tmp_path / "weights.pt")
@@ -330,7 +356,8 @@ def test_training_starts_from_the_weights_of_an_older_checkpoint_as_the_older_co
     assert [row["step"] for row in metrics(tmp_path / "results")] == [1, 2]
 
 
-def test_a_gpt_over_original_codes_is_started_from_even_if_its_file_is_a_whole_checkpoint(older, folder, tmp_path):
+def test_a_gpt_over_original_codes_is_started_from_even_if_its_file_is_a_whole_checkpoint(
+        older, folder, tmp_path):
     payload = read_checkpoint(older[0])
     save_checkpoint(tmp_path / "original.pt", payload | {"settings": {}})
     train_mini(folder, tmp_path, "--max-steps", 1, "--gpt-ckpt", tmp_path / "original.pt",
@@ -349,8 +376,9 @@ def test_a_mapping_or_store_rebuilt_at_the_same_path_starts_a_new_run(folder, tm
     else:
         shutil.rmtree(data / "codes")
         labels = np.arange(50) % 3
-        write_store(data / "codes", labels[::-1] if rebuilt == "labels" else labels,
-                    seed=int(rebuilt == "codes"))
+        if rebuilt == "labels":
+            labels = labels[::-1]
+        write_store(data / "codes", labels, seed=int(rebuilt == "codes"))
     train(data, results, "--max-steps", 3)
     runs = sorted(results.iterdir())
     assert len(runs) == 2
@@ -366,17 +394,20 @@ def test_a_mapping_or_store_rebuilt_at_the_same_path_starts_a_new_run(folder, tm
 
 
 def launch(folder, results, *more):
-    """Starts training under torchrun, which restarts its workers up to three times; returns the
-    launcher's process."""
+    """Starts training under torchrun, which restarts its workers up to three times.
+
+    Returns:
+        The launcher's process.
+    """
     words = command(TRAIN, *flags(folder, results, *more), processes=2)
     words.insert(words.index("--standalone"), "--max-restarts=3")
-    return subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.DEVNULL,
-                            stderr=subprocess.DEVNULL)
+    return subprocess.Popen(words, env=ENVIRONMENT,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def workers_of(launcher):
-    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(launcher.pid)], capture_output=True,
-                            text=True)
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(launcher.pid)],
+                            capture_output=True, text=True)
     return [int(pid) for pid in listed.stdout.split()]
 
 
@@ -387,7 +418,7 @@ def wait_until(condition, seconds=60):
         time.sleep(0.05)
 
 
-def test_a_killed_worker_is_restarted_by_torchrun_and_the_run_ends_like_a_straight_one(folder, tmp_path):
+def test_a_run_whose_killed_worker_torchrun_restarts_ends_like_a_straight_one(folder, tmp_path):
     train(folder, tmp_path / "straight", processes=2)
     launcher = launch(folder, tmp_path / "killed")
     wait_until(lambda: steps_done(tmp_path / "killed") >= 5)
@@ -407,7 +438,8 @@ def test_workers_leave_when_torchrun_alone_is_killed(folder, tmp_path):
 
 
 @pytest.mark.parametrize("more, words", [
-    ((), "--mapping-path: expected"), (("--init-from-original",), "which was trained on tokens; leave the flag out")])
+    ((), "--mapping-path: expected"),
+    (("--init-from-original",), "which was trained on tokens; leave the flag out")])
 def test_a_checkpoint_over_other_tokens_is_refused(folder, tmp_path, capsys, more, words):
     train(folder, tmp_path / "first", "--max-steps", 1)
     other = tmp_path / "other.pt"
@@ -418,8 +450,8 @@ def test_a_checkpoint_over_other_tokens_is_refused(folder, tmp_path, capsys, mor
 
 
 @pytest.mark.parametrize("seconds", [30, 0])
-def test_a_flipped_code_is_found_before_the_first_step_or_beside_the_first_ones(folder, tmp_path, monkeypatch, capsys,
-                                                                                seconds):
+def test_a_flipped_code_is_found_before_the_first_step_or_beside_the_first_ones(
+        folder, tmp_path, monkeypatch, capsys, seconds):
     monkeypatch.setattr(training, "VERIFY_SECONDS", seconds)
     shutil.copytree(folder, tmp_path / "data")
     codes = np.load(tmp_path / "data/codes/codes.npy")
@@ -431,17 +463,18 @@ def test_a_flipped_code_is_found_before_the_first_step_or_beside_the_first_ones(
     assert not list(tmp_path.glob("results/*/finished.json"))
 
 
-def test_a_checkpoint_of_other_tokens_that_was_copied_into_a_run_is_refused(folder, tmp_path, capsys):
+def test_a_checkpoint_of_other_tokens_copied_into_a_run_is_refused(folder, tmp_path, capsys):
     train(folder, tmp_path / "results", "--max-steps", 3)
     (path,) = (tmp_path / "results").glob("*/checkpoints/0000003.pt")
     payload = read_checkpoint(path)
-    save_checkpoint(path.with_name("0000006.pt"), payload | {
-        "steps": 6, "settings": payload["settings"] | {"mapping_sha256": "0" * 64}})
+    settings = payload["settings"] | {"mapping_sha256": "0" * 64}
+    save_checkpoint(path.with_name("0000006.pt"), payload | {"steps": 6, "settings": settings})
     assert run_here(TRAIN, *flags(folder, tmp_path / "results")) == 2
-    assert "0000006.pt: expected a checkpoint of this run with mapping_sha256" in capsys.readouterr().err
+    words = "0000006.pt: expected a checkpoint of this run with mapping_sha256"
+    assert words in capsys.readouterr().err
 
 
-def test_a_run_that_went_on_from_another_does_so_again_whatever_became_of_that_one(folder, tmp_path):
+def test_a_run_that_went_on_from_another_does_so_again_whatever_became_of_it(folder, tmp_path):
     train(folder, tmp_path / "first", "--max-steps", 3)
     (first,) = (tmp_path / "first").iterdir()
     train(folder, tmp_path / "second", "--max-steps", 6, "--gpt-ckpt", first)
@@ -451,20 +484,21 @@ def test_a_run_that_went_on_from_another_does_so_again_whatever_became_of_that_o
 
 
 def public_checkpoint(config):
-    """Returns a checkpoint as the public code writes it, after one step, and the moments by
-    name."""
+    """Returns a checkpoint after one step as the public code writes it, and its moments by name."""
     torch.manual_seed(1)
     model = GPT(config)
     weights = dict(model.named_parameters())
-    layers = range(config.num_layers)
     matrices = ["cls_embedding.embedding_table", "tok_embeddings"]
-    for layer in layers:
-        matrices += [f"layers.{layer}.{name}" for name in ("attention.wqkv", "attention.wo", "feed_forward.w1",
-                                                          "feed_forward.w3", "feed_forward.w2")]
-    norms = [f"layers.{layer}.{name}" for layer in layers for name in ("attention_norm", "ffn_norm")]
-    names = [[f"{name}.weight" for name in group] for group in ([*matrices, "output"], [*norms, "norm"])]
-    optimizer = torch.optim.AdamW([{"params": [weights[name] for name in group]}
-                                   for group in names], lr=1e-3)
+    norms = []
+    for layer in range(config.num_layers):
+        for name in ("attention.wqkv", "attention.wo",
+                     "feed_forward.w1", "feed_forward.w3", "feed_forward.w2"):
+            matrices.append(f"layers.{layer}.{name}")
+        for name in ("attention_norm", "ffn_norm"):
+            norms.append(f"layers.{layer}.{name}")
+    groups = [{"params": [weights[f"{name}.weight"] for name in names]}
+              for names in ([*matrices, "output"], [*norms, "norm"])]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3)
     for weight in weights.values():
         weight.grad = torch.randn_like(weight)
     optimizer.step()
@@ -474,23 +508,24 @@ def public_checkpoint(config):
     return payload, moments
 
 
-def test_moments_of_public_checkpoints_are_named_by_the_public_order_also_where_shapes_do_not_tell():
-    payload, moments = public_checkpoint(gpt_config("GPT-tiny", grid=4, vocab_size=64,
-                                                    num_classes=63))
+def test_moments_of_public_checkpoints_are_named_by_the_public_order_where_shapes_do_not_tell():
+    config = gpt_config("GPT-tiny", grid=4, vocab_size=64, num_classes=63)
+    payload, moments = public_checkpoint(config)
     named = name_moments(payload["optimizer"], payload["model"], "a file")
-    assert set(named["state"]) == set(moments) and sum(map(len, (g["params"] for g in named["param_groups"]))) == 32
+    assert set(named["state"]) == set(moments)
+    assert sum(len(group["params"]) for group in named["param_groups"]) == 32
     assert all(torch.equal(named["state"][name]["exp_avg"], value)
                for name, value in moments.items())
     del payload["optimizer"]["state"][3]
-    with pytest.raises(ValueError,
-                       match="expected moments 3 of layers.0.attention.wo.weight .*--weights-only"):
+    words = "expected moments 3 of layers.0.attention.wo.weight .*--weights-only"
+    with pytest.raises(ValueError, match=words):
         name_moments(payload["optimizer"], payload["model"], "a file")
 
 
 @pytest.mark.parametrize("more, first", [((), 5), (("--ema",), 5), (("--weights-only",), 1)])
 def test_a_public_checkpoint_is_continued_or_started_from(folder, tmp_path, more, first):
     payload, _ = public_checkpoint(gpt_config("GPT-tiny", grid=4, vocab_size=64, num_classes=3))
-    # As DDP names them
+    # The average's weights are named as DDP names them.
     payload["ema"] = {f"module.{name}": weight for name, weight in payload["model"].items()}
     save_checkpoint(tmp_path / "005.pt", payload)
     train(folder, tmp_path / "results", "--gpt-ckpt", tmp_path / "005.pt", "--max-steps", 6, *more)
@@ -514,8 +549,9 @@ def test_weights_over_original_codes_give_the_same_logits_once_their_rows_are_mo
 
 def small_trainer(head_loss, session):
     torch.manual_seed(0)
-    model = GPT(gpt_config("GPT-tiny", grid=4, vocab_size=64, num_classes=3, dropout=0,
-                           token_dropout=0))
+    config = gpt_config("GPT-tiny", grid=4, vocab_size=64, num_classes=3, dropout=0,
+                        token_dropout=0)
+    model = GPT(config)
     optimizer = ModelOptimizer(model, OptimSettings(lr=1e-2, weight_decay=0.05, ema=True), CPU)
     return GPTTrainer(Objective(model, head_loss), optimizer, session, "none")
 
@@ -531,15 +567,16 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_remembered(folder):
     trainer = small_trainer(head_loss, session)
     batches = TokenBatches(open_codes(folder / "codes"), np.arange(64), 8, 0, 3, 0.1)
     trainer.step(0, batches[0, range(8)], 1e-2)
-    state = [tensor.clone() for tensor in everything(trainer.optimizer)]
+    before = [tensor.clone() for tensor in everything(trainer.optimizer)]
     for step, value in ((1, torch.nan), (2, torch.inf)):
         factor.fill_(value)
         trainer.step(step, batches[step, range(8)], 1e-2)
-    assert all(torch.equal(old, new) for old, new in zip(state, everything(trainer.optimizer), strict=True))
+    after = everything(trainer.optimizer)
+    assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
     assert trainer.meter.first_bad_step(session) == 1
     factor.fill_(1)
     trainer.step(3, batches[3, range(8)], 1e-2)
-    assert not torch.equal(state[0], everything(trainer.optimizer)[0])
+    assert not torch.equal(before[0], everything(trainer.optimizer)[0])
 
 
 def everything(optimizer):
@@ -551,8 +588,8 @@ def everything(optimizer):
 def test_a_run_that_is_not_finite_stops_naming_step_and_rows(folder, tmp_path):
     done = start(TRAIN, *flags(folder, tmp_path / "results", "--lr", 1e30, "--max-grad-norm", 0))
     assert done.returncode == 1
-    assert re.search(r"FloatingPointError: step \d+: loss or gradient is not finite, in rows \[",
-                     done.stderr)
+    words = r"FloatingPointError: step \d+: loss or gradient is not finite, in rows \["
+    assert re.search(words, done.stderr)
 
 
 @pytest.mark.parametrize("warms_up", [False, True])
@@ -574,15 +611,16 @@ def test_batches_read_ahead_are_those_read_one_by_one(folder):
     expected = [batches[key] for key in keys]
     for num_workers in (0, 1, 4):
         found = list(read_ahead(batches, keys, num_workers))
-        assert len(found) == 11 and all(torch.equal(a, b) for pair in zip(found, expected, strict=True)
-                                        for a, b in zip(*pair, strict=True))
+        assert len(found) == 11
+        for (tokens, labels), (its_tokens, its_labels) in zip(found, expected, strict=True):
+            assert torch.equal(tokens, its_tokens) and torch.equal(labels, its_labels)
 
 
 def test_an_error_while_workers_read_ahead_ends_the_process():
-    done = subprocess.run([sys.executable, "-c", FAIL_WHILE_READING, ROOT], capture_output=True,
-                          text=True, timeout=60)
-    assert done.returncode == 1 and done.stderr.endswith(
-        "OSError: disk full\n") and "worker" not in done.stderr
+    done = subprocess.run([sys.executable, "-c", FAIL_WHILE_READING, ROOT],
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.endswith("OSError: disk full\n") and "worker" not in done.stderr
 
 
 def test_validation_images_are_never_trained_on(folder):
@@ -593,21 +631,21 @@ def test_validation_images_are_never_trained_on(folder):
 
 
 def test_log_is_cut_back_to_the_step_of_the_checkpoint(tmp_path):
+    head = "[2026-11-24 00:00:00] GPT-tiny\n"
     lines = [f"[2026-11-24 00:00:0{step}] step {step}: token loss 1\n" for step in range(1, 6)]
-    (tmp_path / "log.txt").write_text("[2026-11-24 00:00:00] GPT-tiny\n" + "".join(lines))
+    (tmp_path / "log.txt").write_text(head + "".join(lines))
     cut_log(tmp_path / "log.txt", 3)
-    assert (tmp_path / "log.txt").read_text() == "[2026-11-24 00:00:00] GPT-tiny\n" + "".join(
-        lines[:3])
+    assert (tmp_path / "log.txt").read_text() == head + "".join(lines[:3])
 
 
 def test_flops_are_six_a_weight_and_those_of_causal_attention():
     config = gpt_config("GPT-tiny", grid=4, vocab_size=64, num_classes=3)
     model = GPT(config)
+    num_weights = sum(p.numel() for p in model.parameters())
     multiplied = sum(p.numel() for name, p in model.named_parameters() if "embedding" not in name)
-    # Q k and p v, forward and back
+    # Products of q with k and of p with v, forward and back.
     attention = config.num_layers * 3 * 2 * 2 * config.width * config.num_tokens / 2
-    assert config.flops_per_token(sum(p.numel()
-                                      for p in model.parameters())) == 6 * multiplied + attention
+    assert config.flops_per_token(num_weights) == 6 * multiplied + attention
 
 
 @pytest.mark.parametrize("world_size, batch_size", [(1, 5), (2, 4), (3, 3), (6, None)])
@@ -617,7 +655,8 @@ def test_validation_gives_every_process_as_many_of_its_5_images(folder, world_si
                             cluster_size=8, global_batch_size=24, gradient_accumulation_steps=2,
                             val_every=1, val_share=0.1, global_seed=0)
     if batch_size is None:
-        with pytest.raises(ValueError, match="--val-share: expected at least one validation image for each of 6 "):
+        words = "--val-share: expected at least one validation image for each of 6 "
+        with pytest.raises(ValueError, match=words):
             open_data(settings, 4, world_size)
     else:
         assert open_data(settings, 4, world_size).val_batches.batch_size == batch_size
