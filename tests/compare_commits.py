@@ -90,7 +90,8 @@ JOBS = {
         --eval-every 10 --eval-share 0.1 --validation_step 10",
     "gpt": f"python {TRAIN_GPT}",
     "codes-ten": f"torchrun {EXTRACT} {DIGITS} --ten-crop",
-    "codes-again": f"python {EXTRACT} {DIGITS} --no-flip",      # stores of unequal size are drawn otherwise
+    # The same as "codes": stores of unequal size are drawn from otherwise.
+    "codes-again": f"python {EXTRACT} {DIGITS} --no-flip",
     "codes-half": f"python {EXTRACT} --dataset digits --data-path heldout --precision bf16",
     "codes-images": f"python {EXTRACT} {IMAGES}",
     "check": f"python {CHECK} {DIGITS} --code-path ../codes",
@@ -243,8 +244,8 @@ def expand(word: str, folder: Path) -> str:
 
 def command_line(text: str, side: Side, folder: Path) -> list[str]:
     """Returns a command of the table as a side calls it, ready to be run in `folder`."""
-    launcher, script, *words = " ".join(side.renamed.get(word, word)
-                                        for word in text.split()).split()
+    renamed = " ".join(side.renamed.get(word, word) for word in text.split())
+    launcher, script, *words = renamed.split()
     start = [sys.executable]
     if launcher == "torchrun":
         start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

@@ -13,8 +13,7 @@ FIXTURES = ROOT / "tests" / "fixtures"
 
 @pytest.fixture(scope="session")
 def fixture():
-    """Returns a function that loads tests/fixtures/{name}.pt; a missing file is an error, never a
-    skip."""
+    """Returns a function that loads tests/fixtures/{name}.pt; a missing file is an error."""
     return lambda name: torch.load(FIXTURES / f"{name}.pt", weights_only=True)
 
 

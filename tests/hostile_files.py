@@ -26,17 +26,20 @@ from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 VQ = "--vq-model VQ-4-small --codebook-size 64"
 GPT = "--gpt-model GPT-tiny --num-classes 10 --image-size 16 --downsample-size 4 --cluster-size 8"
 DIGITS = "--dataset digits --data-path val --image-size 16"
-PIPELINE = (f"{GPT} {VQ} --vq-ckpt good/reordered.pt --gpt-ckpt good/gpt.pt --image-size-eval 16 --precision none")
+PIPELINE = (f"{GPT} {VQ} --vq-ckpt good/reordered.pt --gpt-ckpt good/gpt.pt "
+            "--image-size-eval 16 --precision none")
 # Script and flags of a command that is right, and writes into the folder `new`.
 COMMANDS = {
     "extract": ("autoregressive/train/extract_codes_c2i.py",
                 f"{VQ} {DIGITS} --vq-ckpt good/vq.pt --code-path new/codes --num-workers 0"),
-    "check": ("autoregressive/train/check_codes.py", "--dataset digits --data-path val --vq-ckpt good/vq.pt "
+    "check": ("autoregressive/train/check_codes.py",
+              "--dataset digits --data-path val --vq-ckpt good/vq.pt "
               "--code-path good/codes --output new/check.png"),
     "balance": ("balance_k_means.py", "--vq-ckpt good/vq.pt --cluster-size 8 --output-dir new"),
     "train": ("autoregressive/train/train_c2i.py",
-              f"{GPT} {VQ} --vocab-size 64 --code-path good/codes --mapping-path good/mapping.pt --vq-ckpt "
-              "good/reordered.pt --results-dir new --mixed-precision none --max-steps 4 --ckpt-steps 2 --log-every 1 "
+              f"{GPT} {VQ} --vocab-size 64 --code-path good/codes "
+              "--mapping-path good/mapping.pt --vq-ckpt good/reordered.pt --results-dir new "
+              "--mixed-precision none --max-steps 4 --ckpt-steps 2 --log-every 1 "
               "--global-batch-size 32 --num-workers 0"),
     "sample many": ("autoregressive/sample/sample_c2i_ddp.py",
                     f"{PIPELINE} --sample-dir new --num-fid-samples 20 --per-proc-batch-size 8"),
@@ -45,12 +48,15 @@ COMMANDS = {
     "classifier": ("evaluations/c2i/train_classifier.py",
                    f"{DIGITS} --val-path val --output new/classifier.pt --max-steps 6"),
     "reference": ("evaluations/c2i/make_reference.py", f"{DIGITS} --output new/reference.npz"),
-    "evaluate": ("evaluations/c2i/evaluator.py", "--classifier good/classifier.pt --output new/scores.json"),
+    "evaluate": ("evaluations/c2i/evaluator.py",
+                 "--classifier good/classifier.pt --output new/scores.json"),
     "tokenizer": ("tokenizer/tokenizer_image/vq_train.py",
-                  f"{VQ} {DIGITS} --mixed-precision none --num-workers 0 --global-batch-size 16 --perceptual-weight 0 "
-                  "--disc-weight 0 --results-dir new --max-steps 4 --ckpt-steps 2 --log-every 1"),
+                  f"{VQ} {DIGITS} --mixed-precision none --num-workers 0 --global-batch-size 16 "
+                  "--perceptual-weight 0 --disc-weight 0 --results-dir new "
+                  "--max-steps 4 --ckpt-steps 2 --log-every 1"),
     "validate": ("tokenizer/validation/val.py",
-                 f"{VQ} {DIGITS} --vq-ckpt good/vq.pt --output new/reconstructions.npz --num-workers 0"),
+                 f"{VQ} {DIGITS} --vq-ckpt good/vq.pt --output new/reconstructions.npz "
+                 "--num-workers 0"),
     "sweep report": ("scripts/sweep_report.py", ""),
     "quickstart report": ("scripts/quickstart_report.py", ""),
 }
@@ -64,7 +70,8 @@ def call(name: str, *more: str) -> int:
     """Runs a right command in this process, with more flags; returns its exit code."""
     script, flags = COMMANDS[name]
     words = flags.split()
-    if "--code-path" in more:  # in training a second one adds to the first
+    # In training a second one adds to the first.
+    if "--code-path" in more:
         place = words.index("--code-path")
         del words[place:place + 2]
     return run_here(script, *words, *more)
@@ -89,8 +96,7 @@ def make_good(folder: Path) -> None:
     save_checkpoint(good / "vq.pt", {"model": VQModel(VQConfig("VQ-4-small", 64, 8)).state_dict()})
 
     def keep(name: str, *more: str, **names: str) -> None:
-        """Runs a command and moves what it left: names of files in `good` = patterns of paths in
-        `new`."""
+        """Runs a command and moves what it left from `new` to `good`: new names = patterns."""
         assert call(name, *more) == 0
         for kept, pattern in names.items():
             (found,) = new.glob(pattern)
@@ -153,15 +159,17 @@ def make_bad_weights(good: Path, bad: Path) -> None:
     """Makes relatives of the tokenizer, the GPT and the classifier."""
     content = (good / "vq.pt").read_bytes()
     (bad / "cut.pt").write_bytes(content[:len(content) * 2 // 3])
-    # Moved by a block, as a bad copy leaves it
-    (bad / "late.pt").write_bytes(b"\0" * 512 + content)
+    (bad / "late.pt").write_bytes(b"\0" * 512 + content)        # moved by a block, by a bad copy
     vq = read_checkpoint(good / "vq.pt")["model"]
     codes = vq[CODEBOOK]
     with_a_nan = codes.clone()
     with_a_nan[3, 1] = torch.nan
     tokenizers = {
-        "list": [vq], "number": {"model": 3}, "integers": dict(enumerate(vq.values())),
-        "none": {"model": None}, "empty-state": {"model": {}},
+        "list": [vq],
+        "number": {"model": 3},
+        "integers": dict(enumerate(vq.values())),
+        "none": {"model": None},
+        "empty-state": {"model": {}},
         "flat": {"model": vq | {CODEBOOK: codes.flatten()}},
         "complex": {"model": vq | {CODEBOOK: codes.to(torch.complex64)}},
         "whole-numbers": {"model": vq | {CODEBOOK: (100 * codes).long()}},
@@ -176,6 +184,7 @@ def make_bad_weights(good: Path, bad: Path) -> None:
     whole = read_checkpoint(good / "gpt.pt")
     settings = whole["settings"]
     smaller = gpt.GPT(gpt_config("GPT-tiny", grid=4, vocab_size=32, num_classes=10))
+    infinite = torch.full_like(whole["model"]["output.weight"], -torch.inf)
     gpts = {
         "settings-list": whole | {"settings": [1, 2]},
         "settings-text": whole | {"settings": settings | {"grid": "four"}},
@@ -188,8 +197,7 @@ def make_bad_weights(good: Path, bad: Path) -> None:
         "steps-text": whole | {"steps": "four"},
         "other-moments": whole | {"steps": 2, "optimizer": {"state": {0: {}}, "param_groups": []}},
         "no-moments": whole | {"steps": 2, "optimizer": {"state": {}, "param_groups": []}},
-        "infinite": whole | {"model": whole["model"] | {
-            "output.weight": torch.full_like(whole["model"]["output.weight"], -torch.inf)}},
+        "infinite": whole | {"model": whole["model"] | {"output.weight": infinite}},
     }
     for name, payload in gpts.items():
         torch.save(payload, bad / f"gpt-{name}.pt")
@@ -208,9 +216,16 @@ def make_bad_weights(good: Path, bad: Path) -> None:
 
 def make_bad_mappings(good: Path, bad: Path) -> None:
     tokens = read_checkpoint(good / "mapping.pt")
-    mappings = {"int8": tokens.to(torch.int8), "complex": tokens.to(torch.complex64),
-                "one-based": tokens + 1, "text": {"mapping": tokens}, "side-numbers": tokens,
-                "side-empty": tokens, "short": torch.arange(63), "foreign": tokens}
+    mappings = {
+        "int8": tokens.to(torch.int8),
+        "complex": tokens.to(torch.complex64),
+        "one-based": tokens + 1,
+        "text": {"mapping": tokens},
+        "side-numbers": tokens,
+        "side-empty": tokens,
+        "short": torch.arange(63),
+        "foreign": tokens,
+    }
     for name, payload in mappings.items():
         torch.save(payload, bad / f"mapping-{name}.pt")
     (bad / "mapping-side-numbers.pt.json").write_text(json.dumps({"mapping_sha256": 5}))
@@ -255,14 +270,14 @@ def make_bad_stores(good: Path, bad: Path) -> None:
     (bad / "older" / "x_codes").mkdir(parents=True)
     (bad / "older" / "x_labels").mkdir()
     for row in range(40):
+        label = -1 if row == 7 else labels[row]
         np.save(bad / "older" / "x_codes" / f"{row}.npy", codes[row][None].astype(np.int64))
-        np.save(bad / "older" / "x_labels" / f"{row}.npy",
-                np.array([-1 if row == 7 else labels[row]]))
+        np.save(bad / "older" / "x_labels" / f"{row}.npy", np.array([label]))
 
 
 def make_bad_runs(good: Path, bad: Path) -> None:
-    """Makes results folders, each with one run whose end was taken away and which something
-    happened to."""
+    """Makes results folders, each with one damaged run, most of them without their end."""
+    checkpoint = read_checkpoint(good / "gpt.pt")
 
     def results(name: str, change: Callable[[Path], Any]) -> None:
         path = bad / f"results-{name}" / "000-GPT-tiny-lambda=1-cluster_size=8"
@@ -277,30 +292,43 @@ def make_bad_runs(good: Path, bad: Path) -> None:
     results("config-bytes", lambda path: (path / "config.json").write_bytes(b"\xff\xfe{}"))
     results("config-number", lambda path: (path / "config.json").write_text("7"))
     results("finished-text", lambda path: (path / "finished.json").write_text('{"steps": "many"}'))
-    results("metrics-binary", lambda path: (unfinish(path),
-                                            (path / "metrics.jsonl").write_bytes(b"\0\xff\n")))
-    results("metrics-numbers", lambda path: (unfinish(path),
-                                             (path / "metrics.jsonl").write_text("1\n2\n")))
+
+    def with_metrics(content: bytes) -> Callable[[Path], Any]:
+        def change(path: Path) -> None:
+            unfinish(path)
+            (path / "metrics.jsonl").write_bytes(content)
+        return change
+
+    def with_checkpoint(payload: Any) -> Callable[[Path], Any]:
+        return lambda path: torch.save(payload, unfinish(path))
+
+    def put_folder_for_checkpoint(path: Path) -> None:
+        last = unfinish(path)
+        last.unlink()
+        last.mkdir()
+
+    def put_folder_for_log(path: Path) -> None:
+        unfinish(path)
+        (path / "log.txt").unlink()
+        (path / "log.txt").mkdir()
+
+    no_moments = {"optimizer": {"state": [], "param_groups": {}}}
+    results("metrics-binary", with_metrics(b"\0\xff\n"))
+    results("metrics-numbers", with_metrics(b"1\n2\n"))
     results("checkpoint-text", lambda path: unfinish(path).write_text("weights"))
-    results("checkpoint-folder", lambda path: (unfinish(path).unlink(), unfinish_folder(path)))
-    results("checkpoint-steps", lambda path: torch.save(read_checkpoint(good / "gpt.pt") |
-                                                        {"steps": "four"}, unfinish(path)))
-    results("checkpoint-moments", lambda path: torch.save(read_checkpoint(good / "gpt.pt") | {
-        "optimizer": {"state": [], "param_groups": {}}}, unfinish(path)))
+    results("checkpoint-folder", put_folder_for_checkpoint)
+    results("checkpoint-steps", with_checkpoint(checkpoint | {"steps": "four"}))
+    results("checkpoint-moments", with_checkpoint(checkpoint | no_moments))
     results("checkpoint-tokenizer", lambda path: shutil.copy(good / "tokenizer.pt", unfinish(path)))
-    results("log-folder", lambda path: (unfinish(path), (path / "log.txt").unlink(),
-                                        (path / "log.txt").mkdir()))
-
-
-def unfinish_folder(path: Path) -> None:
-    (path / "checkpoints" / "0000004.pt").mkdir()
+    results("log-folder", put_folder_for_log)
 
 
 def make_bad_archives(good: Path, bad: Path) -> None:
     """Makes npz files that are none, or hold what nobody asked for."""
     with np.load(good / "samples.npz") as arrays:
-        pictures, labels, settings = arrays["arr_0"], arrays["labels"], json.loads(
-            str(arrays["settings"]))
+        pictures = arrays["arr_0"]
+        labels = arrays["labels"]
+        settings = json.loads(str(arrays["settings"]))
 
     def archive(name: str, **arrays: Any) -> None:
         np.savez(bad / f"{name}.npz", **({"arr_0": pictures, "labels": labels} | arrays))
@@ -324,15 +352,19 @@ def make_bad_archives(good: Path, bad: Path) -> None:
     content = (good / "samples.npz").read_bytes()
     (bad / "renamed.zip").write_bytes(content)
     (bad / "cut.npz").write_bytes(content[:len(content) // 2])
-    with zipfile.ZipFile(bad / "huge.npz", "w") as file:        # 10^18 pictures, it says
-        header = repr({"descr": "|u1", "fortran_order": False, "shape": (10**18, 16, 16, 3)}).ljust(117) + "\n"
-        file.writestr("arr_0.npy", b"\x93NUMPY\x01\0" + struct.pack("<H", len(header)) +
-                      header.encode() + b"\0" * 768)
-    with zipfile.ZipFile(bad / "twice.npz", "w") as file, zipfile.ZipFile(good / "samples.npz") as source:
-        for name in ("arr_0.npy", "arr_0.npy"):
-            file.writestr(name, source.read(name))
+    # 10^18 pictures, it says.
+    fields = {"descr": "|u1", "fortran_order": False, "shape": (10**18, 16, 16, 3)}
+    header = repr(fields).ljust(117) + "\n"
+    start = b"\x93NUMPY\x01\0" + struct.pack("<H", len(header)) + header.encode()
+    with zipfile.ZipFile(bad / "huge.npz", "w") as file:
+        file.writestr("arr_0.npy", start + b"\0" * 768)
+    with zipfile.ZipFile(good / "samples.npz") as source:
+        member = source.read("arr_0.npy")
+    with zipfile.ZipFile(bad / "twice.npz", "w") as file:
+        for _ in range(2):
+            file.writestr("arr_0.npy", member)
     (bad / "sampled").mkdir()
-    name = f"{sample_name()}"
+    name = sample_name()
     (bad / "sampled" / f"{name}.npz").write_text("no archive")
     (bad / "rows-file").mkdir()
     (bad / "rows-file" / f"{name}.rows").write_text("no folder")
@@ -344,7 +376,8 @@ def make_bad_archives(good: Path, bad: Path) -> None:
 
 def sample_name() -> str:
     """Returns the name of the npz that the right command of sampling writes, without its ending."""
-    return "GPT-tiny-8-gpt-size-16-size-16-VQ-4-small-topk-0-topp-1.0-temperature-1.0-cfg-1.5-seed-0"
+    return ("GPT-tiny-8-gpt-size-16-size-16-VQ-4-small"
+            "-topk-0-topp-1.0-temperature-1.0-cfg-1.5-seed-0")
 
 
 def make_bad_pictures(good: Path, bad: Path) -> None:
@@ -381,7 +414,9 @@ def make_bad_sweeps(good: Path, bad: Path) -> None:
     record = json.loads((good / "scores.json").read_text())
     numbers, samples = record["numbers"], record["samples"]
     records = {
-        "list": [record], "no-numbers": {"samples": samples}, "numbers-list": record | {"numbers": [1]},
+        "list": [record],
+        "no-numbers": {"samples": samples},
+        "numbers-list": record | {"numbers": [1]},
         "numbers-text": record | {"numbers": dict.fromkeys(numbers, "good")},
         "no-settings": record | {"samples": {"name": "x"}},
         "scale-text": record | {"samples": samples | {"settings": {"cfg_scale": "large"}}},

@@ -165,7 +165,8 @@ ODD_INPUTS: dict[str, list[Row]] = {
     ],
     "train": [
         *(("metrics.jsonl", f"--results-dir bad/results-metrics-{name}",
-           is_finished_in(f"bad/results-metrics-{name}")) for name in ("binary", "numbers")),
+           is_finished_in(f"bad/results-metrics-{name}"))
+          for name in ("binary", "numbers")),
         *(("checkpoint of a run", f"--results-dir bad/results-checkpoint-{name}",
            is_right_in(f"bad/results-checkpoint-{name}"))
           for name in ("text", "folder", "steps", "moments", "tokenizer")),

@@ -37,8 +37,7 @@ FORKS.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "torchv
 
 
 def command(script, *flags, processes=0):
-    """Returns the command line of an entry script: by python, or by torchrun if processes are
-    given."""
+    """Returns the command line of an entry script: by python, or by torchrun with `processes`."""
     launcher = [sys.executable]
     if processes:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -71,7 +70,8 @@ class Pause:
             nonlocal left
             if name != self.event or not left:
                 return
-            paths = [os.fsdecode(item) for item in arguments if isinstance(item, (str, bytes, os.PathLike))]
+            paths = [os.fsdecode(item) for item in arguments
+                     if isinstance(item, (str, bytes, os.PathLike))]
             if any(fnmatch.fnmatch(os.path.basename(path), self.pattern) for path in paths):
                 left -= 1
                 if not left:
@@ -87,8 +87,8 @@ class Job:
     Args:
         function: a function of a module, which the processes import.
         arguments: of the function.
-        processes: number of ranks that find each other as under torchrun; 0 for a process without a
-        rank.
+        processes: number of ranks that find each other as under torchrun; 0 for a process without
+            a rank.
         cwd: the folder in which they work.
         pause: where each of them stops for good.
     """
@@ -104,9 +104,9 @@ class Job:
                          "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1",
                          "MASTER_PORT": port}
             environment = ENVIRONMENT | {name: str(value) for name, value in place.items()}
-            worker = FORKS.Process(target=work, args=(function, arguments, environment,
-                                                      cwd or os.getcwd(), pause,
-                                                      str(self.outputs / str(rank))))
+            output = str(self.outputs / str(rank))
+            given = (function, arguments, environment, cwd or os.getcwd(), pause, output)
+            worker = FORKS.Process(target=work, args=given)
             worker.start()
             self.workers.append(worker)
         while len(list(self.outputs.glob("*.err"))) < len(self.workers):
@@ -114,8 +114,7 @@ class Job:
 
     @property
     def returncode(self):
-        """The first exit code that is not 0; None while a process is at work and none has
-        failed."""
+        """The first exit code that is not 0; None while one is at work and none has failed."""
         codes = [worker.exitcode for worker in self.workers]
         failed = [code for code in codes if code]
         if failed:
@@ -129,8 +128,7 @@ class Job:
                 os.killpg(worker.pid, number)
 
     def wait(self):
-        """Waits for the end, like torchrun: one that fails takes the others along. Returns the
-        job."""
+        """Waits for the end, and returns the job. Like torchrun: a failure ends all processes."""
         while self.returncode is None:
             time.sleep(0.002)
         if self.returncode:
@@ -161,9 +159,8 @@ def free_port():
 
 
 def work(function, arguments, environment, cwd, pause, output):
-    """Is what a new process does: makes its surroundings those of a command, and calls the
-    function."""
-    os.setsid()  # a group, so that signals reach its children
+    """Is what a new process does: makes its surroundings a command's, and calls the function."""
+    os.setsid()                                     # a group, so that signals reach its children
     for number, ending in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{output}.{ending}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
     os.environ.clear()
@@ -176,8 +173,7 @@ def work(function, arguments, environment, cwd, pause, output):
 
 
 def start(script, *flags, processes=0, cwd=None):
-    """Runs an entry script to its end; the job that is returned has its returncode, stdout and
-    stderr."""
+    """Runs an entry script to its end; the returned job has its returncode, stdout and stderr."""
     return Job(run_here, script, *flags, processes=processes, cwd=cwd).wait()
 
 
@@ -225,8 +221,7 @@ def kill_and_wait(pid: int) -> None:
 
 
 def run_here(script, *flags):
-    """Runs an entry script in this process, which spares seconds of imports; returns its exit
-    code."""
+    """Runs an entry script in this process, which spares imports; returns its exit code."""
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     before = sys.argv
     sys.argv = [script, *map(str, flags)]
@@ -240,20 +235,20 @@ def run_here(script, *flags):
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """Returns all files below a folder by their paths: bytes, or what does not depend on the time
-    of the run."""
+    """Returns all files below a folder by their paths, without what depends on the run's time."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if path.is_dir():
             found[name] = "a folder"
-        elif path.name == "log.txt":  # it says when, and whence it continued
+        elif path.name == "log.txt":                # it says when, and whence it continued
             found[name] = "a log"
         elif path.name == "metrics.jsonl":
             found[name] = [without_time(json.loads(line)) for line in path.read_text().splitlines()]
         elif path.name.startswith("report-"):
             report = json.loads(path.read_text())
-            found[name] = {key: value for key, value in report.items() if key not in ("seconds", "cpu_seconds")}
+            found[name] = {key: value for key, value in report.items()
+                           if key not in ("seconds", "cpu_seconds")}
         elif path.suffix == ".pt":
             found[name] = plain(read_checkpoint(path))
         else:
@@ -262,8 +257,7 @@ def contents(folder: Path) -> dict[str, Any]:
 
 
 def plain(saved: Any) -> Any:
-    """Returns what a checkpoint holds, with bytes in place of tensors, and lists in place of
-    tuples."""
+    """Returns what a checkpoint holds: bytes in place of tensors, lists in place of tuples."""
     if isinstance(saved, torch.Tensor):
         return [str(saved.dtype), list(saved.shape), saved.numpy().tobytes()]
     if isinstance(saved, dict):

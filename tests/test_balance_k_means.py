@@ -1,5 +1,4 @@
-"""balance_k_means.py: its files, the hashes in them, equal bytes for equal seeds, and one line for
-every mistake."""
+"""balance_k_means.py: its files and their hashes, equal bytes for equal seeds, and its mistakes."""
 
 import argparse
 import hashlib
@@ -27,10 +26,10 @@ FILES = {REORDERED, MAPPING, f"{MAPPING}.json", f"report-{SUFFIX}.json", f"codeb
 
 
 def raw_codebook(num_codes=42, dimensions=5):
-    """Returns codes of many lengths, so that normalized ones cannot be stored in their place
-    unseen."""
+    """Returns codes of many lengths, so that normalized ones in their place would be noticed."""
     random = torch.Generator().manual_seed(3)
-    return torch.randn(num_codes, dimensions, generator=random) * (1 + 4 * torch.rand(num_codes, 1, generator=random))
+    directions = torch.randn(num_codes, dimensions, generator=random)
+    return directions * (1 + 4 * torch.rand(num_codes, 1, generator=random))
 
 
 def sha256(tensor):
@@ -59,11 +58,10 @@ def test_codes_stand_where_the_mapping_says_and_everything_else_stays(saved):
     assert {path.name for path in saved.parent.iterdir()} == FILES | {"vq.pt"}
     assert mapping.dtype == torch.int64 and mapping.is_contiguous()
     assert mapping.sort().values.tolist() == list(range(42))
-    for part in ("model", "ema"):
-        # Raw codes, not normalized
+    for part in ("model", "ema"):                               # raw codes, not normalized
         assert torch.equal(after[part][CODEBOOK][mapping], before[part][CODEBOOK])
-    assert torch.equal(after["model"]["encoder.conv_in.weight"],
-                       before["model"]["encoder.conv_in.weight"])
+    other = "encoder.conv_in.weight"
+    assert torch.equal(after["model"][other], before["model"][other])
     assert (after["steps"], after["args"]) == (11, before["args"])
 
 
@@ -75,8 +73,8 @@ def test_hashes_travel_with_both_files_and_fit_them(saved, tmp_path):
 
     assert record == {"codebook_sha256": sha256(after["model"][CODEBOOK]),
                       "mapping_sha256": sha256(mapping),
-                      "original_codebook_sha256": sha256(raw_codebook()), "cluster_size": 7,
-                      "num_clusters": 6, "method": "optimal", "seed": 5}
+                      "original_codebook_sha256": sha256(raw_codebook()),
+                      "cluster_size": 7, "num_clusters": 6, "method": "optimal", "seed": 5}
     assert json.loads((out / f"{MAPPING}.json").read_text()) == record
 
 
@@ -86,7 +84,8 @@ def test_report_holds_what_was_found(saved):
     codes = normalise_codes(raw_codebook())
     mapping = read_checkpoint(saved.parent / MAPPING).numpy()
     assert report["sse"] == pytest.approx(balanced_sse(codes, mapping // 7, 6))
-    assert report["sse_of_indices_as_they_were"] == pytest.approx(balanced_sse(codes, np.arange(42) // 7, 6))
+    sse_before = balanced_sse(codes, np.arange(42) // 7, 6)
+    assert report["sse_of_indices_as_they_were"] == pytest.approx(sse_before)
     assert list(report["sse_by_seed"]) == ["42", "43", "44", "45"]
     assert report["sse"] == min(report["sse_by_seed"].values())
     assert all(report["certificate"].values()) and report["codebook"] == [42, 5]
@@ -95,18 +94,18 @@ def test_report_holds_what_was_found(saved):
 def test_picture_shows_both_orders(saved):
     balance("--vq-ckpt", saved, "--cluster-size", 7)
     with Image.open(saved.parent / f"codebook-{SUFFIX}.png") as picture:
-        assert picture.width > 2 * picture.height and len(picture.convert("RGB").getcolors(
-            10**6)) > 20
+        assert picture.width > 2 * picture.height
+        assert len(picture.convert("RGB").getcolors(10**6)) > 20
 
 
 def test_equal_seeds_give_equal_files_on_any_number_of_threads(tmp_path):
     save_checkpoint(tmp_path / "vq.pt", {"model": {CODEBOOK: raw_codebook(490, 8)}})
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder, threads in zip(folders, ("1", "2"), strict=True):
-        subprocess.run([sys.executable, ROOT / SCRIPT, "--vq-ckpt", tmp_path / "vq.pt",
-                        "--cluster-size", "7", "--output-dir", folder],
-                       check=True, capture_output=True,
-                       env=os.environ | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads))
+        command = [sys.executable, ROOT / SCRIPT, "--vq-ckpt", tmp_path / "vq.pt",
+                   "--cluster-size", "7", "--output-dir", folder]
+        limits = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
+        subprocess.run(command, check=True, capture_output=True, env=os.environ | limits)
     for name in FILES - {f"report-{SUFFIX}.json"}:
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
     reports = [json.loads((folder / f"report-{SUFFIX}.json").read_text()) for folder in folders]
@@ -126,38 +125,40 @@ def test_greedy_from_the_published_start_reproduces_the_published_mapping(fixtur
 
 
 def test_keep_best_never_gives_more_sse_than_the_last_greedy_round(fixture, tmp_path):
-    save_checkpoint(tmp_path / "vq.pt",
-                    {"model": {CODEBOOK: fixture("kmeans_sphere")["embedding"]}})
+    codebook = fixture("kmeans_sphere")["embedding"]
+    save_checkpoint(tmp_path / "vq.pt", {"model": {CODEBOOK: codebook}})
+    report_path = tmp_path / "report-kmeans+nearest-cluster_size=32-greedy.json"
     found = []
     for flags in ([], ["--keep-best", "--overwrite"]):
         balance("--vq-ckpt", tmp_path / "vq.pt", "--cluster-size", 32, "--method", "greedy", *flags)
-        report = json.loads((tmp_path /
-                             "report-kmeans+nearest-cluster_size=32-greedy.json").read_text())
-        found.append(report["sse"])
+        found.append(json.loads(report_path.read_text())["sse"])
     assert found[1] < found[0]
 
 
 @pytest.mark.parametrize("wrap", [
-    lambda state: state, lambda state: {"state_dict": state}, lambda state: {"module": state},
-    lambda state: {"model": {f"_orig_mod.module.{name}": tensor for name, tensor in state.items()}}],
-    ids=["bare", "state_dict", "deepspeed", "wrapped"])
+    lambda state: state,
+    lambda state: {"state_dict": state},
+    lambda state: {"module": state},
+    lambda state: {"model": {f"_orig_mod.module.{name}": tensor for name, tensor in state.items()}},
+], ids=["bare", "state_dict", "deepspeed", "wrapped"])
 def test_every_layout_of_a_checkpoint_is_read(wrap, tmp_path):
     save_checkpoint(tmp_path / "vq.pt", wrap({CODEBOOK: raw_codebook()}))
     balance("--vq-ckpt", tmp_path / "vq.pt", "--cluster-size", 7)
-    payload, mapping = read_checkpoint(tmp_path / REORDERED), read_checkpoint(tmp_path / MAPPING)
+    payload = read_checkpoint(tmp_path / REORDERED)
+    mapping = read_checkpoint(tmp_path / MAPPING)
     state = next(payload[key] for key in ("model", "module", "state_dict") if key in payload)
     codebook, = state.values()
     assert torch.equal(codebook[mapping], raw_codebook())
 
 
 def test_the_script_runs_with_no_flag_on_the_original_file_name(tmp_path, monkeypatch):
-    save_checkpoint(tmp_path / "pretrained_models" / "vq_ds16_c2i.pt",
-                    {"model": {CODEBOOK: raw_codebook(256)}})
+    folder = tmp_path / "pretrained_models"
+    save_checkpoint(folder / "vq_ds16_c2i.pt", {"model": {CODEBOOK: raw_codebook(256)}})
     monkeypatch.chdir(tmp_path)
     balance()
     suffix = "kmeans+nearest-cluster_size=128.pt"
     for name in (f"vq_ds16_c2i-reorder-{suffix}", f"mapping-{suffix}"):
-        assert (tmp_path / "pretrained_models" / name).is_file()
+        assert (folder / name).is_file()
 
 
 def contents(folder):
@@ -190,9 +191,12 @@ def published_tokenizer(saved):
     (None, ["--seed", "7"], f"{MAPPING}.json: expected a mapping with seed 7, found one with 42"),
     (None, ["--restarts", "1"], "expected a mapping with restarts 1, found one with None"),
     (other_codebook, [], "expected a mapping with original_codebook_sha256"),
-    (other_decoder, [], f"{REORDERED}: expected the weights of the tokenizer, found another encoder.conv_in"),
-    (published_mapping, [], f"{MAPPING}: expected it with {MAPPING}.json, found a mapping of others"),
-    (swapped_mapping, [], f"{MAPPING}: expected what {MAPPING}.json describes, found another mapping"),
+    (other_decoder, [],
+     f"{REORDERED}: expected the weights of the tokenizer, found another encoder.conv_in"),
+    (published_mapping, [],
+     f"{MAPPING}: expected it with {MAPPING}.json, found a mapping of others"),
+    (swapped_mapping, [],
+     f"{MAPPING}: expected what {MAPPING}.json describes, found another mapping"),
     (published_tokenizer, [], f"{REORDERED}: expected a checkpoint of balance_k_means.py"),
 ])
 def test_files_of_others_are_replaced_by_overwrite_alone(change, flags, message, saved, capsys):
@@ -239,21 +243,22 @@ def test_the_same_command_again_leaves_the_same_files(lost, saved, capsys):
     balance("--vq-ckpt", saved, "--cluster-size", 7)
     after = contents(saved.parent)
     assert before.keys() == after.keys()
-    assert not [name for name in after if after[name] != before[name]
-                and not name.startswith("report")]
+    changed = [name for name in after if after[name] != before[name]]
+    assert not [name for name in changed if not name.startswith("report")]
     assert ("is finished" in capsys.readouterr().out) == (not lost)
 
 
 def test_methods_lie_side_by_side(saved):
     for method in ("optimal", "greedy", "random"):
         balance("--vq-ckpt", saved, "--cluster-size", 7, "--method", method)
-    others = {name.replace(SUFFIX, f"{SUFFIX}-{method}") for name in FILES for method in ("greedy", "random")}
+    others = {name.replace(SUFFIX, f"{SUFFIX}-{method}")
+              for name in FILES for method in ("greedy", "random")}
     assert set(contents(saved.parent)) == FILES | others | {"vq.pt"}
 
 
 def test_a_mapping_that_ships_alone_gets_its_reordered_checkpoint(saved, capsys):
     order = torch.randperm(42, generator=torch.Generator().manual_seed(1))
-    view = torch.cat([torch.arange(42), order])[42:]  # as IAR saved it: not its own storage
+    view = torch.cat([torch.arange(42), order])[42:]        # as IAR saved it: not its own storage
     save_checkpoint(saved.parent / MAPPING, view)
     assert read_checkpoint(saved.parent / MAPPING).storage_offset() == 42
     before = contents(saved.parent)

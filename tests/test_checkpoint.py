@@ -1,5 +1,4 @@
-"""Checkpoints: every published layout is read, nothing in a file ever runs, and differences are
-named."""
+"""Checkpoints: every published layout is read, nothing in a file runs, differences are named."""
 
 import argparse
 import contextlib
@@ -25,6 +24,8 @@ from autoregressive.runtime.checkpoint import (
 from autoregressive.runtime.files import atomic_write
 
 STATE = {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.tensor([4, 5])}
+# Keys that the published code saves, and that are no weights.
+BUFFERS = {"freqs_cis": torch.ones(2), "layers.11.attention.kv_cache.k_cache": torch.ones(3)}
 
 
 class Runs:
@@ -42,16 +43,22 @@ def prefixed(prefix):
 
 
 @pytest.mark.parametrize("payload", [
-    {"model": STATE}, {"module": STATE}, {"state_dict": STATE}, STATE, {"model": prefixed("_orig_mod.")},
-    prefixed("module."), {"model": prefixed("module._orig_mod.")}, {"model": prefixed("_orig_mod.module.")},
+    {"model": STATE},
+    {"module": STATE},
+    {"state_dict": STATE},
+    STATE,
+    {"model": prefixed("_orig_mod.")},
+    prefixed("module."),
+    {"model": prefixed("module._orig_mod.")},
+    {"model": prefixed("_orig_mod.module.")},
     {"model": STATE, "optimizer": {"state": {}}, "steps": 3, "args": argparse.Namespace(lr=1e-4)},
-    {"model": {**STATE, "freqs_cis": torch.ones(2), "layers.11.attention.kv_cache.k_cache": torch.ones(3)}},
+    {"model": STATE | BUFFERS},
 ], ids=str)
 def test_every_published_layout_is_read(payload, tmp_path):
     torch.save(payload, tmp_path / "file.pt")
     found = model_state(read_checkpoint(tmp_path / "file.pt"), "file.pt")
-    assert found.keys() == STATE.keys() and all(torch.equal(found[name], STATE[name])
-                                                for name in STATE)
+    assert found.keys() == STATE.keys()
+    assert all(torch.equal(found[name], STATE[name]) for name in STATE)
 
 
 def test_files_of_the_older_format_are_read(tmp_path):
@@ -63,8 +70,8 @@ def test_files_of_the_older_format_are_read(tmp_path):
 def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, as_zip):
     torch.save({"model": STATE, "extra": Runs(tmp_path / "made")}, tmp_path / "evil.pt",
                _use_new_zipfile_serialization=as_zip)
-    with pytest.raises(ValueError,
-                       match=r"expected tensors and plain containers, found posix\.mkdir; refused"):
+    message = r"expected tensors and plain containers, found posix\.mkdir; refused"
+    with pytest.raises(ValueError, match=message):
         read_checkpoint(tmp_path / "evil.pt")
     assert not (tmp_path / "made").exists()
 
@@ -98,8 +105,9 @@ def test_a_file_without_weights_is_refused(payload):
 
 def test_differences_are_named_precisely():
     state = {"weight": torch.zeros(3, 5), "scale": torch.zeros(1)}
-    with pytest.raises(ValueError, match=r"file\.pt: .*missing bias; unexpected scale; weight expected \(4, 5\), got "
-                                         r"\(3, 5\)\. the file holds X"):
+    message = (r"file\.pt: .*missing bias; unexpected scale; "
+               r"weight expected \(4, 5\), got \(3, 5\)\. the file holds X")
+    with pytest.raises(ValueError, match=message):
         load_strictly(nn.Linear(5, 4), state, "file.pt", "the file holds X")
 
 
@@ -112,9 +120,9 @@ def test_a_model_on_the_meta_device_takes_the_tensors_themselves_in_its_own_prec
 
 
 def test_equal_contents_give_equal_bytes(tmp_path):
+    copied = {name: tensor.clone() for name, tensor in STATE.items()}
     save_checkpoint(tmp_path / "one.pt", {"model": STATE})
-    save_checkpoint(tmp_path / "another_name.pt",
-                    {"model": {name: t.clone() for name, t in STATE.items()}})
+    save_checkpoint(tmp_path / "another_name.pt", {"model": copied})
     assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "another_name.pt").read_bytes()
 
 
@@ -130,8 +138,8 @@ def test_a_folder_stands_for_its_newest_checkpoint(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     for name in ("0000900.pt", "0001000.pt", ".0002000.pt.abc.tmp", "notes.pt"):
         save_checkpoint(tmp_path / "checkpoints" / name, {"model": {"weight": torch.ones(2)}})
-    assert find_checkpoint(tmp_path / "checkpoints").name == find_checkpoint(
-        tmp_path).name == "0001000.pt"
+    for path in (tmp_path, tmp_path / "checkpoints"):
+        assert find_checkpoint(path).name == "0001000.pt"
 
 
 OURS = {"model": {"weight": torch.arange(20000.0)}, "optimizer": {"state": {}, "param_groups": []},
@@ -149,17 +157,21 @@ def flip_a_byte(path):
 
 
 @pytest.mark.parametrize("spoil", [
-    *(truncated(size) for size in (0, 1, 100, 4096, 4097, 20000, 65536)), flip_a_byte,
-    lambda path: save_checkpoint(path, torch.ones(3)), lambda path: save_checkpoint(path, {"model": {}}),
-    lambda path: save_checkpoint(path, {3: torch.ones(2)}), lambda path: path.write_text("no checkpoint"),
-    lambda path: save_checkpoint(path, OURS | {"steps": "six"})])
+    *(truncated(size) for size in (0, 1, 100, 4096, 4097, 20000, 65536)),
+    flip_a_byte,
+    lambda path: save_checkpoint(path, torch.ones(3)),
+    lambda path: save_checkpoint(path, {"model": {}}),
+    lambda path: save_checkpoint(path, {3: torch.ones(2)}),
+    lambda path: path.write_text("no checkpoint"),
+    lambda path: save_checkpoint(path, OURS | {"steps": "six"}),
+])
 def test_training_goes_on_from_the_newest_checkpoint_that_is_whole_and_ours(tmp_path, spoil):
     save_checkpoint(tmp_path / "0000003.pt", OURS)
     save_checkpoint(tmp_path / "0000006.pt", OURS)
     spoil(tmp_path / "0000006.pt")
     found, skipped = newest_whole_checkpoint(tmp_path)
-    assert found == tmp_path / "0000003.pt" and len(
-        skipped) == 1 and "0000006.pt: expected " in skipped[0].reason
+    assert found == tmp_path / "0000003.pt"
+    assert len(skipped) == 1 and "0000006.pt: expected " in skipped[0].reason
 
 
 def test_sampling_takes_the_newest_whole_file_of_a_folder_too(tmp_path):

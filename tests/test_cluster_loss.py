@@ -1,5 +1,4 @@
-"""Both forms of the loss against torch's cross-entropy, against the gradient's equation, and
-against each other."""
+"""Both forms of the loss against cross-entropies, the gradient's equation, and each other."""
 
 import functools
 
@@ -9,7 +8,8 @@ import torch.nn.functional as F
 
 from autoregressive.models.cluster_loss import fused_head_loss, plain_head_loss
 
-BOTH = (plain_head_loss, functools.partial(fused_head_loss, rows_at_once=5))
+FUSED = functools.partial(fused_head_loss, rows_at_once=5)
+BOTH = (plain_head_loss, FUSED)
 
 
 def losses_of(head_loss, logits, targets, cluster_size, weight=1.0):
@@ -19,10 +19,14 @@ def losses_of(head_loss, logits, targets, cluster_size, weight=1.0):
 
 
 @pytest.mark.parametrize("head_loss, dtype, tolerance", [
-    (plain_head_loss, torch.float64, 1e-10), (plain_head_loss, torch.float32, 1e-5), (BOTH[1], torch.float32, 1e-5)])
+    (plain_head_loss, torch.float64, 1e-10),
+    (plain_head_loss, torch.float32, 1e-5),
+    (FUSED, torch.float32, 1e-5),
+])
 @pytest.mark.parametrize("cluster_size", [1, 2, 3, 8, 24])
 @pytest.mark.parametrize("weight", [0.0, 1.0, 0.37])
-def test_losses_are_two_cross_entropies_over_codes_and_over_clusters(head_loss, dtype, tolerance, cluster_size, weight):
+def test_losses_are_cross_entropies_of_codes_and_of_clusters(
+        head_loss, dtype, tolerance, cluster_size, weight):
     torch.manual_seed(cluster_size)
     logits = (5 * torch.randn(13, 24, dtype=dtype)).requires_grad_()
     targets = torch.randint(24, (13,))
@@ -37,8 +41,10 @@ def test_losses_are_two_cross_entropies_over_codes_and_over_clusters(head_loss, 
         assert (one - other).abs().max() <= tolerance * max(1.0, other.abs().max())
 
 
-@pytest.mark.parametrize("head_loss, dtype, tolerance", [(plain_head_loss, torch.float64, 1e-12),
-                                                         (BOTH[1], torch.float32, 1e-6)])
+@pytest.mark.parametrize("head_loss, dtype, tolerance", [
+    (plain_head_loss, torch.float64, 1e-12),
+    (FUSED, torch.float32, 1e-6),
+])
 def test_gradient_equals_the_equation(head_loss, dtype, tolerance):
     torch.manual_seed(0)
     logits = torch.randn(5, 12, dtype=dtype, requires_grad=True)
@@ -50,9 +56,10 @@ def test_gradient_equals_the_equation(head_loss, dtype, tolerance):
         inside = torch.arange(12) // size == t // size
         s_c = z[row][inside].logsumexp(0)
         peak = torch.arange(12) == t
-        expected = (1 + weight) * z[row].softmax(0) - 1.0 * peak - weight * inside * (z[row] - s_c).exp()
-        # The loss is a mean over 5 rows
-        assert torch.allclose(gradient[row] * 5, expected, atol=tolerance)
+        share_in_cluster = inside * (z[row] - s_c).exp()
+        expected = (1 + weight) * z[row].softmax(0) - 1.0 * peak - weight * share_in_cluster
+        found = gradient[row] * 5                       # the loss is a mean over 5 rows
+        assert torch.allclose(found, expected, atol=tolerance)
 
 
 @pytest.mark.parametrize("head_loss", BOTH)
@@ -101,7 +108,7 @@ def test_fused_loss_follows_autocast(precision):
     found = losses_and_gradients(fused_head_loss, 5, precision=precision)
     exact = losses_and_gradients(plain_head_loss)
     torch.testing.assert_close(found[:2], expected[:2], rtol=1e-5, atol=1e-6)
-    for place in (2, 3):  # as near to float32 as autograd's is, within a factor
+    for place in (2, 3):            # as near to float32 as autograd's is, within a factor
         error, allowed = ((result[place] - exact[place]).norm() for result in (found, expected))
         assert 0 < error < 2 * allowed and found[place].dtype == torch.float32
 
@@ -114,14 +121,13 @@ def test_fused_loss_of_many_rows_keeps_small_gradients_in_fp16():
     for precision in (torch.float16, None):
         with torch.autocast("cpu", precision, enabled=precision is not None):
             loss, _ = fused_head_loss(features, head, targets, 4, 1.0, 512)
-        gradients += torch.autograd.grad(loss * 2**12, features)  # scaled, as a GradScaler does
+        gradients += torch.autograd.grad(loss * 2**12, features)    # scaled, as a GradScaler does
     assert (gradients[0] - gradients[1]).norm() < 0.01 * gradients[1].norm()
 
 
 def test_accuracy_counts_rows_whose_largest_logit_lies_in_the_cluster():
     features = torch.eye(4)[[0, 1, 2]]
-    # Row i prefers code i
-    head = torch.tensor([[5.0, 0, 0, 0], [0, 5, 0, 0], [0, 0, 5, 0], [0, 0, 0, 5]])
+    head = 5 * torch.eye(4)                                     # row i prefers code i
     for options in ((plain_head_loss,), (fused_head_loss, 2)):
         statistics = options[0](features, head, torch.tensor([1, 3, 3]), 2, 1.0, *options[1:])[1]
         assert statistics[2] == pytest.approx(2 / 3)

@@ -1,5 +1,4 @@
-"""What torch.compile makes of the blocks, by a backend that needs no compiler, and the precision of
-both --parallel."""
+"""What torch.compile makes of the blocks, by a backend without a compiler; FSDP's precision."""
 
 import copy
 import functools
@@ -55,24 +54,25 @@ def new_objective(drop_path=0.0, recomputes=False, num_layers=NUM_LAYERS, dropou
     torch.nn.init.normal_(model.output.weight)
     for layer in model.layers:
         layer.recomputes = recomputes
-    return Objective(model, functools.partial(fused_head_loss, cluster_size=4, lambda_cce=1.0,
-                                              rows_at_once=7))
+    head_loss = functools.partial(fused_head_loss, cluster_size=4, lambda_cce=1.0, rows_at_once=7)
+    return Objective(model, head_loss)
 
 
 def batch():
     generator = torch.Generator().manual_seed(1)
-    return torch.randint(24, (4, 9), generator=generator), torch.randint(6, (4,), generator=generator)
+    tokens = torch.randint(24, (4, 9), generator=generator)
+    labels = torch.randint(6, (4,), generator=generator)
+    return tokens, labels
 
 
 def loss_and_gradients(wrapped, precision="none"):
-    """Returns the loss and all gradients, joined, of a forward and backward pass with given random
-    numbers."""
+    """Returns the loss and all gradients, joined, of a pass with the same random numbers."""
     torch.manual_seed(2)
     with autocast(CPU, precision):
         loss, _ = wrapped(*batch())
     loss.backward()
-    return loss.item(), torch.cat([whole_tensor(parameter.grad).flatten()
-                                   for parameter in wrapped.parameters()])
+    gradients = [whole_tensor(parameter.grad).flatten() for parameter in wrapped.parameters()]
+    return loss.item(), torch.cat(gradients)
 
 
 @pytest.mark.parametrize("recomputes", [False, True])
@@ -92,8 +92,7 @@ def test_recomputing_a_block_keeps_less():
     for recomputes in (False, True):
         kept = []
         objective = new_objective(recomputes=recomputes)
-        with torch.autograd.graph.saved_tensors_hooks(lambda tensor, kept=kept: kept.append(tensor),
-                                                      lambda _: None):
+        with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda _: None):
             objective(*batch())
         sizes.append(sum(tensor.numel() for tensor in kept))
     assert sizes[1] < sizes[0] / 5
@@ -119,17 +118,20 @@ def test_fsdp_in_bfloat16_computes_what_ddp_does(group, monkeypatch):
         tables.add(table.dtype)
         return original(x, table)
 
+    def note_dtypes(module, inputs, output):
+        streams.update({inputs[0].dtype, output.dtype})
+
     monkeypatch.setattr(gpt, "apply_rotary", apply_rotary)
     for parallel in ("ddp", "fsdp"):
         objective = new_objective(dropout=0.0)
         layers = objective.model.layers
         for layer in layers:
-            layer.register_forward_hook(lambda module, inputs, output: streams.update(
-                {inputs[0].dtype, output.dtype}))
-        found.append(loss_and_gradients(wrap_for_training(objective, ALONE, parallel, layers, torch.bfloat16), "bf16"))
+            layer.register_forward_hook(note_dtypes)
+        wrapped = wrap_for_training(objective, ALONE, parallel, layers, torch.bfloat16)
+        found.append(loss_and_gradients(wrapped, "bf16"))
     assert tables == streams == {torch.float32}
     (loss, gradients), (sharded_loss, sharded_gradients) = found
-    # The norm weights are 1: nothing else is rounded
+    # The norm weights are 1: nothing else is rounded.
     assert sharded_loss == pytest.approx(loss, rel=1e-6)
     assert (sharded_gradients - gradients).norm() < 1e-4 * gradients.norm()
 
@@ -154,7 +156,8 @@ def first_step(monkeypatch, errors, backend):
     objective = new_objective(num_layers=3)
     compiler = BlockCompiler(objective.model.layers, backend)
     optimizer = ModelOptimizer(objective.model, OptimSettings(lr=1e-3), CPU)
-    GPTTrainer(objective, optimizer, ALONE, "none", accumulation=2, compiler=compiler).step(0, batch(), 1e-3)
+    trainer = GPTTrainer(objective, optimizer, ALONE, "none", accumulation=2, compiler=compiler)
+    trainer.step(0, batch(), 1e-3)
 
 
 def failing_backend(graph, inputs):
@@ -191,4 +194,5 @@ def test_products_are_tf32_and_attention_is_not_that_of_cudnn_unless_wanted(gpu_
     cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
     for tf32, cudnn_attention in ((True, False), (False, True)):
         set_up_gpu(tf32, cudnn_attention)
-        assert (cuda.matmul.allow_tf32, cudnn.allow_tf32, cuda.cudnn_sdp_enabled()) == (tf32, tf32, cudnn_attention)
+        found = (cuda.matmul.allow_tf32, cudnn.allow_tf32, cuda.cudnn_sdp_enabled())
+        assert found == (tf32, tf32, cudnn_attention)

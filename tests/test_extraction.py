@@ -1,5 +1,4 @@
-"""Extraction from folders of real files: kills, broken files, precision, and the look at its
-result."""
+"""Extraction from folders of real files: kills, broken files, precision, a look at the result."""
 
 import json
 import random
@@ -33,15 +32,15 @@ BROKEN = ("apple/broken.jpg", "apple/empty.jpg", "pear/nowhere.jpg", "pear/text.
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder of 41 photos of noise and shapes in three classes, four of them broken, and a
-    tokenizer."""
+    """A folder of 41 pictures in three classes, four of them broken, and a tokenizer."""
     folder = tmp_path_factory.mktemp("extraction")
     noise = np.random.default_rng(0)
     for number in range(36):
-        small = noise.integers(256, size=(5, 6, 3), dtype=np.uint8)
+        small = Image.fromarray(noise.integers(256, size=(5, 6, 3), dtype=np.uint8))
         path = folder / "images" / ("apple", "pear", "fig")[number % 3] / f"{number}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(small).resize((40 + number, 50), Image.Resampling.BICUBIC).save(path, quality=95)
+        picture = small.resize((40 + number, 50), Image.Resampling.BICUBIC)
+        picture.save(path, quality=95)
     Image.new("RGB", (1, 1)).save(folder / "images/fig/single.png")
     whole = (folder / "images/apple/0.jpg").read_bytes()
     for name, content in zip(BROKEN[:2], (whole[:len(whole) // 2], b""), strict=True):
@@ -49,16 +48,18 @@ def folder(tmp_path_factory):
     (folder / "images/pear/text.jpg").write_text("not a picture")
     (folder / "images/pear/nowhere.jpg").symlink_to("/no/such/file")
     torch.manual_seed(0)
-    save_checkpoint(folder / "vq.pt", {"model": VQModel(VQConfig("VQ-4-small", 64, 8)).state_dict()})
+    model = VQModel(VQConfig("VQ-4-small", 64, 8))
+    save_checkpoint(folder / "vq.pt", {"model": model.state_dict()})
     done = extract(folder, "codes")
     assert done.returncode == 0, done.stderr
     return folder
 
 
 def flags(folder, name, *more):
-    return ("--data-path", folder / "images", "--code-path", folder / name, "--vq-ckpt",
-            folder / "vq.pt", "--vq-model", "VQ-4-small", "--codebook-size", 64, "--image-size", 32,
-            "--ten-crop", "--batch-size", 10, "--num-workers", 1, "--max-failures", 0.2, *more)
+    return ("--data-path", folder / "images", "--code-path", folder / name,
+            "--vq-ckpt", folder / "vq.pt", "--vq-model", "VQ-4-small", "--codebook-size", 64,
+            "--image-size", 32, "--ten-crop", "--batch-size", 10, "--num-workers", 1,
+            "--max-failures", 0.2, *more)
 
 
 def extract(folder, name, *more, processes=0):
@@ -76,14 +77,18 @@ def test_store_does_not_depend_on_the_number_of_processes(folder, processes):
     assert contents(folder / f"codes{processes}") == contents(folder / "codes")
 
 
-@pytest.mark.parametrize("kills, processes", [(2, 2), pytest.param(5, 0, marks=pytest.mark.long),
-                                              pytest.param(5, 3, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills, processes", [
+    (2, 2),
+    pytest.param(5, 0, marks=pytest.mark.long),
+    pytest.param(5, 3, marks=pytest.mark.long),
+])
 def test_killed_and_resumed_extraction_makes_the_same_store(folder, kills, processes):
-    path, choose = folder / f"killed{kills}{processes}", random.Random(kills)
-    goals = sorted(choose.sample(range(1, 40), kills))
+    path = folder / f"killed{kills}{processes}"
+    status_path = path / "status.npy"
+    goals = sorted(random.Random(kills).sample(range(1, 40), kills))
 
     def done_rows():
-        return np.count_nonzero(np.load(path / "status.npy")) if (path / "status.npy").exists() else -1
+        return np.count_nonzero(np.load(status_path)) if status_path.exists() else -1
 
     for goal in goals:
         status = start_and_kill(EXTRACT, *flags(folder, path.name), processes=processes,
@@ -94,31 +99,33 @@ def test_killed_and_resumed_extraction_makes_the_same_store(folder, kills, proce
 
 
 def test_failures_are_listed_and_labels_do_not_shift(folder):
-    store, images = open_codes(folder / "codes"), open_dataset("imagenet", folder / "images")
+    store = open_codes(folder / "codes")
+    images = open_dataset("imagenet", folder / "images")
+    class_names = ["apple", "fig", "pear"]
     failed = store.manifest["failed"]
     assert sorted(failure["path"] for failure in failed) == sorted(BROKEN)
     for failure in failed:
-        assert images.name_of(
-            failure["row"]) == failure["path"] and failure["path"] in failure["reason"]
+        assert images.name_of(failure["row"]) == failure["path"]
+        assert failure["path"] in failure["reason"]
         assert not store.codes[failure["row"]].any() and failure["row"] not in store.rows
-    assert store.manifest["class_names"] == ["apple", "fig",
-                                             "pear"] and len(store.rows) == len(images) - 4 == 37
-    assert all(images.name_of(row).split("/")[0] == ["apple", "fig", "pear"][store.labels[row]]
-               for row in store.rows)
+    assert store.manifest["class_names"] == class_names
+    assert len(store.rows) == len(images) - 4 == 37
+    for row in store.rows:
+        assert images.name_of(row).split("/")[0] == class_names[store.labels[row]]
 
 
 def test_codes_equal_encoding_each_image_alone_where_the_nearest_code_is_clear(folder):
-    store, images = open_codes(folder / "codes"), open_dataset("imagenet", folder / "images")
+    store = open_codes(folder / "codes")
+    images = open_dataset("imagenet", folder / "images")
     vq, _ = load_vq(folder / "vq.pt", VQConfig("VQ-4-small", 64, 8))
     codebook = F.normalize(vq.quantize.embedding.weight, dim=1)
     num_clear = 0
     for row in store.rows.tolist():
         crops, = cut_crops(center_crop(images.read(row), 35)[None], 32, TEN)
-        # Each image alone
-        latents = torch.cat([vq.encode(image[None]) for image in to_float(crops)])
-        distances = torch.cdist(F.normalize(latents.permute(0, 2, 3, 1).flatten(1, 2), dim=-1),
-                                codebook).square()
-        nearest, codes = distances.topk(2, largest=False)  # (10, T, 2)
+        alone = [vq.encode(image[None]) for image in to_float(crops)]
+        latents = torch.cat(alone).permute(0, 2, 3, 1).flatten(1, 2)        # (10, T, E)
+        distances = torch.cdist(F.normalize(latents, dim=-1), codebook).square()
+        nearest, codes = distances.topk(2, largest=False)                   # (10, T, 2)
         clear = (nearest[..., 1] - nearest[..., 0] > 1e-5).numpy()
         assert np.array_equal(codes[..., 0].numpy()[clear], store.codes[row][clear])
         num_clear += clear.sum()
@@ -143,14 +150,16 @@ def test_codes_do_not_depend_on_how_crops_are_put_together(folder):
 
 
 def test_default_batch_size_follows_the_size_of_a_crop():
-    sizes = [default_batch_size("VQ-16", size, torch.float32, torch.device("cpu")) for size in (512, 256, 128, 16)]
+    cpu = torch.device("cpu")
+    sizes = [default_batch_size("VQ-16", size, torch.float32, cpu) for size in (512, 256, 128, 16)]
     assert sizes == [1, 2, 8, 512]
 
 
 def test_too_many_failures_end_with_exit_code_1_and_repaired_files_are_tried_again(folder):
     strict = ("--max-failures", 0.08)
     done = extract(folder, "strict", *strict)
-    assert done.returncode == 1 and "4 of 41 images are broken" in done.stdout and "Traceback" not in done.stderr
+    assert done.returncode == 1 and "4 of 41 images are broken" in done.stdout
+    assert "Traceback" not in done.stderr
     assert len(json.loads((folder / "strict/manifest.json").read_text())["failed"]) == 4
     broken = folder / "images" / BROKEN[0]
     before = broken.read_bytes()
@@ -177,8 +186,8 @@ def test_finished_store_is_verified_and_replaced_only_by_overwrite(folder):
 
 
 def check(folder, name, images="images"):
-    return start(CHECK, "--code-path", folder / name, "--data-path", folder / images, "--vq-ckpt",
-                 folder / "vq.pt", "--output", folder / f"{name}.png")
+    return start(CHECK, "--code-path", folder / name, "--data-path", folder / images,
+                 "--vq-ckpt", folder / "vq.pt", "--output", folder / f"{name}.png")
 
 
 def test_check_passes_a_right_store_and_draws_it(folder):
@@ -194,7 +203,8 @@ def test_check_fails_a_store_whose_codes_belong_to_other_rows(folder):
     np.save(folder / "shifted/codes.npy", np.roll(codes, 1, axis=0))
     done = check(folder, "shifted")
     assert done.returncode == 1, done.stderr
-    assert "WRONG  checksums" in done.stdout and "random rows are those of their images" in done.stdout
+    assert "WRONG  checksums" in done.stdout
+    assert "random rows are those of their images" in done.stdout
     assert done.stdout.count("WRONG") == 2
 
 
@@ -203,34 +213,35 @@ def test_check_fails_images_in_another_order(folder):
     (folder / "renamed/apple").rename(folder / "renamed/zebra")
     done = check(folder, "codes", "renamed")
     assert done.returncode == 1
+    wrong = [line for line in done.stdout.splitlines() if "WRONG" in line]
     for what in ("class names", "names of the images", "labels of the images", "random rows"):
-        assert any("WRONG" in line and what in line
-                   for line in done.stdout.splitlines()), done.stdout
+        assert any(what in line for line in wrong), done.stdout
 
 
-def test_strip_that_would_be_enlarged_beyond_memory_is_one_failure_that_is_listed(folder, tmp_path, capsys):
+def test_strip_that_would_be_enlarged_beyond_memory_is_a_failure(folder, tmp_path, capsys):
     (tmp_path / "images" / "a").mkdir(parents=True)
     shutil.copy(folder / "images/apple/0.jpg", tmp_path / "images/a/0.jpg")
     Image.new("RGB", (1, 600000)).save(tmp_path / "images/a/strip.png")
-    more = ("--data-path", tmp_path / "images", "--code-path", tmp_path / "codes", "--num-workers",
-            0)
-    assert run_here(EXTRACT, *flags(folder, "", *more, "--max-failures", 0.5)) == 0
+    more = ("--data-path", tmp_path / "images", "--code-path", tmp_path / "codes",
+            "--num-workers", 0, "--max-failures", 0.5)
+    assert run_here(EXTRACT, *flags(folder, "", *more)) == 0
     failure, = open_codes(tmp_path / "codes").manifest["failed"]
-    assert failure["path"] == "a/strip.png" and "a/strip.png: expected a picture whose sides" in failure["reason"]
+    assert failure["path"] == "a/strip.png"
+    assert "a/strip.png: expected a picture whose sides" in failure["reason"]
     assert "1 of 2 images are broken" in capsys.readouterr().out
 
 
-def test_broken_images_alone_are_tried_again_by_the_same_command_as_it_says(folder, tmp_path, capsys):
+def test_broken_images_alone_are_tried_again_by_the_same_command(folder, tmp_path, capsys):
     broken = tmp_path / "images" / "a" / "0.jpg"
     broken.parent.mkdir(parents=True)
     broken.write_text("not a picture")
-    more = ("--data-path", tmp_path / "images", "--code-path", tmp_path / "codes", "--num-workers",
-            0, "--max-failures", 1)
+    more = ("--data-path", tmp_path / "images", "--code-path", tmp_path / "codes",
+            "--num-workers", 0, "--max-failures", 1)
     for _ in range(2):
         assert run_here(EXTRACT, *flags(folder, "", *more)) == 1
         printed = capsys.readouterr()
-        assert "the same command tries only these again" in printed.out and not printed.err.count(
-            "error")
+        assert "the same command tries only these again" in printed.out
+        assert "error" not in printed.err
     shutil.copy(folder / "images/apple/0.jpg", broken)
     assert run_here(EXTRACT, *flags(folder, "", *more)) == 0
     assert open_codes(tmp_path / "codes").rows.tolist() == [0]
@@ -241,24 +252,27 @@ def test_one_extraction_at_a_time_by_a_lock_inside_its_folder(folder, tmp_path, 
     with hold(held):
         assert run_here(EXTRACT, *flags(folder, "", "--code-path", tmp_path / "codes")) == 2
     assert f"{held}: expected to be the only one who writes here" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["codes"] and not any((tmp_path / "codes").iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["codes"]
+    assert not any((tmp_path / "codes").iterdir())
 
 
 def test_check_removes_what_a_killed_one_left(folder, tmp_path):
     for name in (".check.png.host.7.tmp", ".other.png.host.7.tmp"):
         (tmp_path / name).touch()
-    assert run_here(CHECK, "--code-path", folder / "codes", "--data-path", folder / "images",
-                    "--vq-ckpt", folder / "vq.pt", "--output", tmp_path / "check.png", "--num-rows",
-                    1) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.png.host.7.tmp", "check.png"]
+    words = ("--code-path", folder / "codes", "--data-path", folder / "images",
+             "--vq-ckpt", folder / "vq.pt", "--output", tmp_path / "check.png", "--num-rows", 1)
+    assert run_here(CHECK, *words) == 0
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == [".other.png.host.7.tmp", "check.png"]
 
 
-def test_check_of_labels_and_codes_out_of_range_says_so_instead_of_failing(folder, tmp_path, capsys):
+def test_check_says_that_labels_and_codes_are_out_of_range(folder, tmp_path, capsys):
     shutil.copytree(folder / "codes", tmp_path / "codes")
     np.save(tmp_path / "codes/labels.npy", np.full(41, -1))
     np.save(tmp_path / "codes/codes.npy", np.full((41, 10, 64), -7, np.int32))
-    assert run_here(CHECK, "--code-path", tmp_path / "codes", "--data-path", folder / "images",
-                    "--vq-ckpt", folder / "vq.pt") == 1
+    words = ("--code-path", tmp_path / "codes", "--data-path", folder / "images",
+             "--vq-ckpt", folder / "vq.pt")
+    assert run_here(CHECK, *words) == 1
     printed = capsys.readouterr().out
     for line in ("WRONG  codes are below 64: 0 different ones",
                  "WRONG  0 classes with images: 0 to 0 each"):

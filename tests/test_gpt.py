@@ -70,8 +70,8 @@ def new_tiny(fixture):
 def losses_of(model, numbers):
     """Returns the loss with lambda 1, and the token loss and the cluster loss, detached."""
     features = model.features(numbers["idx"][:, :-1], numbers["cond"]).flatten(0, 1)
-    loss, statistics = plain_head_loss(features, model.output.weight, numbers["idx"].flatten(), 32,
-                                       1.0)
+    targets = numbers["idx"].flatten()
+    loss, statistics = plain_head_loss(features, model.output.weight, targets, 32, 1.0)
     return loss, statistics[0], statistics[1]
 
 
@@ -85,8 +85,8 @@ def test_losses_and_gradients_equal_the_fixture(numbers, fixture):
     loss, token_loss, cluster_loss = losses_of(model, numbers)
     assert abs(token_loss - numbers["loss2"]) < 1e-6 * numbers["loss2"]
     assert abs(cluster_loss - numbers["loss1"]) < 1e-6 * numbers["loss1"]
-    assert abs(token_loss + 0.5 * cluster_loss -
-               numbers["loss_lambda_0.5"]) < 1e-6 * numbers["loss_lambda_0.5"]
+    half = token_loss + 0.5 * cluster_loss
+    assert abs(half - numbers["loss_lambda_0.5"]) < 1e-6 * numbers["loss_lambda_0.5"]
     loss.backward()
     gradients = fixture("gpt_tiny_grads")
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -107,8 +107,8 @@ def test_one_step_from_given_gradients_equals_the_fixture(fixture):
 
 def test_one_step_end_to_end_equals_the_fixture(numbers, fixture):
     model, step = new_tiny(fixture), fixture("gpt_tiny_step")
-    objective = Objective(model, partial(fused_head_loss, cluster_size=32, lambda_cce=1.0,
-                                         rows_at_once=9))
+    head_loss = partial(fused_head_loss, cluster_size=32, lambda_cce=1.0, rows_at_once=9)
+    objective = Objective(model, head_loss)
     trainer = GPTTrainer(objective, optimizer_of(model, step["step"]), ALONE, "none")
     trainer.step(0, (numbers["idx"], numbers["cond"]), step["step"]["lr"])
     for name, parameter in model.named_parameters():
@@ -117,12 +117,12 @@ def test_one_step_end_to_end_equals_the_fixture(numbers, fixture):
 
 def test_generating_in_the_middle_of_training_leaves_the_next_step_unchanged(numbers, fixture):
     gradients = []
+    uniforms = torch.full((2, 16), 0.3, dtype=torch.float64)
     for generates in (False, True):
         model = new_tiny(fixture)
         torch.manual_seed(0)
         if generates:
-            generate(model.eval(), numbers["cond"], torch.full((2, 16), 0.3, dtype=torch.float64),
-                     Sampler(2.0))
+            generate(model.eval(), numbers["cond"], uniforms, Sampler(2.0))
             model.train()
         losses_of(model, numbers)[0].backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
@@ -132,10 +132,11 @@ def test_generating_in_the_middle_of_training_leaves_the_next_step_unchanged(num
 def test_evaluation_loss_is_defined_for_any_length_and_keeps_labels(tiny, numbers):
     whole = tiny.eval()(numbers["idx"], numbers["cond"])
     for length in (0, 1, 7):
-        assert torch.allclose(tiny(numbers["idx"][:, :length], numbers["cond"]),
-                              whole[:, :length + 1], atol=1e-5)
+        found = tiny(numbers["idx"][:, :length], numbers["cond"])
+        assert torch.allclose(found, whole[:, :length + 1], atol=1e-5)
     with_null_labels = tiny(numbers["idx"], torch.full_like(numbers["cond"], 10))
-    assert not torch.allclose(with_null_labels[:, 0], whole[:, 0])  # had labels been dropped: equal
+    # They would be equal if labels were dropped.
+    assert not torch.allclose(with_null_labels[:, 0], whole[:, 0])
 
 
 def test_rotary_tables_equal_the_fixture_bit_for_bit(fixture):
@@ -155,19 +156,25 @@ def test_cached_steps_equal_the_fixture(tiny, numbers):
     assert relative_error(found, numbers["kv_step_logits"]) < 1e-5
 
 
-@pytest.mark.parametrize("name, scale, interval", [("cfg2", 2.0, -1), ("cfg1", 1.0, -1), ("cfg2_interval3", 2.0, 3),
-                                                   ("cfg4_interval0", 4.0, 0)])
+@pytest.mark.parametrize("name, scale, interval", [
+    ("cfg2", 2.0, -1),
+    ("cfg1", 1.0, -1),
+    ("cfg2_interval3", 2.0, 3),
+    ("cfg4_interval0", 4.0, 0),
+])
 def test_greedy_tokens_equal_the_fixture(tiny, numbers, name, scale, interval):
-    assert numbers[f"greedy_{name}_margin"].min() > 1e-4  # else a tie could be broken either way
-    tokens = generate(tiny.eval(), numbers["cond"], torch.zeros(2, 16, dtype=torch.float64),
-                      Sampler(scale, interval, greedy=True))
+    # Below, a tie could be broken either way.
+    assert numbers[f"greedy_{name}_margin"].min() > 1e-4
+    uniforms = torch.zeros(2, 16, dtype=torch.float64)
+    sampler = Sampler(scale, interval, greedy=True)
+    tokens = generate(tiny.eval(), numbers["cond"], uniforms, sampler)
     assert torch.equal(tokens, numbers[f"greedy_{name}"].long())
 
 
 def test_cached_decoding_equals_full_forward_with_grouped_heads():
     torch.manual_seed(3)
-    model = GPT(GPTConfig("small", 3, 6, 24, grid=3, vocab_size=40, num_classes=5,
-                          num_kv_heads=2)).eval()
+    config = GPTConfig("small", 3, 6, 24, grid=3, vocab_size=40, num_classes=5, num_kv_heads=2)
+    model = GPT(config).eval()
     torch.nn.init.normal_(model.output.weight)
     tokens, labels = torch.randint(40, (2, 9)), torch.tensor([4, 5])
     with torch.no_grad():
@@ -177,9 +184,9 @@ def test_cached_decoding_equals_full_forward_with_grouped_heads():
 
 def test_grouped_heads_equal_repeated_key_and_value_heads():
     torch.manual_seed(4)
-    grouped = GPT(GPTConfig("small", 1, 4, 16, grid=2, vocab_size=12, num_classes=3,
-                            num_kv_heads=2)).eval()
-    full = GPT(GPTConfig("small", 1, 4, 16, grid=2, vocab_size=12, num_classes=3)).eval()
+    shape = ("small", 1, 4, 16)
+    grouped = GPT(GPTConfig(*shape, grid=2, vocab_size=12, num_classes=3, num_kv_heads=2)).eval()
+    full = GPT(GPTConfig(*shape, grid=2, vocab_size=12, num_classes=3)).eval()
     torch.nn.init.normal_(grouped.output.weight)
     state = grouped.state_dict()
     q, k, v = state["layers.0.attention.wqkv.weight"].split([16, 8, 8])
@@ -194,7 +201,8 @@ def test_later_tokens_do_not_change_earlier_logits(tiny, numbers):
     changed = numbers["idx"].clone()
     changed[:, 9:] = 7
     before, after = (tiny.eval()(tokens, numbers["cond"]) for tokens in (numbers["idx"], changed))
-    assert torch.equal(before[:, :10], after[:, :10]) and not torch.equal(before[:, 10:], after[:, 10:])
+    assert torch.equal(before[:, :10], after[:, :10])
+    assert not torch.equal(before[:, 10:], after[:, 10:])
 
 
 @pytest.mark.parametrize("name", ["GPT-B"])
@@ -211,11 +219,12 @@ def test_parameter_counts_equal_the_table(fixture):
                "GPT-3B": 3.1e9, "GPT-7B": 6.6e9}
     assert set(exact) | set(rounded) | {"GPT-tiny"} == set(GPT_MODELS)
     with torch.device("meta"):
-        counts = {name: sum(p.numel() for p in GPT(gpt_config(name)).parameters())
-                  for name in GPT_MODELS}
+        models = {name: GPT(gpt_config(name)) for name in GPT_MODELS}
+    counts = {name: sum(weight.numel() for weight in model.parameters())
+              for name, model in models.items()}
     assert {name: counts[name] for name in exact} == exact
     for name, count in rounded.items():
-        digits = 1 if count > 1e9 else 0  # the table rounds to two figures above a billion
+        digits = 1 if count > 1e9 else 0        # the table rounds to two figures above a billion
         assert abs(counts[name] - count) <= max(0.01 * count, 0.05e9 * digits), name
 
 
@@ -229,8 +238,8 @@ def test_drop_path_drops_whole_samples_and_rescales():
     assert not torch.equal(*kept) and model.eval().draw_kept(2, x) == (None, None)
     branch = model.layers[2].regularise(x, kept[0])
     per_sample = branch.flatten(1)
-    # Never dropout inside a sample
-    assert ((per_sample == 0).all(1) | (per_sample == 2).all(1)).all()
+    is_whole = (per_sample == 0).all(1) | (per_sample == 2).all(1)
+    assert is_whole.all()                                       # never dropout inside a sample
     assert 0.4 < (per_sample[:, 0] == 0).float().mean() < 0.6
 
 

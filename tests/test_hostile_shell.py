@@ -1,5 +1,4 @@
-"""Hostile calls of the shell scripts: what is true of the entry scripts is true of the scripts that
-start them.
+"""Hostile calls of the shell scripts: what is true of the entry scripts is true of these, too.
 
 Rows are as those of test_hostile.py, with the environment of the call before the flags. torchrun
 ends with status 1 when its workers leave with 2; the one line is theirs.
@@ -33,7 +32,7 @@ from odd_inputs import (
 from PIL import Image
 from processes import ENVIRONMENT
 
-TIMEOUT = 300           # seconds
+TIMEOUT = 300                   # seconds
 MOST_OF_A_KIND = 5
 FEWEST_OF_A_SCRIPT = 6
 TORCHRUN = {"extract", "sample many", "train", "tokenizer", "sweep"}
@@ -51,10 +50,12 @@ SHELL = {name: (path, COMMANDS[name][1]) for name, path in {
     "tokenizer": "scripts/tokenizer/train_vq.sh",
     "validate": "scripts/tokenizer/val.sh",
 }.items()} | {
-    "sweep": ("scripts/autoregressive/sweep_cfg.sh", f"{PIPELINE} --num-fid-samples 20 --per-proc-batch-size 8"),
+    "sweep": ("scripts/autoregressive/sweep_cfg.sh",
+              f"{PIPELINE} --num-fid-samples 20 --per-proc-batch-size 8"),
     "own images": ("scripts/own_images.sh", ""),
 }
-SWEEP = "REFERENCE=good/reference.npz OUT=new CFG_SCALES='1.0 2.0' EVALUATE='--classifier good/classifier.pt'"
+SWEEP = ("REFERENCE=good/reference.npz OUT=new CFG_SCALES='1.0 2.0' "
+         "EVALUATE='--classifier good/classifier.pt'")
 
 
 def tokenizer_is_there() -> None:
@@ -83,7 +84,8 @@ ROWS: list[Row] = [
     ("extract", "NPROC_PER_NODE", "NPROC_PER_NODE=3", "--batch-size 7", codes_are_right),
     ("extract", "tokenizer file", "", "--vq-ckpt bad/empty.pt", "empty.pt"),
 
-    ("check", "paths with spaces", "", "--output 'new/a b/check.png'", lambda: check_is_drawn("new/a b/check.png")),
+    ("check", "paths with spaces", "", "--output 'new/a b/check.png'",
+     lambda: check_is_drawn("new/a b/check.png")),
     ("check", "no such flag", "", "--help-me", "unrecognized arguments"),
     ("check", "code path", "", "--code-path ''", "expected"),
     ("check", "code path", "", "--code-path bad/nowhere", "nowhere"),
@@ -98,7 +100,8 @@ ROWS: list[Row] = [
     ("balance", "no such flag", "", "vq.pt", "unrecognized arguments"),
 
     ("train", "NPROC_PER_NODE", "NPROC_PER_NODE=3", "", "--global-batch-size"),
-    ("train", "--results-dir", "", "--results-dir 'new/-rf *'", lambda: training_is_right("new/-rf *")),
+    ("train", "--results-dir", "", "--results-dir 'new/-rf *'",
+     lambda: training_is_right("new/-rf *")),
     ("train", "--results-dir", "", "--results-dir good/gpt.pt", "gpt.pt"),
     ("train", "--max-steps", "", "--max-steps 4.0", "--max-steps"),
     ("train", "--debug", "NPROC_PER_NODE=2", "--debug", "--debug"),
@@ -106,15 +109,18 @@ ROWS: list[Row] = [
 
     ("sample many", "NPROC_PER_NODE", "NPROC_PER_NODE=3", "", samples_are_right),
     ("sample many", "--labels", "", "--labels '3 7'", "--labels"),
-    ("sample many", "--sample-dir", "", "--sample-dir 'new/模型 \n'", lambda: samples_are_right("new/模型 \n")),
+    ("sample many", "--sample-dir", "", "--sample-dir 'new/模型 \n'",
+     lambda: samples_are_right("new/模型 \n")),
     ("sample many", "GPT file", "", "--gpt-ckpt 'good/*.pt'", "good/*.pt"),
     ("sample many", "GPT file", "", "--gpt-ckpt good/classifier.pt", "classifier.pt"),
     ("sample many", "--top-p", "", "--top-p=-0.5", "--top-p"),
 
     ("sample few", "--class-ids", "", "--class-ids='-1'", "--class-ids"),
     ("sample few", "--output", "", "--output /dev/null/x.png", "/dev/null"),
-    ("sample few", "encoding", "PYTHONIOENCODING=ascii", "--output 'new/模型.png'", picture_is_right),
-    ("sample few", "language", "LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0", "--output 'new/ä.png'", picture_is_right),
+    ("sample few", "encoding", "PYTHONIOENCODING=ascii",
+     "--output 'new/模型.png'", picture_is_right),
+    ("sample few", "language", "LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0",
+     "--output 'new/ä.png'", picture_is_right),
     ("sample few", "--device", "", "--device cuda:7", "--device"),
     ("sample few", "CUDA_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES=", "--device cuda", "CUDA"),
 
@@ -135,22 +141,26 @@ ROWS: list[Row] = [
     ("tokenizer", "--mixed-precision", "", "--mixed-precision fp16", "--mixed-precision"),
 
     ("validate", "--output", "", "--output /dev/null", "--output"),
-    ("validate", "--output", "", "--output 'new/../new/reconstructions.npz'", reconstructions_are_right),
+    ("validate", "--output", "", "--output 'new/../new/reconstructions.npz'",
+     reconstructions_are_right),
     ("validate", "--vq-ckpt", "", "--vq-ckpt", "--vq-ckpt"),
     ("validate", "--vq-ckpt", "", "--vq-ckpt bad/vq-infinite.pt", "decoder.conv_out.bias"),
     ("validate", "--codebook-size", "", "--codebook-size 1e2", "--codebook-size"),
     ("validate", "WORLD_SIZE", "WORLD_SIZE=two", "", "WORLD_SIZE"),
 
     ("sweep", "REFERENCE", "REFERENCE=good OUT=new", "", "REFERENCE"),
-    ("sweep", "REFERENCE", "REFERENCE=good/samples.npz OUT=new CFG_SCALES=1.0 "
-     "EVALUATE='--classifier good/classifier.pt'", "", "samples.npz"),
+    ("sweep", "REFERENCE", SWEEP.replace("reference.npz", "samples.npz").replace("1.0 2.0", "1.0"),
+     "", "samples.npz"),
     ("sweep", "CFG_SCALES", SWEEP.replace("1.0 2.0", "large"), "", "--cfg-scale"),
     ("sweep", "CFG_SCALES", SWEEP.replace("1.0 2.0", "2.0 1.0 2.0"), "", sweep_is_right),
     ("sweep", "EVALUATE", SWEEP.replace("--classifier", "--metrics kid --classifier"), "", "kid"),
-    ("sweep", "OUT", SWEEP.replace("OUT=new", "OUT='new/a *'"), "", lambda: Path("new/a */sweep.json").stat()),
+    ("sweep", "OUT", SWEEP.replace("OUT=new", "OUT='new/a *'"), "",
+     lambda: Path("new/a */sweep.json").stat()),
 
-    ("own images", "number of folders", "", "good/pictures good/pictures", "expected TRAIN VAL OUT"),
-    ("own images", "number of folders", "", "good/pictures good/pictures new x", "expected TRAIN VAL OUT"),
+    ("own images", "number of folders", "", "good/pictures good/pictures",
+     "expected TRAIN VAL OUT"),
+    ("own images", "number of folders", "", "good/pictures good/pictures new x",
+     "expected TRAIN VAL OUT"),
     ("own images", "TRAIN", OWN_STEPS, "bad/nowhere good/pictures new", "nowhere"),
     ("own images", "TRAIN", OWN_STEPS, "bad/looping good/pictures new", "looping"),
     ("own images", "OUT", OWN_STEPS, "many many good/gpt.pt", "gpt.pt"),
@@ -170,8 +180,8 @@ def folder(tmp_path_factory):
     for number in range(80):
         path = folder / "many" / ("light", "dark")[number % 2] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        noise = np.random.default_rng(number).integers(128 * (number % 2), 128 + 128 * (number % 2),
-                                                       (32, 32, 3))
+        darkest = 128 * (number % 2)
+        noise = np.random.default_rng(number).integers(darkest, darkest + 128, (32, 32, 3))
         Image.fromarray(noise.astype(np.uint8)).save(path)
     return folder
 
@@ -183,10 +193,16 @@ def test_the_table_is_wide():
     assert scripts.keys() == SHELL.keys() and min(scripts.values()) >= FEWEST_OF_A_SCRIPT, scripts
 
 
+def without_new(files, folder):
+    """Returns the files that do not lie in `new`."""
+    new = str(folder / "new")
+    return {name: value for name, value in files.items() if not name.startswith(new)}
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("command, what, environment, flags, expected", ROWS)
-def test_a_hostile_call_is_refused_in_one_line_or_does_what_it_says(folder, monkeypatch, command, what, environment,
-                                                                    flags, expected):
+def test_a_hostile_call_is_refused_in_one_line_or_does_what_it_says(
+        folder, monkeypatch, command, what, environment, flags, expected):
     monkeypatch.chdir(folder)
     shutil.rmtree(folder / "new", ignore_errors=True)
     before = files_of(folder)
@@ -214,10 +230,7 @@ def test_a_hostile_call_is_refused_in_one_line_or_does_what_it_says(folder, monk
         assert command in TORCHRUN and "exitcode  : 2" in done.stderr
         assert not re.search(r'File "[^"]*/(autoregressive|tokenizer)/', done.stderr), done.stderr
     else:
-        # Earlier steps of a script may have shown their bars
+        # Earlier steps of a script may have shown their bars.
         assert done.stderr.splitlines()[-1:] == lines
         assert command in OF_SEVERAL_STEPS or len(done.stderr.splitlines()) == 1
-    kept = {name: value for name, value in files_of(folder).items()
-            if not name.startswith(str(folder / "new"))}
-    assert kept == {name: value for name, value in before.items()
-                    if not name.startswith(str(folder / "new"))}
+    assert without_new(files_of(folder), folder) == without_new(before, folder)

@@ -1,5 +1,4 @@
-"""Loading GPT and VQ files: strictly, without a second copy of the weights, and only parts that
-belong together."""
+"""Loading GPT and VQ files: strictly, without a second copy, and only parts that fit together."""
 
 import logging
 import subprocess
@@ -32,7 +31,8 @@ torch.ones(2, 2) @ torch.ones(2, 2)
 before = peak()
 model = build_gpt(read_gpt(sys.argv[1]), gpt_config(sys.argv[3]))
 with torch.inference_mode():
-    model.prefill(torch.zeros(1, dtype=torch.int64), model.new_cache(1))       # every weight is read
+    # Every weight is read.
+    model.prefill(torch.zeros(1, dtype=torch.int64), model.new_cache(1))
 weights = sum(parameter.nbytes for parameter in model.parameters())
 print((peak() - before) / weights)
 """
@@ -42,8 +42,9 @@ print((peak() - before) / weights)
 def saved(tmp_path):
     torch.manual_seed(0)
     model = GPT(gpt_config("GPT-tiny", **SHAPE))
-    save_checkpoint(tmp_path / "0000007.pt", {"model": model.state_dict(), "settings": {"grid": 4, "lambda_cce": 1.0}})
-    return tmp_path / "0000007.pt", model.eval()
+    path = tmp_path / "0000007.pt"
+    save_checkpoint(path, {"model": model.state_dict(), "settings": {"grid": 4, "lambda_cce": 1.0}})
+    return path, model.eval()
 
 
 def test_a_loaded_gpt_computes_the_same(saved):
@@ -51,20 +52,21 @@ def test_a_loaded_gpt_computes_the_same(saved):
     file = read_gpt(path.parent)
     loaded = build_gpt(file, gpt_config("GPT-tiny", **SHAPE))
     tokens, labels = torch.randint(24, (2, 15)), torch.tensor([0, 5])
-    assert file.path == path and file.settings == {"grid": 4,
-                                                   "lambda_cce": 1.0} and not loaded.training
+    assert file.path == path and file.settings == {"grid": 4, "lambda_cce": 1.0}
+    assert not loaded.training
     assert torch.equal(loaded(tokens, labels), model(tokens, labels))
 
 
 def test_another_size_is_refused_and_the_files_own_size_is_named(tmp_path):
     with torch.device("meta"):
         large = GPT(gpt_config("GPT-L", vocab_size=4, num_classes=2))
+    # A kilobyte each: an expanded tensor stores one value.
     zeros = {name: torch.zeros(()).expand(tensor.shape)
              for name, tensor in large.state_dict().items()}
-    # A kilobyte each: an expanded tensor stores one value
     save_checkpoint(tmp_path / "large.pt", zeros)
-    with pytest.raises(ValueError, match="the file holds GPT-L with 4 codes and 2 classes; asked for GPT-B with 24 "
-                                         "codes and 5 classes"):
+    message = ("the file holds GPT-L with 4 codes and 2 classes; "
+               "asked for GPT-B with 24 codes and 5 classes")
+    with pytest.raises(ValueError, match=message):
         build_gpt(read_gpt(tmp_path / "large.pt"), gpt_config("GPT-B", **SHAPE))
 
 
@@ -93,8 +95,8 @@ def test_a_loaded_vq_model_comes_with_the_hash_of_its_codebook(tmp_path):
     loaded, hashes = load_vq(tmp_path / "vq.pt", VQConfig("VQ-4-small", 48, 8))
     assert hashes["codebook_sha256"] == codebook_sha256(model.quantize.embedding.weight)
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
-    with pytest.raises(ValueError,
-                       match=r"quantize\.embedding\.weight expected \(64, 8\), got \(48, 8\)"):
+    message = r"quantize\.embedding\.weight expected \(64, 8\), got \(48, 8\)"
+    with pytest.raises(ValueError, match=message):
         load_vq(tmp_path / "vq.pt", VQConfig("VQ-4-small", 64, 8))
 
 
@@ -104,12 +106,13 @@ def test_hashes_that_differ_are_refused_and_unknown_ones_are_a_warning(caplog):
     assert not caplog.text
     check_codebook(None, "a" * 64, "gpt.pt", "vq.pt")
     assert "gpt.pt: carries no hash of its codebook" in caplog.text
-    with pytest.raises(ValueError, match=r"vq\.pt: expected the codebook aaaaaaaaaaaa of gpt\.pt, got bbbbbbbbbbbb"):
+    message = r"vq\.pt: expected the codebook aaaaaaaaaaaa of gpt\.pt, got bbbbbbbbbbbb"
+    with pytest.raises(ValueError, match=message):
         check_codebook("a" * 64, "b" * 64, "gpt.pt", "vq.pt")
 
 
 def test_loading_needs_no_second_copy_of_the_weights(tmp_path):
     save_checkpoint(tmp_path / "b.pt", {"model": GPT(gpt_config("GPT-B")).state_dict()})
-    done = subprocess.run([sys.executable, "-c", MEASURE_LOADING, tmp_path / "b.pt", ROOT, "GPT-B"],
-                          capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", MEASURE_LOADING, tmp_path / "b.pt", ROOT, "GPT-B"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert float(done.stdout) < 1.15

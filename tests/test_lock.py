@@ -1,5 +1,4 @@
-"""One writer at a time: who holds a folder, who takes over from the dead, and who waits for another
-host."""
+"""One writer at a time: who holds a folder, who takes over from the dead, and who waits."""
 
 import json
 import os
@@ -38,9 +37,9 @@ def holder(tmp_path):
 
 
 def test_a_second_start_is_told_who_holds_the_folder(tmp_path, holder):
-    with pytest.raises(ValueError,
-                       match=f"run: expected to be the only one .* found process {holder.pid} on "
-                       f"{socket.gethostname()}, since "), hold(tmp_path / "run"):
+    message = (f"run: expected to be the only one .* found process {holder.pid} "
+               f"on {socket.gethostname()}, since ")
+    with pytest.raises(ValueError, match=message), hold(tmp_path / "run"):
         pass
     assert lock_of(tmp_path / "run").exists()
 
@@ -79,12 +78,13 @@ def test_a_process_of_the_same_number_that_began_later_is_not_the_holder(tmp_pat
 
 
 @pytest.mark.parametrize("is_touched", [False, True])
-def test_the_lock_of_another_host_is_taken_over_only_if_nobody_touches_it(tmp_path, monkeypatch, is_touched):
+def test_the_lock_of_another_host_is_taken_over_only_if_nobody_touches_it(
+        tmp_path, monkeypatch, is_touched):
     monkeypatch.setattr(lock, "PATIENCE_SECONDS", 2)
     monkeypatch.setattr(lock, "POLL_SECONDS", 0.1)
     path = lock_of(tmp_path / "run")
-    path.write_text(json.dumps(describe_process() | {"host": "elsewhere", "machine": "another",
-                                                     "since": "today"}))
+    other = {"host": "elsewhere", "machine": "another", "since": "today"}
+    path.write_text(json.dumps(describe_process() | other))
     if is_touched:
         code = "import os, sys, time; time.sleep(0.5); os.utime(sys.argv[1])"
         touching = subprocess.Popen([sys.executable, "-c", code, path])
@@ -113,13 +113,13 @@ def test_a_start_waits_for_a_holder_if_it_is_patient(tmp_path, holder):
 def test_a_link_to_what_is_held_is_held(tmp_path, holder):
     (tmp_path / "run").mkdir()
     (tmp_path / "link").symlink_to("run")
-    with pytest.raises(ValueError, match="link: expected to be the only one"), hold(tmp_path / "link"):
+    message = "link: expected to be the only one"
+    with pytest.raises(ValueError, match=message), hold(tmp_path / "link"):
         pass
 
 
 def test_of_many_starts_that_find_a_dead_holder_one_at_a_time_gets_the_lock(tmp_path, monkeypatch):
-    """Every file operation is slow, as on a disk of the network; each start asks whether it is
-    alone."""
+    """File operations are slow, as on a network's disk; each start asks whether it is alone."""
     stale = describe_process() | {"started": "1", "since": "yesterday"}
     code = """
 import os, pathlib, random, sys, time
@@ -130,7 +130,8 @@ def slow(work):
         time.sleep(random.uniform(0, 0.003))
         return work(*arguments, **named)
     return slowed
-for owner, name in [(pathlib.Path, "read_text"), (pathlib.Path, "unlink"), (os, "link"), (os, "rename")]:
+slowed_ones = [(pathlib.Path, "read_text"), (pathlib.Path, "unlink"), (os, "link"), (os, "rename")]
+for owner, name in slowed_ones:
     setattr(owner, name, slow(getattr(owner, name)))
 print("ready", flush=True)
 sys.stdin.readline()
@@ -141,9 +142,9 @@ for _ in range(20):
         os.remove(alone)
         lock.lock_of(sys.argv[1]).write_text(sys.argv[3])       # as if this one had died
 """
-    starts = [subprocess.Popen([sys.executable, "-c", code, tmp_path / "run", ROOT,
-                                json.dumps(stale)], text=True, stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(4)]
+    command = [sys.executable, "-c", code, tmp_path / "run", ROOT, json.dumps(stale)]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    starts = [subprocess.Popen(command, text=True, **pipes) for _ in range(4)]
     for start in starts:
         assert start.stdout.readline() == "ready\n"
     for start in starts:
@@ -170,7 +171,8 @@ def test_a_stale_lock_is_removed_by_one_start_and_a_newer_one_by_none(tmp_path):
 
 
 def test_a_holder_whose_lock_was_taken_over_ends_at_once(tmp_path):
-    code = HOLDER.replace("with hold", "from autoregressive.runtime import lock\nlock.BEAT_SECONDS = 0.05\nwith hold")
+    hasty = "from autoregressive.runtime import lock\nlock.BEAT_SECONDS = 0.05\n"
+    code = HOLDER.replace("with hold", f"{hasty}with hold")
     process = subprocess.Popen([sys.executable, "-c", code, tmp_path / "run", ROOT], text=True,
                                stdout=subprocess.PIPE)
     assert process.stdout.readline() == "held\n"
@@ -191,8 +193,7 @@ run(main, Parser("test"))
 
 
 def hear_interrupts() -> None:
-    """Undoes what a shell does to the commands that it starts in the background: they ignore
-    Ctrl-C."""
+    """Undoes what a shell does to commands in the background: they ignore Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 

@@ -24,8 +24,8 @@ def stored(fixture):
 
 def random_features(count, size, seed=0):
     random = np.random.default_rng(seed)
-    return (random.normal(size=(count, size)) @ random.normal(size=(size, size)) +
-            3).astype(np.float32)
+    mixed = random.normal(size=(count, size)) @ random.normal(size=(size, size))
+    return (mixed + 3).astype(np.float32)
 
 
 def distance_between(features1, features2, use_factors=True):
@@ -35,8 +35,8 @@ def distance_between(features1, features2, use_factors=True):
 
 
 def test_fid_is_the_stored_one(stored):
-    assert distance_between(stored["A"].numpy(),
-                            stored["B"].numpy()) == pytest.approx(stored["fid"], rel=1e-6)
+    distance = distance_between(stored["A"].numpy(), stored["B"].numpy())
+    assert distance == pytest.approx(stored["fid"], rel=1e-6)
 
 
 def test_statistics_are_the_stored_ones(stored):
@@ -56,12 +56,12 @@ def test_precision_and_recall_are_exactly_the_stored_ones(stored):
 
 
 def test_radii_are_the_stored_ones(stored):
-    torch.testing.assert_close(manifold_radii(stored["A"]), stored["radii_a"][:, 0], rtol=1e-6,
-                               atol=0)
+    expected = stored["radii_a"][:, 0]
+    torch.testing.assert_close(manifold_radii(stored["A"]), expected, rtol=1e-6, atol=0)
 
 
 def test_streaming_statistics_do_not_depend_on_the_batches():
-    features = random_features(50, 7).astype(np.float64) + 1e6  # a large mean must cost no digits
+    features = random_features(50, 7).astype(np.float64) + 1e6      # the mean must cost no digits
     statistics = StreamingStatistics()
     for batch in np.split(features, [1, 4, 4, 30]):
         statistics.add(batch)
@@ -73,14 +73,14 @@ def test_fid_of_diagonal_covariances_is_the_closed_form():
     random = np.random.default_rng(1)
     mu1, mu2, variances1, variances2 = random.uniform(1, 2, size=(4, 9))
     expected = ((mu1 - mu2) ** 2).sum() + ((np.sqrt(variances1) - np.sqrt(variances2)) ** 2).sum()
-    assert frechet_distance(mu1, np.diag(variances1), mu2,
-                            np.diag(variances2)) == pytest.approx(expected, rel=1e-12)
+    found = frechet_distance(mu1, np.diag(variances1), mu2, np.diag(variances2))
+    assert found == pytest.approx(expected, rel=1e-12)
 
 
 def test_fid_is_that_of_the_matrix_square_root():
     features1, features2 = random_features(60, 11), random_features(70, 11, seed=1)
-    (mu1, sigma1, _), (mu2, sigma2, _) = feature_statistics(features1), feature_statistics(
-        features2)
+    mu1, sigma1, _ = feature_statistics(features1)
+    mu2, sigma2, _ = feature_statistics(features2)
     root = scipy.linalg.sqrtm(sigma1 @ sigma2).real
     expected = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2 - 2 * root)
     assert distance_between(features1, features2) == pytest.approx(expected, rel=1e-7)
@@ -137,8 +137,15 @@ def test_a_covariance_of_one_picture_is_refused():
 
 
 @pytest.mark.parametrize("eigenvalues, is_covariance", [
-    ((-1e-5, 0.5, 1), False), ((-2e-6, 0, 1), False), ((-1, -0.5, -0.1), False), ((-1, 0, 0), False),
-    ((-1e-8, 0.5, 1), True), ((0, 0, 0), True), ((0, 0, 1e-30), True), ((1e-9, 2, 3), True)])
+    ((-1e-5, 0.5, 1), False),
+    ((-2e-6, 0, 1), False),
+    ((-1, -0.5, -0.1), False),
+    ((-1, 0, 0), False),
+    ((-1e-8, 0.5, 1), True),
+    ((0, 0, 0), True),
+    ((0, 0, 1e-30), True),
+    ((1e-9, 2, 3), True),
+])
 @pytest.mark.parametrize("place", ["reference", "samples", "beside a factor"])
 def test_a_matrix_that_is_no_covariance_is_refused(eigenvalues, is_covariance, place):
     axes = np.linalg.qr(np.random.default_rng(5).normal(size=(3, 3)))[0]
@@ -149,8 +156,8 @@ def test_a_matrix_that_is_no_covariance_is_refused(eigenvalues, is_covariance, p
     if is_covariance:
         assert frechet_distance(*words) > -1e-6
     else:
-        with pytest.raises(ValueError,
-                           match="expected a covariance, found a matrix with eigenvalues"):
+        message = "expected a covariance, found a matrix with eigenvalues"
+        with pytest.raises(ValueError, match=message):
             frechet_distance(*words)
 
 
@@ -161,7 +168,8 @@ def test_a_matrix_that_is_not_symmetric_is_no_covariance():
 
 
 def test_a_negative_distance_is_refused():
-    sigma, factor = np.eye(3), 2 * np.eye(3)  # a factor that is not the covariance's
+    sigma = np.eye(3)
+    factor = 2 * np.eye(3)                                      # not the covariance's
     with pytest.raises(ValueError, match="at least 0 up to rounding, got -18; the means"):
         frechet_distance(np.zeros(3), sigma, np.zeros(3), sigma, factor, factor)
 
@@ -178,15 +186,16 @@ def test_inception_score_of_certain_balanced_predictions_is_the_number_of_classe
 
 def test_a_shorter_last_split_counts_equally():
     probabilities = np.random.default_rng(2).dirichlet(np.ones(5), size=11)
-    expected = np.mean([inception_score(probabilities[:4]), inception_score(probabilities[4:8]),
-                        inception_score(probabilities[8:])])
+    splits = (probabilities[:4], probabilities[4:8], probabilities[8:])
+    expected = np.mean([inception_score(split) for split in splits])
     assert inception_score(probabilities, split_size=4) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("rows", [5, 7, 2048])
 def test_precision_and_recall_equal_the_slow_way_for_any_block(monkeypatch, rows):
     monkeypatch.setattr(metrics, "DISTANCE_ROWS", rows)
-    reference, samples = (torch.from_numpy(random_features(count, 6, seed)) for count, seed in ((33, 3), (26, 4)))
+    reference = torch.from_numpy(random_features(33, 6, seed=3))
+    samples = torch.from_numpy(random_features(26, 6, seed=4))
 
     def radii(features):
         return torch.stack([((features - features[row]) ** 2).sum(dim=1).sort().values[3]

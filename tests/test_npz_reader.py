@@ -33,9 +33,11 @@ def test_reader_streams_what_numpy_reads(folder, save):
 
 
 def test_reader_takes_zip64_members(folder):
-    with zipfile.ZipFile("large.npz", "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as member:
-        np.lib.format.write_array(member, random_pictures(3, 6))
-    np.testing.assert_array_equal(next(NpzImages("large.npz").batches(3)), random_pictures(3, 6))
+    pictures = random_pictures(3, 6)
+    with (zipfile.ZipFile("large.npz", "w") as archive,
+          archive.open("arr_0.npy", "w", force_zip64=True) as member):
+        np.lib.format.write_array(member, pictures)
+    np.testing.assert_array_equal(next(NpzImages("large.npz").batches(3)), pictures)
 
 
 def test_reader_holds_a_batch_and_not_the_file(folder):
@@ -50,9 +52,9 @@ def test_reader_holds_a_batch_and_not_the_file(folder):
 
 
 def test_reader_refuses_an_array_that_is_shorter_than_it_says(folder):
+    fields = {"descr": "|u1", "fortran_order": False, "shape": (5, 2, 2, 3)}
     with zipfile.ZipFile("short.npz", "w") as archive, archive.open("arr_0.npy", "w") as member:
-        np.lib.format.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False,
-                                                      "shape": (5, 2, 2, 3)})
+        np.lib.format.write_array_header_1_0(member, fields)
         member.write(bytes(30))
     with pytest.raises(ValueError, match="short.npz: expected 60 bytes of pictures"):
         NpzImages("short.npz")
@@ -116,7 +118,8 @@ HOSTILE = {
     "no type": ({"arr_0": header("none", (3, 12, 12, 3))}, "as a numpy array"),
     "negative labels": ({"labels": header("<i8", (-3,)) + bytes(24)}, "a plain array under labels"),
     "absurd labels": ({"labels": header("<i8", (10**17,))}, "a plain array under labels"),
-    "deep settings": ({"settings": np.array("[" * 100_000)}, "expected settings as one JSON object"),
+    "deep settings": ({"settings": np.array("[" * 100_000)},
+                      "expected settings as one JSON object"),
 }
 
 
@@ -139,15 +142,21 @@ def test_a_hostile_file_is_one_error_with_its_name(folder, case):
 
 NO_SETTINGS = {
     "encrypted": (lambda path: with_field(path, 6, 8, 1), "expected a whole npz, .*encrypted"),
-    "unknown method": (lambda path: with_field(path, 8, 10, 99), "expected a whole npz, .*compression"),
+    "unknown method": (lambda path: with_field(path, 8, 10, 99),
+                       "expected a whole npz, .*compression"),
     "cut off": (lambda path: path.write_bytes(path.read_bytes()[:-30]), "expected a whole npz"),
     "empty": (lambda path: path.write_bytes(b""), "expected a whole npz"),
     "array": (lambda path: np.save(path.open("wb"), np.arange(3)), "expected a whole npz"),
-    "list": (lambda path: write_npz(path, settings=np.array("[1]")), "expected settings as one JSON object"),
-    "no JSON": (lambda path: write_npz(path, settings=np.array("{")), "expected settings as one JSON object"),
-    "several": (lambda path: write_npz(path, settings=np.array(["{}", "{}"])), "expected settings as one JSON object"),
-    "no array": (lambda path: write_npz(path, settings=b"{}"), "expected a plain array under settings"),
-    "objects": (lambda path: np.savez(path, settings=np.array({})), "expected a plain array under settings"),
+    "list": (lambda path: write_npz(path, settings=np.array("[1]")),
+             "expected settings as one JSON object"),
+    "no JSON": (lambda path: write_npz(path, settings=np.array("{")),
+                "expected settings as one JSON object"),
+    "several": (lambda path: write_npz(path, settings=np.array(["{}", "{}"])),
+                "expected settings as one JSON object"),
+    "no array": (lambda path: write_npz(path, settings=b"{}"),
+                 "expected a plain array under settings"),
+    "objects": (lambda path: np.savez(path, settings=np.array({})),
+                "expected a plain array under settings"),
 }
 
 
@@ -157,6 +166,6 @@ def test_settings_that_cannot_be_read_are_one_error_with_the_files_name(folder, 
     write_npz(folder / "samples.npz", settings=np.array("{}"))
     assert read_npz_settings("samples.npz") == {}
     damage_it(folder / "samples.npz")
-    with pytest.raises(ValueError,
-                       match=f"^samples.npz: {message}.*; (copy or )?make the file again$"):
+    whole = f"^samples.npz: {message}.*; (copy or )?make the file again$"
+    with pytest.raises(ValueError, match=whole):
         read_npz_settings("samples.npz")

@@ -1,5 +1,4 @@
-"""The guarded step and the moving average: nothing in them waits for the device, and each is its
-recurrence."""
+"""The guarded step and the moving average: each is its recurrence, none waits for the device."""
 
 import numpy as np
 import pytest
@@ -37,17 +36,17 @@ def take_step(optimizer, step, factor=1.0):
     return optimizer.step(step, 1e-2, loss.detach())
 
 
-def test_with_a_scaler_the_steps_are_those_without_one_and_an_overflow_changes_nothing_but_the_scale():
+def test_a_scaler_changes_no_step_and_an_overflow_changes_nothing_but_the_scale():
     plain = ModelOptimizer(small_model(), SETTINGS, CPU)
     scaled = ModelOptimizer(small_model(), SETTINGS, CPU, uses_scaler=True)
     for step in range(3):
         norm, _ = take_step(plain, step)
         scaled_norm, is_bad = take_step(scaled, step)
         assert torch.equal(norm, scaled_norm) and not is_bad        # the scale is a power of two
-    assert all(torch.equal(one, other) for one, other in zip(copy_all(plain), copy_all(scaled), strict=True))
-    scale = scaled.scaler.get_scale()
     before = copy_all(scaled)
-    _, is_bad = take_step(scaled, 3, factor=1e35)  # the loss is finite, its scaled gradient is not
+    assert all(torch.equal(one, other) for one, other in zip(copy_all(plain), before, strict=True))
+    scale = scaled.scaler.get_scale()
+    _, is_bad = take_step(scaled, 3, factor=1e35)   # a finite loss, whose scaled gradient is not
     assert not is_bad and scaled.scaler.get_scale() == scale / 2
     assert all(torch.equal(old, new) for old, new in zip(before, copy_all(scaled), strict=True))
     take_step(scaled, 4)
@@ -81,7 +80,7 @@ def test_the_average_of_many_weights_is_that_of_each_alone_bit_for_bit(num_layer
     assert all(torch.equal(average.weights[name], expected[name]) for name in expected)
 
 
-def test_the_groups_of_an_average_are_few_hold_every_weight_once_and_none_is_much_of_the_whole():
+def test_the_groups_of_an_average_are_few_and_even_and_hold_every_weight_once():
     model = nn.ModuleList(nn.Linear(30, 20 + layer % 3) for layer in range(50))
     groups = MovingAverage(model)._groups
     parameters = dict(model.named_parameters())

@@ -1,5 +1,4 @@
-"""Arrays that several processes fill at once: one result in any order, and whatever is killed
-leaves nothing wrong."""
+"""Arrays that several processes fill at once: one result in any order, nothing wrong by a kill."""
 
 import errno
 import os
@@ -33,8 +32,13 @@ def writer_of(path, identity=IDENTITY):
 
 
 def write(writer, rows, **more):
-    writer.write(rows, pictures=PICTURES[rows.start:rows.stop], labels=LABELS[rows.start:rows.stop],
-                 **more)
+    part = slice(rows.start, rows.stop)
+    writer.write(rows, pictures=PICTURES[part], labels=LABELS[part], **more)
+
+
+def assert_holds_all(writer):
+    assert np.array_equal(writer.array("pictures"), PICTURES)
+    assert np.array_equal(writer.array("labels"), LABELS)
 
 
 def names(path):
@@ -68,8 +72,8 @@ def test_rows_of_two_writers_in_any_order_make_one_array(tmp_path, seed):
     first, second = writer_of(tmp_path / "rows"), writer_of(tmp_path / "rows")
     first.create()
     batches = first.missing(2)
-    assert batches == second.missing(2) == [*(range(row, row + 2) for row in range(0, 10, 2)),
-                                            range(10, 11)]
+    pairs = [range(row, row + 2) for row in range(0, 10, 2)]
+    assert batches == second.missing(2) == [*pairs, range(10, 11)]
     order = np.random.default_rng(seed)
     for count, place in enumerate(order.permutation(len(batches)).tolist()):
         assert len(first.missing(2)) == len(second.missing(2)) == len(batches) - count
@@ -77,8 +81,7 @@ def test_rows_of_two_writers_in_any_order_make_one_array(tmp_path, seed):
     assert first.missing(2) == second.missing(3) == [] and second.num_done == NUM_ROWS
     first.wait_for_others()                                      # there is nothing to wait for
     for writer in (first, second):
-        assert np.array_equal(writer.array("pictures"),
-                              PICTURES) and np.array_equal(writer.array("labels"), LABELS)
+        assert_holds_all(writer)
     assert first.array("pictures").dtype == np.uint8 and names(tmp_path / "rows") == FILES
 
 
@@ -94,7 +97,7 @@ def test_missing_batches_are_cut_at_absolute_rows(tmp_path):
     writer = writer_of(tmp_path)
     writer.create()
     write(writer, range(4, 6))
-    # Row 3 is missing
+    # Row 3 is missing.
     assert writer.missing(3) == [range(3), range(3, 6), range(6, 9), range(9, 11)]
     assert writer.missing(2) == [range(2), range(2, 4), range(6, 8), range(8, 10), range(10, 11)]
 
@@ -110,7 +113,8 @@ def test_a_status_that_is_given_is_the_one_that_counts(tmp_path):
 def test_rows_of_another_identity_are_refused_and_left_alone(full, other):
     before = {path.name: path.read_bytes() for path in full.path.iterdir()}
     name, = other
-    with pytest.raises(ValueError, match=f"full: expected rows with {name} .*, found one with .*name another folder"):
+    message = f"full: expected rows with {name} .*, found one with .*name another folder"
+    with pytest.raises(ValueError, match=message):
         writer_of(full.path, IDENTITY | other).create()
     assert {path.name: path.read_bytes() for path in full.path.iterdir()} == before
 
@@ -154,7 +158,7 @@ def test_interrupted_removal_leaves_nothing_that_counts(full, monkeypatch, count
     full.create()
     assert full.num_done == 0 and len(full.missing(1)) == NUM_ROWS
     write(full, range(NUM_ROWS))
-    assert np.array_equal(full.array("pictures"), PICTURES) and np.array_equal(full.array("labels"), LABELS)
+    assert_holds_all(full)
 
 
 @pytest.mark.parametrize("count", range(3))
@@ -173,19 +177,18 @@ def test_rows_killed_before_their_status_are_still_to_do(tmp_path, monkeypatch, 
     writer = writer_of(tmp_path)
     writer.create()
     write(writer, range(3))
-    # The arrays, then the status, each by one call
+    others = {"pictures": np.full((3, 2, 2), 7), "labels": np.full(3, 7)}
+    # The arrays, then the status, each by one call.
     killed_at(monkeypatch, rows_module, "_write_rows", count)
     with pytest.raises(Killed):
-        writer.write(range(3, 6), status=np.ones(3), pictures=np.full((3, 2, 2), 7),
-                     labels=np.full(3, 7))
+        writer.write(range(3, 6), status=np.ones(3), **others)
     monkeypatch.undo()
     again = writer_of(tmp_path)
     again.create()
     assert again.num_done == 3 and again.missing(3) == [range(3, 6), range(6, 9), range(9, 11)]
     for rows in again.missing(3):
         write(again, rows)
-    assert np.array_equal(again.array("pictures"),
-                          PICTURES) and np.array_equal(again.array("labels"), LABELS)
+    assert_holds_all(again)
 
 
 MANIFEST = {"num_images": 5, "num_crops": 2, "num_tokens": 4, "codebook_size": 24}
@@ -193,8 +196,8 @@ MANIFEST = {"num_images": 5, "num_crops": 2, "num_tokens": 4, "codebook_size": 2
 
 @pytest.mark.parametrize("is_old", [False, True])
 @pytest.mark.parametrize("count", range(3))
-def test_store_killed_while_its_manifest_is_written_is_laid_out_by_the_same_command(tmp_path, monkeypatch, is_old,
-                                                                                    count):
+def test_store_killed_while_its_manifest_is_written_is_laid_out_by_the_same_command(
+        tmp_path, monkeypatch, is_old, count):
     path = tmp_path / "codes"
     if is_old:
         old = CodeWriter(path, MANIFEST | {"num_tokens": 9})
@@ -207,14 +210,14 @@ def test_store_killed_while_its_manifest_is_written_is_laid_out_by_the_same_comm
     monkeypatch.setattr(files.Path, "unlink", unlink_if_not_killed(path))
     with pytest.raises(Killed):
         writer.create(np.arange(5), overwrite=is_old)
-        raise Killed  # it came later than the last replacement
+        raise Killed                    # it came later than the last replacement
     monkeypatch.undo()
     writer.create(np.arange(5), overwrite=is_old)
     assert writer.rows.num_done == 0 and writer.rows.array("codes").shape == (5, 2, 4)
     writer.write(range(5), np.ones((5, 2, 4)), {})
     writer.finish(0)
-    assert names(path) == [*(["check.png"] if is_old else []), "codes.npy", "labels.npy",
-                           "manifest.json"]
+    others = ["check.png"] if is_old else []
+    assert names(path) == [*others, "codes.npy", "labels.npy", "manifest.json"]
 
 
 def unlink_if_not_killed(path):
@@ -244,7 +247,8 @@ def test_store_killed_after_it_was_finished_is_cleaned_by_the_next_start(tmp_pat
 
 @pytest.mark.parametrize("finished", [True, False])
 @pytest.mark.parametrize("count", range(6))
-def test_interrupted_replacement_of_a_store_is_done_by_the_next_start(tmp_path, monkeypatch, finished, count):
+def test_interrupted_replacement_of_a_store_is_done_by_the_next_start(
+        tmp_path, monkeypatch, finished, count):
     writer = CodeWriter(tmp_path / "codes", MANIFEST)
     writer.create(np.arange(5))
     writer.write(range(5), np.ones((5, 2, 4)), {} if finished else {2: ("a.jpg", "broken")})
@@ -254,9 +258,9 @@ def test_interrupted_replacement_of_a_store_is_done_by_the_next_start(tmp_path, 
     killed_at(monkeypatch, Path, "unlink", count)
     with pytest.raises(Killed):
         other.create(np.arange(5), overwrite=True)
-        raise Killed  # it came later than the last unlink
+        raise Killed                    # it came later than the last unlink
     monkeypatch.undo()
-    if count > finished:  # a finished store has no status to remove
+    if count > finished:                # a finished store has no status to remove
         with pytest.raises(ValueError):
             open_codes(tmp_path / "codes")
     other.create(np.arange(5), overwrite=True)
@@ -265,8 +269,9 @@ def test_interrupted_replacement_of_a_store_is_done_by_the_next_start(tmp_path, 
 
 
 def write_behind(writer, rows):
-    writer.write(rows, pictures=torch.from_numpy(PICTURES[rows.start:rows.stop]),
-                 labels=torch.from_numpy(LABELS[rows.start:rows.stop]))
+    part = slice(rows.start, rows.stop)
+    writer.write(rows, pictures=torch.from_numpy(PICTURES[part]),
+                 labels=torch.from_numpy(LABELS[part]))
 
 
 def test_rows_written_behind_are_all_there_at_the_end(tmp_path):
@@ -276,7 +281,7 @@ def test_rows_written_behind_are_all_there_at_the_end(tmp_path):
         for batch in rows.missing(2):
             write_behind(writer, batch)
     assert rows.missing(2) == []
-    assert np.array_equal(rows.array("pictures"), PICTURES) and np.array_equal(rows.array("labels"), LABELS)
+    assert_holds_all(rows)
 
 
 def test_what_was_handed_over_is_written_when_a_signal_ends_the_drawing(tmp_path):
@@ -290,7 +295,8 @@ def test_what_was_handed_over_is_written_when_a_signal_ends_the_drawing(tmp_path
     assert np.array_equal(rows.array("pictures")[:6], PICTURES[:6])
 
 
-def test_an_error_of_the_writing_thread_is_logged_when_another_one_ends_the_drawing(tmp_path, monkeypatch, caplog):
+def test_an_error_of_the_writing_thread_is_logged_when_another_one_ends_the_drawing(
+        tmp_path, monkeypatch, caplog):
     rows = writer_of(tmp_path)
     rows.create()
     monkeypatch.setattr(rows, "write", lambda *_, **__: int("no number"))

@@ -1,5 +1,4 @@
-"""Sampling: the same pictures however they are divided, killed and resumed, and pictures of chosen
-classes."""
+"""Sampling: the same pictures however they are divided, killed and resumed; chosen classes."""
 
 import json
 import re
@@ -19,8 +18,8 @@ from autoregressive.sample import sample_c2i_ddp
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 
 SAMPLE, LOOK = "autoregressive/sample/sample_c2i_ddp.py", "autoregressive/sample/sample_c2i.py"
-RECORD = {"gpt_model": "GPT-tiny", "grid": 4, "cluster_size": 8, "class_names": ["apple", "fig", "pear"],
-          "label_dropout": 0.1}
+RECORD = {"gpt_model": "GPT-tiny", "grid": 4, "cluster_size": 8,
+          "class_names": ["apple", "fig", "pear"], "label_dropout": 0.1}
 
 
 @pytest.fixture(scope="module")
@@ -28,19 +27,26 @@ def folder(tmp_path_factory):
     """A GPT and a VQ model of random weights, whose pictures differ from each other."""
     folder = tmp_path_factory.mktemp("sampling")
     torch.manual_seed(0)
-    model, average = (GPT(gpt_config("GPT-tiny", grid=4, vocab_size=64, num_classes=3))
-                      for _ in range(2))
-    for weights in (model, average):
-        torch.nn.init.normal_(weights.output.weight, std=0.3)
-    save_checkpoint(folder / "0000007.pt", {"model": model.state_dict(),
-                                            "ema": average.state_dict(), "settings": RECORD})
-    save_checkpoint(folder / "bare.pt", model.state_dict())
-    save_checkpoint(folder / "average.pt", {"model": average.state_dict(), "settings": RECORD})
-    save_checkpoint(folder / "recorded.pt", {"model": model.state_dict(), "settings": RECORD | {
-        "vocab_size": 64, "num_classes": 3, "image_size": 16}})
-    save_checkpoint(folder / "unguided.pt", {"model": model.state_dict(),
-                                             "settings": RECORD | {"label_dropout": 0}})
-    save_checkpoint(folder / "vq.pt", {"model": VQModel(VQConfig("VQ-4-small", 64, 8)).state_dict()})
+    config = gpt_config("GPT-tiny", grid=4, vocab_size=64, num_classes=3)
+    model = GPT(config)
+    average = GPT(config)
+    for gpt in (model, average):
+        torch.nn.init.normal_(gpt.output.weight, std=0.3)
+    vq = VQModel(VQConfig("VQ-4-small", 64, 8))
+    weights = model.state_dict()
+    averaged = average.state_dict()
+    recorded = RECORD | {"vocab_size": 64, "num_classes": 3, "image_size": 16}
+    unguided = RECORD | {"label_dropout": 0}
+    files = {
+        "0000007.pt": {"model": weights, "ema": averaged, "settings": RECORD},
+        "bare.pt": weights,
+        "average.pt": {"model": averaged, "settings": RECORD},
+        "recorded.pt": {"model": weights, "settings": recorded},
+        "unguided.pt": {"model": weights, "settings": unguided},
+        "vq.pt": {"model": vq.state_dict()},
+    }
+    for name, payload in files.items():
+        save_checkpoint(folder / name, payload)
     return folder
 
 
@@ -68,8 +74,8 @@ def arrays_of(out):
 
 @pytest.fixture(scope="module")
 def expected(folder, tmp_path_factory):
-    return sample(folder, tmp_path_factory.mktemp("expected"), "--save-codes",
-                  "--per-proc-batch-size", 32)
+    out = tmp_path_factory.mktemp("expected")
+    return sample(folder, out, "--save-codes", "--per-proc-batch-size", 32)
 
 
 def assert_equal(found, expected):
@@ -79,8 +85,8 @@ def assert_equal(found, expected):
 
 @pytest.mark.parametrize("batch_size", [1, 7, 40])
 def test_samples_do_not_depend_on_the_batch_size(folder, tmp_path, expected, batch_size):
-    assert_equal(sample(folder, tmp_path, "--save-codes", "--per-proc-batch-size", batch_size),
-                 expected)
+    found = sample(folder, tmp_path, "--save-codes", "--per-proc-batch-size", batch_size)
+    assert_equal(found, expected)
 
 
 def test_killed_and_resumed_sampling_by_two_processes_gives_the_same(folder, tmp_path, expected):
@@ -101,18 +107,20 @@ def test_killed_and_resumed_sampling_by_two_processes_gives_the_same(folder, tmp
 
 def test_npz_carries_tokens_labels_and_what_they_depend_on(expected):
     assert expected["tokens"].shape == (40, 16) and expected["tokens"].dtype == np.uint16
-    assert expected["arr_0"].shape == (40, 16, 16, 3) and len(np.unique(expected["arr_0"], axis=0)) == 40
+    assert expected["arr_0"].shape == (40, 16, 16, 3)
+    assert len(np.unique(expected["arr_0"], axis=0)) == 40
     settings = json.loads(str(expected["settings"]))
     assert settings["class_names"] == RECORD["class_names"] and len(settings["gpt_sha256"]) == 64
 
 
-@pytest.mark.parametrize("labels, wanted", [("balanced", np.arange(40) % 3),
-                                            ("2,0,2", np.array([2, 0, 2] * 14)[:40])])
+@pytest.mark.parametrize("labels, wanted", [
+    ("balanced", np.arange(40) % 3),
+    ("2,0,2", np.array([2, 0, 2] * 14)[:40]),
+])
 def test_labels_can_be_balanced_or_listed(folder, tmp_path, expected, labels, wanted):
     found = sample(folder, tmp_path, "--labels", labels, "--save-codes")
     assert np.array_equal(found["labels"], wanted)
-    same = wanted == expected["labels"]
-    # (seed, index, label) decide
+    same = wanted == expected["labels"]                         # (seed, index, label) decide
     assert np.array_equal(found["tokens"][same], expected["tokens"][same])
 
 
@@ -120,22 +128,23 @@ def test_averaged_and_bare_weights_are_used_when_asked_for(folder, tmp_path, exp
     average = sample(folder, tmp_path / "ema", "--weights", "ema", "--save-codes")
     assert_equal(average, sample(folder, tmp_path / "file", "--save-codes", name="average.pt"))
     assert not np.array_equal(average["tokens"], expected["tokens"])
-    assert_equal(sample(folder, tmp_path / "bare", "--from-fsdp", "--save-codes", name="bare.pt"),
-                 expected)
+    bare = sample(folder, tmp_path / "bare", "--from-fsdp", "--save-codes", name="bare.pt")
+    assert_equal(bare, expected)
 
 
 def test_antialiased_resize_is_another_file_with_other_pictures(folder, tmp_path):
     small = ("--image-size-eval", 8)
     published = sample(folder, tmp_path / "a", *small)
     other = sample(folder, tmp_path / "b", *small, "--resize", "antialias")
-    assert published["arr_0"].shape == (40, 8, 8, 3) and not np.array_equal(published["arr_0"], other["arr_0"])
+    assert published["arr_0"].shape == (40, 8, 8, 3)
+    assert not np.array_equal(published["arr_0"], other["arr_0"])
     assert "-resize-antialias" in next((tmp_path / "b").glob("*.npz")).name
 
 
 def test_classes_are_drawn_by_index_and_by_name(folder, tmp_path):
     for name, classes in (("a", "2,0"), ("b", "pear,apple")):
-        assert run_here(LOOK, *flags(folder, "--class-ids", classes, "--output",
-                                     tmp_path / f"{name}.png")) == 0
+        more = ("--class-ids", classes, "--output", tmp_path / f"{name}.png")
+        assert run_here(LOOK, *flags(folder, *more)) == 0
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert Image.open(tmp_path / "a.png").size == (4 * 68 + 4, 2 * (64 + 15 + 4) + 4)
 
@@ -145,16 +154,19 @@ def test_preset_sets_the_flags_that_are_not_given(folder, capsys):
     assert run_here(SAMPLE, *words, "--cluster-size", 8, "--gpt-model", "GPT-L") == 2
     text = capsys.readouterr()
     assert "asked for GPT-L" in text.err
-    assert "the paper reports FID 3.18" in text.out and "--cfg-scale 1.75 (guidance of the paper)" in text.out.replace(
-        ", --top-k 0, --top-p 1.0, --temperature 1.0", "")
-    assert run_here(SAMPLE, *words) == 2  # the file is of another model: nothing was given
+    assert "the paper reports FID 3.18" in text.out
+    without_filters = text.out.replace(", --top-k 0, --top-p 1.0, --temperature 1.0", "")
+    assert "--cfg-scale 1.75 (guidance of the paper)" in without_filters
+    assert run_here(SAMPLE, *words) == 2        # the file is of another model: nothing was given
     error = capsys.readouterr().err
-    assert f"--preset: expected --gpt-model GPT-tiny as in {folder / '0000007.pt'}, got GPT-L" in error
+    path = folder / "0000007.pt"
+    assert f"--preset: expected --gpt-model GPT-tiny as in {path}, got GPT-L" in error
     assert len(error.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("given, cfg_scale", [(("--cfg-scale", 1.5), 1.5), ((), 2.25)])
-def test_guidance_that_is_given_wins_over_the_preset_even_if_it_is_the_default(folder, monkeypatch, given, cfg_scale):
+def test_guidance_that_is_given_wins_over_the_preset_even_if_it_is_the_default(
+        folder, monkeypatch, given, cfg_scale):
     used = []
 
     def stop(file, settings, sampler, vq_config, device):
@@ -169,21 +181,21 @@ def test_guidance_that_is_given_wins_over_the_preset_even_if_it_is_the_default(f
 
 
 def test_flags_that_the_checkpoint_records_need_not_be_given(folder, tmp_path, expected):
-    words = ("--gpt-ckpt", folder / "recorded.pt", "--vq-ckpt", folder / "vq.pt", "--vq-model",
-             "VQ-4-small", "--image-size-eval", 16, "--precision", "none", "--sample-dir", tmp_path,
-             "--num-fid-samples", 40)
+    words = ("--gpt-ckpt", folder / "recorded.pt", "--vq-ckpt", folder / "vq.pt",
+             "--vq-model", "VQ-4-small", "--image-size-eval", 16, "--precision", "none",
+             "--sample-dir", tmp_path, "--num-fid-samples", 40)
     assert run_here(SAMPLE, *words, "--save-codes") == 0
     assert_equal(arrays_of(tmp_path), expected)
     settings = json.loads(str(arrays_of(tmp_path)["settings"]))
-    assert (settings["gpt_model"], settings["codebook_size"],
-            settings["downsample_size"]) == ("GPT-tiny", 64, 4)
+    assert settings["gpt_model"] == "GPT-tiny"
+    assert settings["codebook_size"] == 64 and settings["downsample_size"] == 4
 
 
 def test_peak_memory_does_not_depend_on_the_number_of_samples(folder, tmp_path):
     peaks = []
     for count in (200, 1200):
-        settings = ("--num-fid-samples", count, "--per-proc-batch-size", 100, "--image-size-eval",
-                    128)
+        settings = ("--num-fid-samples", count, "--per-proc-batch-size", 100,
+                    "--image-size-eval", 128)
         done = Job(sample_and_say_peak, *ddp_flags(folder, tmp_path / str(count), *settings)).wait()
         assert done.returncode == 0, done.stderr
         peaks.append(int(re.findall(r"PEAK (\d+)", done.stdout)[0]))
@@ -205,7 +217,8 @@ def test_sweep_ends_with_a_table_by_guidance_and_a_plot(tmp_path, capsys):
         (tmp_path / f"cfg-{scale}" / "samples.json").write_text(json.dumps(record))
     assert run_here("scripts/sweep_report.py", tmp_path) == 0
     assert "lowest FID: 3.5000 at guidance 2" in capsys.readouterr().out
-    assert json.loads((tmp_path / "sweep.json").read_text())[0] == {"cfg_scale": 1.0, "FID": 9.0, "Recall": 0.5}
+    table = json.loads((tmp_path / "sweep.json").read_text())
+    assert table[0] == {"cfg_scale": 1.0, "FID": 9.0, "Recall": 0.5}
     assert (tmp_path / "sweep.png").stat().st_size > 5000
     assert run_here("scripts/sweep_report.py", tmp_path / "empty") == 2
 

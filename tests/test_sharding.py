@@ -1,5 +1,4 @@
-"""Sharded training: the weights it begins with, what it saves and what it continues from are those
-of the other way."""
+"""Sharded training begins with, saves and continues from the weights of undivided training."""
 
 import shutil
 
@@ -16,14 +15,13 @@ from autoregressive.runtime.optim import ModelOptimizer, OptimSettings
 from autoregressive.runtime.parallel import device_to_build_on, wrap_for_training
 
 CPU = torch.device("cpu")
-# Odd rows: 65, 5
+# Weights whose numbers of rows, 65 and 5, are odd.
 CONFIG = gpt_config("GPT-tiny", grid=3, vocab_size=65, num_classes=4, dropout=0, token_dropout=0)
 SETTINGS = OptimSettings(lr=1e-2, weight_decay=0.1, ema=True, max_grad_norm=0.5)
 
 
 def train_and_save(folder, parallel):
-    """Trains a GPT for two steps, saves it and goes on for a third one, unless it finds such a
-    file.
+    """Trains a GPT for two steps, saves it and takes a third one, unless it finds such a file.
 
     Then takes a third step continuing from the file.
     """
@@ -48,8 +46,8 @@ def save(session, path, state):
     if session.is_main:
         save_checkpoint(path, state)
     else:
-        assert not state["model"] and not state["ema"] and not any(
-            state["optimizer"]["state"].values()), state
+        assert not state["model"] and not state["ema"], state
+        assert not any(state["optimizer"]["state"].values()), state
     session.barrier()
 
 
@@ -70,8 +68,7 @@ def build(session, parallel, seed=0):
 
 
 def take_step(module, optimizer, step, session):
-    """Takes a step with a batch of 12 that 1, 2 or 3 processes share evenly: their losses are means
-    of equal parts."""
+    """Takes a step with a batch of 12: 1, 2 or 3 processes have equal parts of it."""
     torch.manual_seed(100 + step)
     tokens = torch.randint(65, (12, 9))
     labels = torch.randint(5, (12,))
@@ -104,8 +101,8 @@ def undivided(tmp_path_factory):
 @pytest.fixture(scope="module", params=[1, 2, pytest.param(3, marks=pytest.mark.long)])
 def sharded(request, tmp_path_factory):
     """The folder of a run whose processes hold shards."""
-    return train(tmp_path_factory.mktemp("sharding") / f"fsdp{request.param}", "fsdp",
-                 request.param)
+    folder = tmp_path_factory.mktemp("sharding") / f"fsdp{request.param}"
+    return train(folder, "fsdp", request.param)
 
 
 def tensors_of(folder, name):
@@ -125,8 +122,7 @@ def assert_equal(found, expected):
 
 
 def assert_close(found, expected):
-    """In norm: the first steps of AdamW make much of the rounding of gradients that are almost
-    zero."""
+    """In norm: the first steps of AdamW make much of the rounding of almost zero gradients."""
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
         assert (found[key] - tensor).norm() <= 1e-4 * tensor.norm(), key
@@ -137,13 +133,14 @@ def test_a_sharded_run_begins_with_the_weights_of_an_undivided_one(sharded, undi
     model = read_checkpoint(sharded / "0.pt")["model"]
     seed_everything(0)
     expected = GPT(CONFIG).state_dict()
-    assert model.keys() == expected.keys() and all(torch.equal(model[name], expected[name])
-                                                   for name in expected)
+    assert model.keys() == expected.keys()
+    assert all(torch.equal(model[name], expected[name]) for name in expected)
 
 
 def test_a_sharded_run_saves_what_an_undivided_one_saves(sharded, undivided):
     assert_close(tensors_of(sharded, "3.pt"), tensors_of(undivided, "3.pt"))
-    groups = [read_checkpoint(folder / "3.pt")["optimizer"]["param_groups"] for folder in (sharded, undivided)]
+    groups = [read_checkpoint(folder / "3.pt")["optimizer"]["param_groups"]
+              for folder in (sharded, undivided)]
     assert groups[0] == groups[1] and len(groups[0]) == 2
 
 
@@ -158,7 +155,8 @@ def test_an_undivided_run_continues_from_the_file_of_a_sharded_one(sharded, undi
     loaded = optimizer.state()
     expected = read_checkpoint(sharded / "2.pt")
     for name, tensor in expected["model"].items():
-        assert torch.equal(loaded["model"][name], tensor) and torch.equal(loaded["ema"][name], expected["ema"][name])
+        assert torch.equal(loaded["model"][name], tensor)
+        assert torch.equal(loaded["ema"][name], expected["ema"][name])
         for kind, moment in expected["optimizer"]["state"][name].items():
             assert torch.equal(loaded["optimizer"]["state"][name][kind], moment)
     take_step(module, optimizer, 2, Session(0, 1, CPU))
@@ -180,16 +178,20 @@ def test_saving_before_the_first_step_changes_no_step():
             assert optimizer.state()["optimizer"]["state"] == {}
         take_step(module, optimizer, 0, Session(0, 1, CPU))
         ends.append(optimizer.state())
-    assert all(torch.equal(ends[0]["model"][name], tensor)
-               for name, tensor in ends[1]["model"].items())
+    for name, tensor in ends[1]["model"].items():
+        assert torch.equal(ends[0]["model"][name], tensor)
     assert all(moments["step"] == 1 for moments in ends[1]["optimizer"]["state"].values())
 
 
 @pytest.mark.parametrize("spoil, words", [
-    (lambda state: state["model"].pop("norm.weight"), "weights of this model, found missing norm.weight"),
-    (lambda state: state["optimizer"]["state"].pop("norm.weight"), "moments of this model, found missing norm.weight"),
-    (lambda state: state["model"].update(more=torch.zeros(2)), "weights of this model, found unexpected more"),
-    (lambda state: state["model"].update({"norm.weight": torch.zeros(1)}), r"shape \(96,\), found \(1,\)"),
+    (lambda state: state["model"].pop("norm.weight"),
+     "weights of this model, found missing norm.weight"),
+    (lambda state: state["optimizer"]["state"].pop("norm.weight"),
+     "moments of this model, found missing norm.weight"),
+    (lambda state: state["model"].update(more=torch.zeros(2)),
+     "weights of this model, found unexpected more"),
+    (lambda state: state["model"].update({"norm.weight": torch.zeros(1)}),
+     r"shape \(96,\), found \(1,\)"),
 ])
 def test_the_state_of_another_model_is_refused(undivided, spoil, words):
     state = read_checkpoint(undivided / "2.pt")

@@ -1,5 +1,4 @@
-"""VQ models against the published shapes and computed fixtures; the quantiser against its closed
-forms."""
+"""VQ models against published shapes and computed fixtures; the quantiser against closed forms."""
 
 import json
 import zlib
@@ -19,8 +18,8 @@ def weights_by_rule(model):
     """The fixture's weights: seeded by the name of each tensor."""
     state = {}
     for name, tensor in model.state_dict().items():
-        noise = torch.randn(tensor.shape,
-                            generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        noise = torch.randn(tensor.shape, generator=generator)
         if name.endswith("codebook_used"):
             noise = torch.zeros(tensor.shape)
         elif noise.dim() == 1:
@@ -65,8 +64,8 @@ def test_vq16_encodes_as_published(vq16, published):
     latents = vq16.encode(published["x"])
     assert relative_error(latents, published["z_e"]) < 2e-5
     is_clear = published["index_margin"] > 1e-5
-    assert torch.equal(vq16.quantize.codes(latents).flatten()[is_clear],
-                       published["indices"][is_clear])
+    codes = vq16.quantize.codes(latents).flatten()
+    assert torch.equal(codes[is_clear], published["indices"][is_clear])
 
 
 def test_vq16_decodes_codes_as_published(vq16, published):
@@ -94,8 +93,8 @@ def test_small_model_has_about_a_million_parameters():
     assert 0.4e6 < count < 1.2e6
 
 
-@pytest.mark.parametrize("config", [("VQ-2",), ("VQ-16", 0), ("VQ-16", -1, -1), ("VQ-8", 2**31),
-                                    ("VQ-8", 1, 0)])
+@pytest.mark.parametrize("config", [
+    ("VQ-2",), ("VQ-16", 0), ("VQ-16", -1, -1), ("VQ-8", 2**31), ("VQ-8", 1, 0)])
 def test_config_of_no_model_is_refused(config):
     with pytest.raises(ValueError, match="expected .* got"):
         VQConfig(*config)
@@ -104,7 +103,8 @@ def test_config_of_no_model_is_refused(config):
 def test_codebook_of_one_code_encodes_everything_as_it():
     model = VQModel(VQConfig("VQ-4-small", 1, 3)).eval()
     reconstruction, losses, codes = model(torch.rand(2, 3, 8, 12), 0.1)
-    assert not codes.any() and reconstruction.shape == (2, 3, 8, 12) and torch.isfinite(torch.stack(losses)).all()
+    assert not codes.any() and reconstruction.shape == (2, 3, 8, 12)
+    assert torch.isfinite(torch.stack(losses)).all()
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_quantizer_output_and_usage_are_the_published_ones(trained_step):
     expected, quantizer, z_q, _, codes = trained_step
     assert torch.equal(codes.flatten(), expected["indices"])
     torch.testing.assert_close(z_q, expected["z_q"])
-    used = quantizer.codebook_used.unique()  # the zeros that it starts with count as code 0
+    used = quantizer.codebook_used.unique()     # the zeros that it starts with count as code 0
     assert len(used) / expected["n_e"] == expected["usage"]
 
 
@@ -147,11 +147,11 @@ def test_codebook_loss_moves_codes_alone_and_commitment_moves_latents_alone():
     latents = torch.randn(2, 5, 3, 2, requires_grad=True)
     _, losses, _ = quantizer(latents)
     inputs = (latents, quantizer.embedding.weight)
-    from_codebook = torch.autograd.grad(losses.codebook, inputs, retain_graph=True,
-                                        allow_unused=True)
-    from_commitment = torch.autograd.grad(losses.commitment, inputs, allow_unused=True)
-    assert from_codebook[0] is None and from_codebook[1].any()
-    assert from_commitment[0].any() and from_commitment[1] is None
+    for_latents, for_codes = torch.autograd.grad(
+        losses.codebook, inputs, retain_graph=True, allow_unused=True)
+    assert for_latents is None and for_codes.any()
+    for_latents, for_codes = torch.autograd.grad(losses.commitment, inputs, allow_unused=True)
+    assert for_latents.any() and for_codes is None
 
 
 def test_entropy_loss_in_chunks_equals_the_plain_form(monkeypatch):
@@ -167,9 +167,10 @@ def test_entropy_loss_in_chunks_equals_the_plain_form(monkeypatch):
     plain = 0.3 * (-(p * torch.log(p)).sum(1).mean() + (average * torch.log(average + 1e-5)).sum())
 
     torch.testing.assert_close(ours.double(), plain, rtol=1e-4, atol=1e-5)
-    for a, b in zip(torch.autograd.grad(ours, (latents, quantizer.embedding.weight)),
-                    torch.autograd.grad(plain, (latents, quantizer.embedding.weight)), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    inputs = (latents, quantizer.embedding.weight)
+    found = torch.autograd.grad(ours, inputs)
+    expected = torch.autograd.grad(plain, inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_usage_memory_keeps_the_newest_indices_whatever_their_number():
@@ -192,9 +193,14 @@ def test_chunked_search_equals_the_plain_search(monkeypatch):
 
 def test_search_holds_no_more_distances_than_its_budget(monkeypatch):
     sizes = []
-    addmm = torch.addmm
-    monkeypatch.setattr(torch, "addmm", lambda *args, **kwargs: sizes.append(addmm(*args, **kwargs).numel())
-                        or addmm(*args, **kwargs))
+    original = torch.addmm
+
+    def addmm(*args, **kwargs):
+        result = original(*args, **kwargs)
+        sizes.append(result.numel())
+        return result
+
+    monkeypatch.setattr(torch, "addmm", addmm)
     monkeypatch.setattr(BUDGET, 200)
     nearest_codes(torch.randn(50, 5), torch.randn(37, 5))
     assert max(sizes) <= 200 and sum(sizes) == 50 * 37
@@ -234,5 +240,5 @@ def test_code_of_a_decoded_position_is_in_raster_order():
     quantizer = Quantizer(24, 5)
     codes = torch.randint(24, (2, 12))
     assert torch.equal(quantizer.codes(quantizer.vectors(codes, 3, 4)), codes)
-    assert torch.equal(quantizer.vectors(codes, 3, 4)[1, :, 2, 1],
-                       F.normalize(quantizer.embedding.weight[codes[1, 2 * 4 + 1]], dim=0))
+    expected = F.normalize(quantizer.embedding.weight[codes[1, 2 * 4 + 1]], dim=0)
+    assert torch.equal(quantizer.vectors(codes, 3, 4)[1, :, 2, 1], expected)

@@ -10,8 +10,10 @@ WAITING = {"aten::_local_scalar_dense", "aten::bincount", "aten::nonzero", "aten
 
 
 class NoWaits(TorchDispatchMode):
-    """A block in which an operator that would wait for a GPU is an error; copies to the CPU are not
-    seen."""
+    """A block in which an operator that would wait for a GPU is an error.
+
+    Copies to the CPU are not seen.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (),
                            kwargs: dict | None = None) -> Any:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # The repository root instead of this folder
+    # The repository root instead of this folder.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import numpy as np
@@ -66,8 +66,7 @@ def cluster_unbalanced(codes):
 
 
 def cluster_as_published(codes, start):
-    """Runs Algorithm 1 the way it is written: code by code, through the clusters in order of
-    distance."""
+    """Runs Algorithm 1 as it is written: code by code, through the clusters by distance."""
     points = torch.from_numpy(codes)
     centers, size = points[start], NUM_CODES // NUM_CLUSTERS
     for _ in range(100):
@@ -80,8 +79,8 @@ def cluster_as_published(codes, start):
                     counts[cluster] += 1
                     break
         old_centers = centers
-        centers = torch.stack([points[assignment == cluster].mean(dim=0)
-                               for cluster in range(NUM_CLUSTERS)])
+        means = [points[assignment == cluster].mean(dim=0) for cluster in range(NUM_CLUSTERS)]
+        centers = torch.stack(means)
         if torch.allclose(centers, old_centers):
             break
     return Clustering(assignment.numpy(), balanced_sse(codes, assignment.numpy(), NUM_CLUSTERS))
@@ -99,7 +98,8 @@ def main(args, session):
         ours = [measure(f"{name}  optimal, seed {seed}", cluster_optimal, codes,
                         start_codes(NUM_CODES, NUM_CLUSTERS, seed)) for seed in range(args.seeds)]
         sses, seconds = np.transpose(ours)
-        print(f"{name}  optimal, median: SSE {np.median(sses):8.1f}  {np.median(seconds):6.1f} CPU s; "
+        print(f"{name}  optimal, median: SSE {np.median(sses):8.1f}  "
+              f"{np.median(seconds):6.1f} CPU s; "
               f"best {sses.min():.1f} in {seconds.sum():.1f} CPU s together")
         measure(f"{name}  scikit-learn KMeans, unbalanced", cluster_unbalanced, codes)
         start = start_codes(NUM_CODES, NUM_CLUSTERS, PUBLISHED_SEED)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # The repository root instead of this folder
+    # The repository root instead of this folder.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import itertools
@@ -39,10 +39,10 @@ def build_parser():
 def make_store(folder):
     unknown = dict.fromkeys(("dataset", "images_sha256", "codebook_sha256", "tokenizer_sha256"), "")
     class_names = [str(label) for label in range(NUM_CLASSES)]
-    writer = CodeWriter(folder, {"num_images": NUM_ROWS, "num_crops": 1, "crops": ["centre"],
-                                 "num_tokens": TOKENS, "grid": 16, "image_size": 256,
-                                 "codebook_size": CODEBOOK_SIZE, "class_names": class_names} |
-                        unknown)
+    header = {"num_images": NUM_ROWS, "num_crops": 1, "crops": ["centre"], "num_tokens": TOKENS,
+              "grid": 16, "image_size": 256, "codebook_size": CODEBOOK_SIZE,
+              "class_names": class_names}
+    writer = CodeWriter(folder, header | unknown)
     random = np.random.default_rng(0)
     writer.create(random.integers(NUM_CLASSES, size=NUM_ROWS))
     for rows in writer.rows.missing(WRITTEN_TOGETHER):
@@ -52,13 +52,12 @@ def make_store(folder):
 
 
 def make_older(folder, store):
-    """Writes the first rows in the published layout: imagenet256_codes/{i}.npy and
-    imagenet256_labels/{i}.npy."""
+    """Writes the first rows in the published layout: imagenet256_{codes,labels}/{i}.npy."""
     for kind, arrays in (("codes", store.codes), ("labels", store.labels)):
-        (folder / f"imagenet256_{kind}").mkdir(parents=True)
+        kind_folder = folder / f"imagenet256_{kind}"
+        kind_folder.mkdir(parents=True)
         for row in range(OLDER_ROWS):
-            np.save(folder / f"imagenet256_{kind}" / f"{row}.npy",
-                    arrays[row:row + 1].astype(np.int64))
+            np.save(kind_folder / f"{row}.npy", arrays[row:row + 1].astype(np.int64))
     return open_codes(folder)
 
 
@@ -78,10 +77,11 @@ def main(args, session):
         stores = {"published": make_older(Path(folder) / "older", store), "ours": store}
         ways = {way: TokenBatches(codes, mapping, BATCH, 0, NUM_CLASSES, 0.1)
                 for way, codes in stores.items()}
-        compare(
-            f"{NUM_ROWS} rows of {TOKENS} tokens (published: {OLDER_ROWS}) as batches of {BATCH}",
-            measure, ways, args.rounds, warm_up=1)
-        print(f"memory beyond the page cache: {(resident_bytes('RssAnon') - imported) / 2**20:.0f} MB, and "
+        title = (f"{NUM_ROWS} rows of {TOKENS} tokens (published: {OLDER_ROWS}) "
+                 f"as batches of {BATCH}")
+        compare(title, measure, ways, args.rounds, warm_up=1)
+        added = resident_bytes("RssAnon") - imported
+        print(f"memory beyond the page cache: {added / 2**20:.0f} MB, and "
               f"{imported / 2**20:.0f} MB of torch itself")
 
 

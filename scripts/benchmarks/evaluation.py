@@ -1,5 +1,4 @@
-"""CPU seconds of FID by the matrix square root and by eigenvalues, in turns; of precision/recall;
-of the network.
+"""Seconds of FID by the matrix square root and by eigenvalues, of precision/recall, of the network.
 
     OMP_NUM_THREADS=1 python scripts/benchmarks/evaluation.py --part fid
     python scripts/benchmarks/evaluation.py --part precision-recall             # all cores
@@ -14,7 +13,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # The repository root instead of this folder
+    # The repository root instead of this folder.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import functools
@@ -46,8 +45,8 @@ PROTOCOL = 50000                                    # pictures of the published 
 
 def build_parser() -> Parser:
     """Returns the parser of this script's command line."""
-    parser = benchmark_parser("Compare ways to compute FID; measure precision and recall.",
-                              rounds=3)
+    description = "Compare ways to compute FID; measure precision and recall."
+    parser = benchmark_parser(description, rounds=3)
     add_report_args(parser)
     parser.add_argument("--part", default="fid", choices=PARTS, help="what to measure")
     parser.add_argument("--num-images", type=int, default=10000,
@@ -60,16 +59,17 @@ def build_parser() -> Parser:
 def make_features(count: int, seed: int) -> np.ndarray:
     """Returns correlated non-negative features (count, 2048) float32."""
     random = np.random.default_rng(seed)
-    mixing = np.random.default_rng(0).standard_normal((WIDTH, WIDTH)) * np.linspace(0.02, 0.2, WIDTH)[:, None]
+    mixing = np.random.default_rng(0).standard_normal((WIDTH, WIDTH))
+    mixing *= np.linspace(0.02, 0.2, WIDTH)[:, None]
     mixed = random.standard_normal((count, WIDTH)) @ mixing + 0.1 * seed
     return np.maximum(mixed, 0).astype(np.float32) / 10
 
 
 def frechet_by_square_root(mu1, sigma1, mu2, sigma2):
     """Computes FID as published: the trace of the square root of a product of covariances."""
-    root = scipy.linalg.sqrtm(sigma1 @ sigma2)
-    return float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 *
-                 np.trace(root.real))
+    root = scipy.linalg.sqrtm(sigma1 @ sigma2).real
+    distance = np.square(mu1 - mu2).sum()
+    return float(distance + np.trace(sigma1) + np.trace(sigma2) - 2 * np.trace(root))
 
 
 def compare_fid(args: Flags, device: torch.device) -> Values:
@@ -81,9 +81,10 @@ def compare_fid(args: Flags, device: torch.device) -> Values:
         value, seconds = timed(lambda: distance(*moments))
         return {"CPU seconds": seconds, "FID": value}
 
-    medians = compare("FID", measure, {"published": frechet_by_square_root,
-                                       "ours": frechet_distance}, args.rounds)
-    print(f"relative difference of the values {abs(medians['ours']['FID'] / medians['published']['FID'] - 1):.1e}")
+    ways = {"published": frechet_by_square_root, "ours": frechet_distance}
+    medians = compare("FID", measure, ways, args.rounds)
+    difference = abs(medians["ours"]["FID"] / medians["published"]["FID"] - 1)
+    print(f"relative difference of the values {difference:.1e}")
     return medians
 
 
@@ -91,8 +92,9 @@ def measure_precision_recall(args: Flags, device: torch.device) -> Values:
     """Measures precision and recall of two sets of features."""
     sets = [torch.from_numpy(make_features(args.num_images, seed)).to(device) for seed in (1, 2)]
     (precision, recall), seconds = timed(lambda: precision_recall(*sets), device)
-    print(f"precision {precision:.4f}, recall {recall:.4f} of twice {len(sets[0])} x {WIDTH}: {seconds:.1f} s, "
-          f"{torch.get_num_threads()} threads, peak {peak_memory_mib(device) / 1024:.2f} GiB")
+    print(f"precision {precision:.4f}, recall {recall:.4f} of twice {len(sets[0])} x {WIDTH}: "
+          f"{seconds:.1f} s, {torch.get_num_threads()} threads, "
+          f"peak {peak_memory_mib(device) / 1024:.2f} GiB")
     return {"ours": {"seconds": seconds}}
 
 
@@ -102,8 +104,8 @@ def measure_network(args: Flags, device: torch.device) -> Values:
         file.write(build_inception().SerializeToString())
         file.flush()
         network = TorchInception(file.name, device)
-    batch = np.random.default_rng(0).integers(256, size=(args.batch_size, PIXELS, PIXELS, 3),
-                                              dtype=np.uint8)
+    shape = (args.batch_size, PIXELS, PIXELS, 3)
+    batch = np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)
     num_batches = -(-args.num_images // args.batch_size)
 
     def measure(_):
@@ -111,8 +113,8 @@ def measure_network(args: Flags, device: torch.device) -> Values:
         rate = num_batches * args.batch_size / seconds
         return {"images/s": rate, f"seconds of {PROTOCOL:,} (extrapolated)": PROTOCOL / rate}
 
-    return compare("network", measure, {"ours": None}, args.rounds,
-                   warm_up=int(device.type == "cuda"))
+    is_gpu = device.type == "cuda"
+    return compare("network", measure, {"ours": None}, args.rounds, warm_up=int(is_gpu))
 
 
 PARTS = {"fid": compare_fid, "precision-recall": measure_precision_recall,

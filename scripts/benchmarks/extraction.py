@@ -1,8 +1,7 @@
-"""Images per second of extraction: the published loop over single images and ours, on the same
-images in one run.
+"""Images per second of extraction: the published loop over single images and ours, in one run.
 
-    python scripts/benchmarks/extraction.py                                     # CPU: several minutes
-    python scripts/benchmarks/extraction.py --num-images 256 --precision bf16 --rounds 3        # GPU
+    python scripts/benchmarks/extraction.py                             # CPU: several minutes
+    python scripts/benchmarks/extraction.py --num-images 256 --precision bf16 --rounds 3    # GPU
 
 VQ-16 with random weights, ten crops; pictures are cut from the two photographs inside scikit-learn.
 Also: how far the precisions agree, and what reading, cutting and storing sustain when the encoder
@@ -13,7 +12,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # The repository root instead of this folder
+    # The repository root instead of this folder.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import functools
@@ -58,8 +57,8 @@ AGREEMENT_CROPS = 2
 
 def build_parser() -> Parser:
     """Returns the parser of this script's command line."""
-    parser = benchmark_parser("Compare ways to turn images into codes: images per second.",
-                              rounds=1)
+    description = "Compare ways to turn images into codes: images per second."
+    parser = benchmark_parser(description, rounds=1)
     add_report_args(parser)
     parser.add_argument("--num-images", type=int, default=8,
                         help="images to encode, ten crops of each")
@@ -99,7 +98,8 @@ def compare_encoding(args: Flags, device: torch.device, folder: Path) -> Values:
     """Measures both ways of encoding and prints how far the precisions agree."""
     size = args.image_size
     side = enlarged_side(size, CROP_RANGE)
-    wholes = np.stack([center_crop(window, side) for window in random_windows(args.num_images, size)])
+    windows = random_windows(args.num_images, size)
+    wholes = np.stack([center_crop(window, side) for window in windows])
     compiled = device.type == "cuda"
     torch.manual_seed(0)
     vq = VQModel(VQConfig("VQ-16")).eval().requires_grad_(False).to(device)
@@ -108,15 +108,18 @@ def compare_encoding(args: Flags, device: torch.device, folder: Path) -> Values:
     ours = CropEncoder(vq, device, args.precision, batch_size, compiled)
     encode = torch.compile(vq.encode) if compiled else vq.encode
 
+    gflop_per_image = len(CROPS) * GFLOP * (size / 256)**2
+
     def measure(extract):
         rate = len(wholes) / timed(extract, device)[1]
-        return {"images/s": rate, "TFLOP/s of the encoder": rate * len(CROPS) * GFLOP *
-                (size / 256)**2 / 1000}
+        return {"images/s": rate, "TFLOP/s of the encoder": rate * gflop_per_image / 1000}
 
-    medians = compare(f"{args.precision}, {batch_size} crops together (published: none, {len(CROPS)})", measure, {
+    ways = {
         "published": lambda: extract_as_published(vq, encode, wholes, size, folder, device),
-        "ours": lambda: np.save(folder / "all.npy", ours.codes(wholes, size, CROPS).cpu().numpy())},
-        args.rounds, warm_up=int(compiled))
+        "ours": lambda: np.save(folder / "all.npy", ours.codes(wholes, size, CROPS).cpu().numpy()),
+    }
+    title = f"{args.precision}, {batch_size} crops together (published: none, {len(CROPS)})"
+    medians = compare(title, measure, ways, args.rounds, warm_up=int(compiled))
     fastest = matrix_tflops(args.precision, device)
     print(f"matrix products reach {fastest:.3f} TFLOP/s")
     for precision in ("bf16", "fp16") if compiled else ("bf16",):
@@ -131,8 +134,8 @@ def matrix_tflops(precision: str, device: torch.device) -> float:
     """Returns the TFLOP/s of a large square matrix product."""
     side = 8192 if device.type == "cuda" else 2048
     matrix = torch.randn(side, side, device=device, dtype=PRECISIONS[precision])
-    return 2 * side**3 / statistics.median(timed(lambda: matrix @ matrix, device)[1]
-                                           for _ in range(5)) / 1e12
+    seconds = [timed(lambda: matrix @ matrix, device)[1] for _ in range(5)]
+    return 2 * side**3 / statistics.median(seconds) / 1e12
 
 
 def measure_store(args: Flags, folder: Path) -> Values:
@@ -144,18 +147,21 @@ def measure_store(args: Flags, folder: Path) -> Values:
             Image.fromarray(window).save(folder / "images" / "photo" / f"{number}.jpg", quality=95)
     dataset = open_dataset("imagenet", args.data_path or folder / "images")
     tokens = (size // 16) ** 2
-    writer = CodeWriter(folder / "codes", {"num_images": len(dataset), "num_crops": len(CROPS),
-                                           "num_tokens": tokens, "codebook_size": 16384})
+    header = {"num_images": len(dataset), "num_crops": len(CROPS), "num_tokens": tokens,
+              "codebook_size": 16384}
+    writer = CodeWriter(folder / "codes", header)
     writer.create(dataset.labels)
 
     def extract():
-        for batch in load_crops(dataset, enlarged_side(size, CROP_RANGE),
-                                writer.rows.missing(STORE_BATCH), args.num_workers):
-            writer.write(batch.rows, np.zeros((len(batch.rows), len(CROPS), tokens), np.int64),
-                         batch.failures)
+        side = enlarged_side(size, CROP_RANGE)
+        missing = writer.rows.missing(STORE_BATCH)
+        for batch in load_crops(dataset, side, missing, args.num_workers):
+            codes = np.zeros((len(batch.rows), len(CROPS), tokens), np.int64)
+            writer.write(batch.rows, codes, batch.failures)
 
     rate = len(dataset) / timed(extract, torch.device("cpu"))[1]
-    print(f"loader and store alone: {rate:.0f} images/s with {args.num_workers} workers, {len(dataset)} images")
+    print(f"loader and store alone: {rate:.0f} images/s with {args.num_workers} workers, "
+          f"{len(dataset)} images")
     return {"ours": {"images/s": rate}}
 
 

@@ -1,8 +1,7 @@
-"""Everything that one wants to know of a GPU, in ten minutes: first whether it is right, then how
-fast it is.
+"""What one wants to know of a GPU, in ten minutes: first whether it is right, then how fast it is.
 
     python scripts/benchmarks/gpu.py --out results/gpu
-    python scripts/benchmarks/gpu.py --out /tmp/gpu --device cpu --smoke        # tests this script, in tiny sizes
+    python scripts/benchmarks/gpu.py --out /tmp/gpu --device cpu --smoke        # tests this script
 
 Runs the other benchmarks one after the other, each in a process of its own and in its share of the
 time that is left. Rows are written into results.json and results.md in the folder as they come;
@@ -14,7 +13,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # The repository root instead of this folder
+    # The repository root instead of this folder.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import datetime
@@ -55,17 +54,21 @@ class Section:
 
 
 SECTIONS = [
-    Section("correctness", "gpu_correctness.py", 20, "", "--gpt-model GPT-tiny --grid 4 --batch-size 2"),
+    Section("correctness", "gpu_correctness.py", 20,
+            "",
+            "--gpt-model GPT-tiny --grid 4 --batch-size 2"),
     Section("training", "train_step.py", 27,
             "--part step --gpt-models GPT-B GPT-L GPT-XL --grids 16 24 --batch-size 32 --rounds 3",
             "--part step --gpt-models GPT-tiny --grids 4 --batch-size 2 --rounds 1"),
     Section("sampling", "sampling.py", 35,
-            "--gpt-models GPT-B GPT-L GPT-XL --grids 16 24 --batch-sizes 128 32 512 --precision bf16 --compile "
-            "--decode --rounds 2",
+            "--gpt-models GPT-B GPT-L GPT-XL --grids 16 24 --batch-sizes 128 32 512 "
+            "--precision bf16 --compile --decode --rounds 2",
             "--gpt-models GPT-tiny --grids 2 --batch-sizes 2 --decode --rounds 1"),
-    Section("extraction", "extraction.py", 10, "--num-images 128 --precision bf16 --rounds 2 --store-images 1000",
+    Section("extraction", "extraction.py", 10,
+            "--num-images 128 --precision bf16 --rounds 2 --store-images 1000",
             "--num-images 1 --image-size 16 --store-images 0"),
-    Section("evaluation", "evaluation.py", 8, "--part network --num-images 2048 --rounds 2",
+    Section("evaluation", "evaluation.py", 8,
+            "--part network --num-images 2048 --rounds 2",
             "--part network --num-images 1 --batch-size 1 --rounds 1"),
 ]
 
@@ -90,13 +93,16 @@ def describe_machine(device: torch.device) -> dict[str, str]:
 
 
 def run_section(section: Section, args: Flags, device: torch.device, seconds: float) -> bool:
-    """Runs a section in at most `seconds` and some grace; says whether it went well. A failure is a
-    row, too."""
+    """Runs a section in at most `seconds` and some grace; says whether it went well.
+
+    A failure is a row, too.
+    """
     print(f"== {section.name}, {seconds:.0f} s", flush=True)
     words = (section.smoke if args.smoke else section.flags).split()
-    command = [sys.executable, FOLDER / section.script, "--device", device.type, "--report",
-               args.out, "--minutes", str(seconds / 60), *words]
-    process = subprocess.Popen(command, start_new_session=True)  # it may have processes of its own
+    command = [sys.executable, FOLDER / section.script, "--device", device.type,
+               "--report", args.out, "--minutes", str(seconds / 60), *words]
+    # In a session of its own: it may have processes of its own.
+    process = subprocess.Popen(command, start_new_session=True)
     note = ""
     try:
         code = process.wait(seconds + GRACE_SECONDS)
@@ -105,7 +111,8 @@ def run_section(section: Section, args: Flags, device: torch.device, seconds: fl
     except subprocess.TimeoutExpired:
         code = 0
         note = f"stopped after {seconds + GRACE_SECONDS:.0f} s"
-    finally:  # before a row is added: both read the file, change it and write it
+    finally:
+        # Before a row is added: both read the file, change it and write it.
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -118,8 +125,8 @@ def main(args: Flags, session: Session) -> None:
     results = Path(args.out) / RESULTS
     with checks(session):
         if results.exists():
-            raise ValueError(
-                f"{results}: expected a folder without results, found these; choose another --out")
+            raise ValueError(f"{results}: expected a folder without results, found these; "
+                             "choose another --out")
     results.parent.mkdir(parents=True, exist_ok=True)
     write_json(results, {"machine": describe_machine(session.device), "rows": []})
     end = time.monotonic() + 60 * args.minutes

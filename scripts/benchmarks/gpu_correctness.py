@@ -1,18 +1,19 @@
-"""Whether a device computes what the CPU does: logits, losses, gradients, tokens, filters, recorded
-steps, resuming.
+"""Whether a device computes what the CPU does.
 
     python scripts/benchmarks/gpu_correctness.py
-    python scripts/benchmarks/gpu_correctness.py --device cpu --gpt-model GPT-tiny --grid 4        # tests this script
+    # To test this script itself:
+    python scripts/benchmarks/gpu_correctness.py --device cpu --gpt-model GPT-tiny --grid 4
 
-Each row is a difference and the most that it may be. Weights are random; float32 is without TF32.
-Exit code 1 if a difference is too large.
+Compared are logits, losses, gradients, tokens, filters, captured steps, and resuming. Each row is a
+difference and the most that it may be. Weights are random; float32 is without TF32. Exit code 1 if
+a difference is too large.
 """
 
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # The repository root instead of this folder
+    # The repository root instead of this folder.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import copy
@@ -47,7 +48,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NUM_CLASSES = 10
 CLUSTER_SIZE = 128
 LAMBDA_CCE = 1.0
-ROWS_AT_ONCE = 100  # of the fused loss: several chunks, the last of them not full
+ROWS_AT_ONCE = 100          # of the fused loss: several chunks, the last of them not full
 STEPS, RESUMED_AT = 6, 3
 SAMPLER = Sampler(cfg_scale=2.0, top_k=500, top_p=0.95)
 GREEDY = Sampler(cfg_scale=2.0, greedy=True)
@@ -103,8 +104,9 @@ class Comparisons:
     def loss_and_gradients(self, fused: bool, compiled: bool, precision: str) -> float:
         """Returns the larger of the differences of the loss and of all gradients together."""
         expected_loss, expected = self._differentiate(self.on_cpu, plain_head_loss, "none")
-        head_loss = functools.partial(fused_head_loss,
-                                      rows_at_once=ROWS_AT_ONCE) if fused else plain_head_loss
+        head_loss = plain_head_loss
+        if fused:
+            head_loss = functools.partial(fused_head_loss, rows_at_once=ROWS_AT_ONCE)
         model = copy.deepcopy(self.model)
         if compiled:
             head_loss = torch.compile(head_loss)
@@ -113,14 +115,15 @@ class Comparisons:
         loss, found = self._differentiate(model, head_loss, precision)
         return max(relative(loss, expected_loss), relative(found, expected))
 
-    def _differentiate(self, model: GPT, head_loss: Callable, precision: str) -> tuple[Tensor, Tensor]:
+    def _differentiate(self, model: GPT, head_loss: Callable,
+                       precision: str) -> tuple[Tensor, Tensor]:
         device = model.norm.weight.device
         head_loss = functools.partial(head_loss, cluster_size=CLUSTER_SIZE, lambda_cce=LAMBDA_CCE)
         with autocast(device, precision):
             loss, _ = Objective(model, head_loss)(self.tokens.to(device), self.labels.to(device))
         gradients = torch.autograd.grad(loss, list(model.parameters()))
-        return loss.detach(), torch.cat([gradient.flatten().float().cpu()
-                                         for gradient in gradients])
+        flat = torch.cat([gradient.flatten().float().cpu() for gradient in gradients])
+        return loss.detach(), flat
 
     def greedy_tokens(self) -> float:
         expected = generate(self.on_cpu.eval(), self.labels, self.uniforms, GREEDY)
@@ -128,57 +131,56 @@ class Comparisons:
 
     def _draw(self, model: GPT, sampler: Sampler, steps: Steps | None = None,
               shift: int = 0) -> Tensor:
-        labels = (self.labels + shift) % NUM_CLASSES
-        return generate(model, labels.to(self.device), self.uniforms.to(self.device), sampler,
-                        steps)
+        labels = ((self.labels + shift) % NUM_CLASSES).to(self.device)
+        return generate(model, labels, self.uniforms.to(self.device), sampler, steps)
 
     def filters_and_draws(self) -> float:
-        # With ties
-        logits = torch.randn(64, self.on_cpu.config.vocab_size).mul(2).round(decimals=3)
+        logits = torch.randn(64, self.on_cpu.config.vocab_size).mul(2).round(decimals=3)  # ties
         uniforms = torch.rand(64, dtype=torch.float64)
         unequal = []
         for top_k, top_p in ((0, 1.0), (100, 1.0), (0, 0.9), (500, 0.5)):
             expected = filter_logits(logits.double(), top_k, top_p)
             found = filter_logits(logits.double().to(self.device), top_k, top_p)
             unequal.append(share_unequal(found, expected))
-            unequal.append(share_unequal(invert_cdf(found.softmax(-1), uniforms.to(self.device)),
-                                         invert_cdf(expected.softmax(-1), uniforms)))
+            expected_draws = invert_cdf(expected.softmax(-1), uniforms)
+            draws = invert_cdf(found.softmax(-1), uniforms.to(self.device))
+            unequal.append(share_unequal(draws, expected_draws))
         return max(unequal)
 
-    def recorded_and_eager_tokens(self) -> float:
-        """Returns the share of the tokens of two batches that differ, in float32: the second one is
-        all replayed."""
+    def captured_and_eager_tokens(self) -> float:
+        """Returns the share of tokens of two batches that differ; the second is all replayed."""
         expected = [self._draw(self.model.eval(), SAMPLER, shift=shift) for shift in (0, 1)]
         model = copy.deepcopy(self.model)
-        steps = self._recorded(model)
+        steps = self._captured(model)
         found = [self._draw(model, SAMPLER, steps, shift) for shift in (0, 1)]
         return share_unequal(torch.cat(found), torch.cat(expected))
 
-    def recorded_and_called_tokens(self) -> float:
-        """Returns the share of tokens that differ in bf16 when the same compiled steps are not
-        recorded, but called."""
+    def captured_and_called_tokens(self) -> float:
+        """Returns the share of tokens that differ if the same steps are called, not captured."""
         model = copy.deepcopy(self.model).eval().cast(torch.bfloat16)
-        steps = self._recorded(model)
+        steps = self._captured(model)
         called = CapturedSteps(model, CalledAgain)
         found = [self._draw(model, SAMPLER, steps, shift) for shift in (0, 1)]
         expected = [self._draw(model, SAMPLER, called, shift) for shift in (0, 1)]
         return share_unequal(torch.cat(found), torch.cat(expected))
 
-    def _recorded(self, model: GPT) -> CapturedSteps:
+    def _captured(self, model: GPT) -> CapturedSteps:
         model.requires_grad_(False)
         is_gpu = self.device.type == "cuda"
         return CapturedSteps(compile_decoding(model) if is_gpu else model)
 
     def resumed_training(self) -> float:
-        """Returns how far resumed weights are from those of an uninterrupted run, in steps since
-        the resumption."""
+        """Returns how far resumed weights are from those of an uninterrupted run.
+
+        The unit is the distance that the uninterrupted run went since the resumption.
+        """
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             flags = write_random_codes(folder, count=32, grid=4, vocab_size=256,
                                        num_classes=NUM_CLASSES)
-            flags += (f"--gpt-model GPT-tiny --cluster-size 16 --mixed-precision none --global-batch-size 8 "
-                      f"--max-steps {STEPS} --ckpt-steps {RESUMED_AT} --num-workers 0 "
-                      f"--device {self.device.type}").split()
+            flags += ("--gpt-model GPT-tiny --cluster-size 16 --mixed-precision none "
+                      f"--global-batch-size 8 --max-steps {STEPS} --ckpt-steps {RESUMED_AT} "
+                      f"--num-workers 0 --device {self.device.type}").split()
             train(flags, folder / "straight")
             checkpoints = next((folder / "straight").glob("*/checkpoints"))
             middle = checkpoints / f"{RESUMED_AT:07d}.pt"
@@ -200,8 +202,8 @@ def train(flags: list[str], results: Path) -> None:
 
 def flat_weights(path: Path) -> Tensor:
     """Returns the weights of a checkpoint as one vector."""
-    return torch.cat([weight.flatten().double()
-                      for weight in read_checkpoint(path)["model"].values()])
+    weights = read_checkpoint(path)["model"].values()
+    return torch.cat([weight.flatten().double() for weight in weights])
 
 
 def judge(difference: Callable[[], float], tolerance: float) -> Values:
@@ -219,17 +221,19 @@ def main(args: Flags, session: Session) -> None:
     if is_gpu:
         set_up_compiler(session.device, "raise")
     comparisons = Comparisons(args, session.device)
-    training = comparisons.loss_and_gradients
-    rows = [("logits, float32", comparisons.logits, 1e-4),
-            ("greedy tokens, float32", comparisons.greedy_tokens, 0.0),
-            ("filters and draws, float64", comparisons.filters_and_draws, 0.0),
-            ("recorded steps and eager ones, float32", comparisons.recorded_and_eager_tokens, 0.0),
-            ("recorded steps and the same called, bf16", comparisons.recorded_and_called_tokens, 0.0),
-            ("plain loss and gradients, float32", functools.partial(training, False, False, "none"), 1e-3),
-            ("fused loss and gradients, float32", functools.partial(training, True, False, "none"), 1e-3),
-            ("fused loss and gradients, float32, compiled", functools.partial(training, True, is_gpu, "none"), 1e-3),
-            ("fused loss and gradients, bf16, compiled", functools.partial(training, True, is_gpu, "bf16"), 0.1),
-            ("resumed training and an uninterrupted one", comparisons.resumed_training, 0.05)]
+    losses = comparisons.loss_and_gradients
+    rows = [
+        ("logits, float32", comparisons.logits, 1e-4),
+        ("greedy tokens, float32", comparisons.greedy_tokens, 0.0),
+        ("filters and draws, float64", comparisons.filters_and_draws, 0.0),
+        ("captured steps and eager ones, float32", comparisons.captured_and_eager_tokens, 0.0),
+        ("captured steps and the same called, bf16", comparisons.captured_and_called_tokens, 0.0),
+        ("plain loss and gradients, float32", lambda: losses(False, False, "none"), 1e-3),
+        ("fused loss and gradients, float32", lambda: losses(True, False, "none"), 1e-3),
+        ("fused loss and gradients, float32, compiled", lambda: losses(True, is_gpu, "none"), 1e-3),
+        ("fused loss and gradients, bf16, compiled", lambda: losses(True, is_gpu, "bf16"), 0.1),
+        ("resumed training and an uninterrupted one", comparisons.resumed_training, 0.05),
+    ]
     report = Report("correctness", args.report, args.minutes)
     for title, difference, tolerance in rows:
         report.measure(title, functools.partial(judge, difference, tolerance))

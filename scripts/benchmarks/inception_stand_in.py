@@ -1,5 +1,4 @@
-"""A frozen graph of random weights with the node names, operations and layer shapes of ADM's
-Inception."""
+"""A frozen graph of random weights with the nodes, operations and shapes of ADM's Inception."""
 
 import numpy as np
 from tensorboard.compat.proto.graph_pb2 import GraphDef
@@ -14,7 +13,7 @@ class GraphBuilder:
 
     def __init__(self, seed=0):
         self.graph = GraphDef()
-        self.graph.versions.producer = 8  # newer ones may not hold the old batch norm
+        self.graph.versions.producer = 8            # newer ones may not hold the old batch norm
         self.random = np.random.default_rng(seed)
 
     def node(self, name, op, inputs=(), **attributes):
@@ -56,14 +55,15 @@ class GraphBuilder:
                   strides=[1, stride, stride, 1], padding=padding)
         for key, values in numbers.items():
             self.constant(f"{name}/batchnorm/{key}", values.astype(np.float32))
+        inputs = [f"{name}/batchnorm/{key}"
+                  for key in ("moving_mean", "moving_variance", "beta", "gamma")]
         self.node(f"{name}/batchnorm", "BatchNormWithGlobalNormalization",
-                  [f"{name}/Conv2D", *(f"{name}/batchnorm/{key}" for key in
-                                       ("moving_mean", "moving_variance", "beta", "gamma"))],
-                  T=DT_FLOAT, variance_epsilon=0.001, scale_after_normalization=False)
+                  [f"{name}/Conv2D", *inputs], T=DT_FLOAT,
+                  variance_epsilon=0.001, scale_after_normalization=False)
         self.node(f"{name}/CheckNumerics", "CheckNumerics", [f"{name}/batchnorm"], T=DT_FLOAT,
                   message=b"")
-        self.node(f"{name}/control_dependency", "Identity", [f"{name}/batchnorm", f"^{name}/CheckNumerics"],
-                  T=DT_FLOAT)
+        self.node(f"{name}/control_dependency", "Identity",
+                  [f"{name}/batchnorm", f"^{name}/CheckNumerics"], T=DT_FLOAT)
         return self.node(name, "Relu", [f"{name}/control_dependency"], T=DT_FLOAT), channels
 
     def pool(self, name, source, kind="MaxPool", size=3, stride=2, padding=VALID):
@@ -77,12 +77,11 @@ class GraphBuilder:
         return joined, sum(part[1] for part in parts)
 
     def tower(self, name, source, *units):
-        """Units one after the other, each (rows, columns, channels); with a stride behind them they
-        are VALID."""
+        """Units one after the other, each (rows, columns, channels), or with a stride and VALID."""
         for number, (rows, columns, channels, *stride) in enumerate(units):
+            unit_name = f"{name}/conv_{number}" if number else f"{name}/conv"
             more = {"stride": stride[0], "padding": VALID} if stride else {}
-            source = self.unit(f"{name}/conv{f'_{number}' if number else ''}", source, rows,
-                               columns, channels, **more)
+            source = self.unit(unit_name, source, rows, columns, channels, **more)
         return source
 
     def average(self, name, source, kind="AvgPool"):
@@ -90,7 +89,8 @@ class GraphBuilder:
 
     def pair(self, name, source):
         """The split end of a tower of the last two blocks."""
-        return (self.unit(f"{name}/conv", source, 1, 3, 384), self.unit(f"{name}/conv_1", source, 3, 1, 384))
+        return (self.unit(f"{name}/conv", source, 1, 3, 384),
+                self.unit(f"{name}/conv_1", source, 3, 1, 384))
 
 
 def build_inception(seed=0):
@@ -125,7 +125,8 @@ def build_inception(seed=0):
         name = f"mixed_{number}"
         x = b.join(f"{name}/join", b.unit(f"{name}/conv", x, 1, 1, 192),
                    b.tower(f"{name}/tower", x, (1, 1, c), (1, 7, c), (7, 1, 192)),
-                   b.tower(f"{name}/tower_1", x, (1, 1, c), (7, 1, c), (1, 7, c), (7, 1, c), (1, 7, 192)),
+                   b.tower(f"{name}/tower_1", x,
+                           (1, 1, c), (7, 1, c), (1, 7, c), (7, 1, c), (1, 7, 192)),
                    b.tower(f"{name}/tower_2", b.average(f"{name}/tower_2", x), (1, 1, 192)))
     x = b.join("mixed_8/join", b.tower("mixed_8/tower", x, (1, 1, 192), (3, 3, 320, 2)),
                b.tower("mixed_8/tower_1", x, (1, 1, 192), (1, 7, 192), (7, 1, 192), (3, 3, 192, 2)),

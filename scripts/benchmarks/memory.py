@@ -1,17 +1,16 @@
-"""Peak memory of a GPU: training as train_c2i.py does it, and sampling, as torch counts what it
-allocates.
+"""Peak memory of a GPU: training as train_c2i.py does it, and sampling.
 
-    python scripts/benchmarks/memory.py                                         # GPT-B to XXL, on an 80 GB GPU
+    python scripts/benchmarks/memory.py                             # GPT-B to XXL, on an 80 GB GPU
 
-Not counted are what CUDA itself and its libraries hold, half a GB or more. Every training is a
-process of its own.
+Counted is what torch allocates. What CUDA itself and its libraries hold, half a GB or more, is not.
+Every training is a process of its own.
 """
 
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # The repository root instead of this folder
+    # The repository root instead of this folder.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import functools
@@ -45,7 +44,7 @@ from scripts.benchmarks.turns import (
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 
 TRAIN = Path(__file__).resolve().parents[2] / "autoregressive" / "train" / "train_c2i.py"
-STEPS = 2  # the second one has moments, but no more memory than that
+STEPS = 2                       # the second one has moments, but no more memory than that
 
 
 def build_parser() -> Parser:
@@ -61,14 +60,19 @@ def build_parser() -> Parser:
 
 
 def training_memory(name: str, grid: int, num_images: int, flags: list[str]) -> Values:
-    """Returns the peak of a short training with more flags. Raises RuntimeError, or
-    OutOfMemoryError, if it fails."""
+    """Returns the peak of a short training with more flags.
+
+    Raises:
+        RuntimeError: it failed.
+        OutOfMemoryError: it failed for lack of memory.
+    """
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
         data = write_random_codes(folder, num_images * STEPS, grid, VOCAB_SIZE, NUM_CLASSES)
-        command = [sys.executable, TRAIN, *data, *flags, "--gpt-model", name, "--global-batch-size",
-                   str(num_images), "--max-steps", str(STEPS), "--log-every", "1", "--num-workers",
-                   "0", "--no-local-save", "--device", "cuda", "--results-dir", folder / "runs"]
+        command = [sys.executable, TRAIN, *data, *flags,
+                   "--gpt-model", name, "--global-batch-size", str(num_images),
+                   "--max-steps", str(STEPS), "--log-every", "1", "--num-workers", "0",
+                   "--no-local-save", "--device", "cuda", "--results-dir", folder / "runs"]
         done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         if done.returncode:
             is_memory = "OutOfMemoryError" in done.stdout
@@ -79,7 +83,7 @@ def training_memory(name: str, grid: int, num_images: int, flags: list[str]) -> 
 
 
 def sampling_memory(name: str, grid: int, num_images: int, device: torch.device) -> Values:
-    """Returns the peak of drawing pictures in bf16, compiled and recorded."""
+    """Returns the peak of drawing pictures in bf16, compiled and captured."""
     dtype = torch.bfloat16
     with device:                                    # a large one takes long to fill on a CPU
         model = GPT(gpt_config(name, grid=grid, vocab_size=VOCAB_SIZE, num_classes=NUM_CLASSES))
@@ -99,21 +103,21 @@ def sampling_memory(name: str, grid: int, num_images: int, device: torch.device)
 def main(args: Flags, session: Session) -> None:
     with checks(session):
         if session.device.type != "cuda":
-            raise ValueError(
-                f"--device: expected a GPU, whose memory is measured, got {session.device.type}")
+            raise ValueError(f"--device: expected a GPU, whose memory is measured, "
+                             f"got {session.device.type}")
     set_up_compiler(session.device, "raise")
     report = Report("memory", args.report, args.minutes)
     work = {}
     for name in args.gpt_models:
         for grid in args.grids:
+            size = f"{name}, {grid * grid} tokens"
             for flags in ([], ["--checkpoint-activations"]):
-                title = " ".join(
-                    [f"{name}, {grid * grid} tokens, training {args.train_images} images", *flags])
-                work[title] = functools.partial(training_memory, name, grid, args.train_images,
-                                                flags)
-            title = f"{name}, {grid * grid} tokens, sampling {args.sample_images} guided images"
-            work[title] = functools.partial(sampling_memory, name, grid, args.sample_images,
-                                            session.device)
+                title = " ".join([f"{size}, training {args.train_images} images", *flags])
+                work[title] = functools.partial(
+                    training_memory, name, grid, args.train_images, flags)
+            title = f"{size}, sampling {args.sample_images} guided images"
+            work[title] = functools.partial(
+                sampling_memory, name, grid, args.sample_images, session.device)
     for title, measure in work.items():
         report.measure(title, measure)
     report.finish()

@@ -1,13 +1,15 @@
 """Tokens and images per second of sampling: the published way and ours, in turns.
 
-    OMP_NUM_THREADS=1 python scripts/benchmarks/sampling.py                     # CPU: GPT-B, batches of 2 and 16
-    python scripts/benchmarks/sampling.py --gpt-models GPT-B GPT-L GPT-XL --grids 16 24 --batch-sizes 128 32 512 \
-        --precision bf16 --compile --decode                                     # GPU
+    # On a CPU, GPT-B, batches of 2 and 16:
+    OMP_NUM_THREADS=1 python scripts/benchmarks/sampling.py
+    # On a GPU:
+    python scripts/benchmarks/sampling.py --gpt-models GPT-B GPT-L GPT-XL --grids 16 24 \
+        --batch-sizes 128 32 512 --precision bf16 --compile --decode
 
 Random weights, guidance 2. The published way: math attention over the full length of the cache by a
 mask, keys and values through repeat_interleave, torch.multinomial. Beside the rates stands the
 roofline: weights, keys and values that a step reads, over the measured copy bandwidth. With
---compile both ways have their blocks compiled and, on a GPU, their steps recorded as CUDA graphs
+--compile both ways have their blocks compiled and, on a GPU, their steps captured as CUDA graphs
 (the published code compiles its whole model instead, which takes minutes for every size); they
 share one cache there. What does not fit into a GPU's memory is skipped with the arithmetic.
 """
@@ -16,7 +18,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # The repository root instead of this folder
+    # The repository root instead of this folder.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import copy
@@ -58,7 +60,7 @@ from scripts.benchmarks.turns import (
 from tokenizer.tokenizer_image.vq_model import VQ_MODELS, VQConfig, VQModel
 
 SAMPLER = Sampler(cfg_scale=2.0)
-LIVE_MAPS = 8  # of the VQ decoder's widest feature maps, at once
+LIVE_MAPS = 8                   # of the VQ decoder's widest feature maps, at once
 
 
 def build_parser() -> Parser:
@@ -71,21 +73,21 @@ def build_parser() -> Parser:
     parser.add_argument("--precision", default="none", choices=tuple(PRECISIONS),
                         help="of weights and cache")
     parser.add_argument("--compile", action="store_true",
-                        help="compile both ways; on a GPU also record their steps")
+                        help="compile both ways; on a GPU also capture their steps")
     parser.add_argument("--decode", action="store_true",
                         help="decode the tokens of ours to pictures, too")
     return parser
 
 
 class PublishedWay:
-    """Decoding as in the published code; compiled and recorded as ours is."""
+    """Decoding as in the published code; compiled and captured as ours is."""
 
     def __init__(self, model: GPT, batch_size: int, compiled: bool, cache: KVCache | None = None):
         """
         Args:
             model: in evaluation mode.
             batch_size: B.
-            compiled: whether to compile the blocks and, on a GPU, to record the step.
+            compiled: whether to compile the blocks and, on a GPU, to capture the step.
             cache: of 2 B rows, to be used instead of one of its own.
         """
         device = model.norm.weight.device
@@ -95,11 +97,11 @@ class PublishedWay:
         self.block = torch.compile(self._block, dynamic=False) if compiled else self._block
         self.mask = torch.ones(num_tokens, num_tokens, device=device).tril().bool()
         self.positions = torch.arange(num_tokens, device=device)
-        self.is_recorded = compiled and device.type == "cuda"
+        self.is_captured = compiled and device.type == "cuda"
         self.graph = None
-        # What a recorded step reads and writes stays in place.
-        self.x = torch.empty(2 * batch_size, 1, model.config.width, dtype=model.norm.weight.dtype,
-                             device=device)
+        # What a captured step reads and writes stays in place.
+        self.x = torch.empty(2 * batch_size, 1, model.config.width,
+                             dtype=model.norm.weight.dtype, device=device)
         self.index = torch.zeros(1, dtype=torch.int64, device=device)
 
     @torch.inference_mode()
@@ -112,7 +114,7 @@ class PublishedWay:
             self.index.copy_(self.positions[position:position + 1])
             self._run_step()
             logits = guide(self.logits, SAMPLER.cfg_scale)
-            tokens.append(torch.multinomial(logits.softmax(-1), num_samples=1))  # (B, 1)
+            tokens.append(torch.multinomial(logits.softmax(-1), num_samples=1))        # (B, 1)
             x = self.model.tok_embeddings(tokens[-1].repeat(2, 1))
         return torch.cat(tokens, dim=1)
 
@@ -121,29 +123,30 @@ class PublishedWay:
             self.graph.replay()
             return
         self._step()
-        if self.is_recorded:
+        if self.is_captured:
             self.graph = CUDACapture()(self._step)
-            self.graph.replay()  # recording computed nothing of what `_step` has just named
+            self.graph.replay()     # the capture computed nothing of what `_step` has just named
 
     def _step(self) -> None:
         x = self.x
         table = self.model.rotary[self.index]
-        mask = self.mask[self.index][None, None]  # (1, 1, 1, L)
-        for layer, keys, values in zip(self.model.layers, self.cache.keys, self.cache.values,
-                                       strict=True):
+        mask = self.mask[self.index][None, None]                           # (1, 1, 1, L)
+        blocks = zip(self.model.layers, self.cache.keys, self.cache.values, strict=True)
+        for layer, keys, values in blocks:
             x = self.block(layer, x, table, self.index, keys, values, mask)
-        self.logits = self.model.output(self.model.norm(x))[:, 0].float()  # (2B, V)
+        self.logits = self.model.output(self.model.norm(x))[:, 0].float()          # (2B, V)
 
     def _block(self, layer, x, table, index, keys, values, mask):
-        x = x + self._attend(layer.attention, layer.attention_norm(x), table, index, keys, values,
-                             mask)
+        normed = layer.attention_norm(x)
+        x = x + self._attend(layer.attention, normed, table, index, keys, values, mask)
         return x + layer.feed_forward(layer.ffn_norm(x))
 
     def _attend(self, attention, x, table, index, keys, values, mask):
         q, k, v = attention.project(x, table)
         keys[:, :, index], values[:, :, index] = k, v
         groups = attention.num_heads // attention.kv_heads
-        all_keys, all_values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
+        all_keys = keys.repeat_interleave(groups, dim=1)
+        all_values = values.repeat_interleave(groups, dim=1)
         with sdpa_kernel(SDPBackend.MATH):                                          # as published
             y = F.scaled_dot_product_attention(q, all_keys, all_values, attn_mask=mask)
         return attention.wo(y.transpose(1, 2).flatten(2))
@@ -153,8 +156,8 @@ def copy_bandwidth(device: torch.device) -> float:
     """Returns the bytes per second that a copy of a large array reads and writes."""
     source = torch.ones((2**31 if device.type == "cuda" else 2**28) // 4, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / statistics.median(timed(lambda: target.copy_(source), device)[1]
-                                                 for _ in range(5))
+    seconds = [timed(lambda: target.copy_(source), device)[1] for _ in range(5)]
+    return 2 * source.nbytes / statistics.median(seconds)
 
 
 def weight_bytes(model: GPT, dtype: torch.dtype) -> int:
@@ -169,21 +172,17 @@ def cache_bytes(config: GPTConfig, batch_size: int, dtype: torch.dtype) -> int:
 
 
 def step_bytes(model: GPT, batch_size: int, dtype: torch.dtype) -> float:
-    """Returns the bytes that a step reads on average: weights, and the filled keys and values of
-    all rows."""
+    """Returns the bytes that a step reads on average: weights, and all filled keys and values."""
     looked_up = dtype.itemsize * model.tok_embeddings.weight.numel()
     return weight_bytes(model, dtype) - looked_up + cache_bytes(model.config, batch_size, dtype) / 2
 
 
 def temporary_bytes(config: GPTConfig, batch_size: int, dtype: torch.dtype) -> dict[str, int]:
-    """Returns the bytes that a step of either way holds beside weights and cache, about, if it is
-    compiled."""
+    """Returns the bytes that a compiled step of each way holds beside weights and cache, about."""
     # Logits of 2 B rows in `dtype` and float32; of B rows guided, scaled, their softmax and its
-    # cumulative sums. All of it twice: of the first step, which runs as it is, and of the recorded
-    # ones.
+    # cumulative sums. All of it twice: of the first step, run as it is, and of the captured ones.
     logits = 2 * batch_size * config.vocab_size * (2 * (dtype.itemsize + 4) + 3 * 4 + 3 * 8)
-    # Keys and values of one layer
-    repeated = cache_bytes(config, batch_size, dtype) // config.num_layers
+    repeated = cache_bytes(config, batch_size, dtype) // config.num_layers      # of one layer
     return {"published": logits + repeated, "ours": logits}
 
 
@@ -193,12 +192,11 @@ def decoder_bytes(grid: int, tile: int, dtype: torch.dtype) -> int:
 
 
 def check_fits(free: float, **parts: float) -> None:
-    """Raises DoesNotFit, with the arithmetic, if the parts need more than the free memory, all in
-    bytes."""
-    if sum(parts.values()) > free:
+    """Raises DoesNotFit, with the arithmetic, if the parts need more than is free; in bytes."""
+    needed = sum(parts.values())
+    if needed > free:
         terms = " + ".join(f"{name} {size / 2**30:.1f}" for name, size in parts.items())
-        raise DoesNotFit(
-            f"{terms} = {sum(parts.values()) / 2**30:.1f} GiB, free are {free / 2**30:.1f} GiB")
+        raise DoesNotFit(f"{terms} = {needed / 2**30:.1f} GiB, free are {free / 2**30:.1f} GiB")
 
 
 def free_bytes(device: torch.device) -> float:
@@ -226,7 +224,8 @@ def compare_ways(args: Flags, config: GPTConfig, batch_size: int, bandwidth: flo
     with torch.device("meta"):
         shape = GPT(config)
     temporaries = temporary_bytes(config, batch_size, dtype)
-    needed = {"weights": weight_bytes(shape, dtype), "cache": cache_bytes(config, batch_size, dtype)}
+    needed = {"weights": weight_bytes(shape, dtype),
+              "cache": cache_bytes(config, batch_size, dtype)}
     tile = min(batch_size, decoder_batch_size(VQ, config.grid * DOWNSAMPLING, dtype, device))
     decoder = decoder_bytes(config.grid, tile, dtype) if args.decode else 0
     free = free_bytes(device)
@@ -248,7 +247,8 @@ def compare_ways(args: Flags, config: GPTConfig, batch_size: int, bandwidth: flo
     ways: dict[str, Callable] = {}
     try:
         check_fits(free, **needed, temporaries=temporaries["published"])
-        ways["published"] = functools.partial(PublishedWay(model, batch_size, args.compile, cache).generate, labels)
+        published = PublishedWay(model, batch_size, args.compile, cache)
+        ways["published"] = functools.partial(published.generate, labels)
     except DoesNotFit as error:
         print(f"{title}, published does not fit: {error}")
     ways["ours"] = functools.partial(generate, ours, labels, uniforms, SAMPLER, steps)
@@ -265,8 +265,8 @@ def compare_ways(args: Flags, config: GPTConfig, batch_size: int, bandwidth: flo
 
     medians = compare(title, measure, ways, args.rounds, warm_up=int(is_gpu))
     bound = bandwidth / step_bytes(shape, batch_size, dtype) * batch_size
-    print(f"{title}: roofline {bound:.1f} tokens/s, of which ours is {100 * medians['ours']['tokens/s'] / bound:.0f} %",
-          flush=True)
+    percent = 100 * medians["ours"]["tokens/s"] / bound
+    print(f"{title}: roofline {bound:.1f} tokens/s, of which ours is {percent:.0f} %", flush=True)
     return medians | {"roofline": {"images/s": bound / config.num_tokens, "tokens/s": bound}}
 
 
@@ -278,8 +278,9 @@ def main(args: Flags, session: Session) -> None:
     print(f"copy bandwidth {bandwidth / 1e9:.1f} GB/s")
     for batch_size, grid, name in itertools.product(args.batch_sizes, args.grids, args.gpt_models):
         config = gpt_config(name, grid=grid, num_classes=NUM_CLASSES)
-        report.measure(f"{name} {grid}x{grid} batch {batch_size}",
-                       functools.partial(compare_ways, args, config, batch_size, bandwidth, session.device))
+        work = functools.partial(
+            compare_ways, args, config, batch_size, bandwidth, session.device)
+        report.measure(f"{name} {grid}x{grid} batch {batch_size}", work)
     report.finish()
 
 

@@ -1,8 +1,8 @@
-"""Time and memory of head and losses, and of whole training steps: the published way and ours, in
-turns.
+"""Time and memory of head and losses, or of whole training steps: the published way and ours.
 
-    OMP_NUM_THREADS=1 python scripts/benchmarks/train_step.py                   # CPU: head and losses of GPT-B
-    python scripts/benchmarks/train_step.py --part step --gpt-models GPT-B GPT-L GPT-XL --grids 16 24 --batch-size 32
+    OMP_NUM_THREADS=1 python scripts/benchmarks/train_step.py       # CPU: head and losses of GPT-B
+    python scripts/benchmarks/train_step.py --part step \
+        --gpt-models GPT-B GPT-L GPT-XL --grids 16 24 --batch-size 32
 
 The published way: float32 logits, logsumexp over a (B * T, K, S) view, two cross-entropies, three
 .item() a step. On a GPU both have their blocks and their loss compiled (the published code compiles
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # The repository root instead of this folder
+    # The repository root instead of this folder.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import functools
@@ -55,8 +55,8 @@ STEPS = {"cpu": 2, "cuda": 10}                      # of one measurement of whol
 
 def build_parser() -> Parser:
     """Returns the parser of this script's command line."""
-    parser = benchmark_parser(
-        "Compare ways to train: seconds and memory of head and losses, or of steps.", rounds=5)
+    description = "Compare ways to train: seconds and memory of head and losses, or of steps."
+    parser = benchmark_parser(description, rounds=5)
     add_report_args(parser)
     add_size_args(parser, GPT_MODELS)
     parser.add_argument("--part", default="head", choices=PARTS,
@@ -66,8 +66,7 @@ def build_parser() -> Parser:
 
 
 def published_loss(features: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the loss of features (N, D) as published, from all logits at once, and its parts
-    (3,)."""
+    """Returns the loss of features (N, D) as published, all logits at once, and its parts (3,)."""
     logits = F.linear(features, head).float()                                       # (N, V)
     cluster_logits = logits.unflatten(-1, (-1, CLUSTER_SIZE)).logsumexp(-1)         # (N, K)
     token_loss = F.cross_entropy(logits, targets)
@@ -78,16 +77,18 @@ def published_loss(features: Tensor, head: Tensor, targets: Tensor) -> tuple[Ten
 
 def our_loss(features: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the loss of features (N, D) as train_c2i.py computes it, and its parts (3,)."""
-    return fused_head_loss(features, head, targets, CLUSTER_SIZE, 1.0,
-                           CHUNK_ROWS[features.device.type])
+    chunk_rows = CHUNK_ROWS[features.device.type]
+    return fused_head_loss(features, head, targets, CLUSTER_SIZE, 1.0, chunk_rows)
 
 
 LOSSES = {"published": published_loss, "ours": our_loss}
 
 
 def compare_head(args: Flags, name: str, grid: int, session: Session, title: str) -> Values:
-    """Measures CPU (or GPU) seconds of head and losses, forward and backward, and their peak extra
-    memory."""
+    """Measures seconds and peak extra memory of head and losses, forward and backward.
+
+    On a CPU they are CPU seconds.
+    """
     device = session.device
     width = GPT_MODELS[name].width
     torch.manual_seed(0)
@@ -103,20 +104,20 @@ def compare_head(args: Flags, name: str, grid: int, session: Session, title: str
         loss.backward()
         features.grad = head.grad = None
 
+    clock_device = device if device.type == "cuda" else None        # None: CPU seconds
+
     def measure(loss_of):
         step(loss_of)                               # warms up
         start_memory = reset_peak(device)
-        seconds = [timed(lambda: step(loss_of), device if device.type == "cuda" else None)[1]
-                   for _ in range(3)]
-        return {"seconds": statistics.median(seconds), "megabytes": (peak(device) - start_memory) /
-                1e6}
+        seconds = [timed(lambda: step(loss_of), clock_device)[1] for _ in range(3)]
+        megabytes = (peak(device) - start_memory) / 1e6
+        return {"seconds": statistics.median(seconds), "megabytes": megabytes}
 
     return compare(title, measure, LOSSES, args.rounds)
 
 
 def compare_steps(args: Flags, name: str, grid: int, session: Session, title: str) -> Values:
-    """Measures rates, model FLOP utilisation, and peak memory beyond weights and optimizer, of
-    whole steps."""
+    """Measures whole steps: rates, MFU, and peak memory beyond weights and optimizer."""
     device = session.device
     is_gpu = device.type == "cuda"
     config = gpt_config(name, grid=grid, vocab_size=VOCAB_SIZE, num_classes=NUM_CLASSES)
@@ -125,8 +126,8 @@ def compare_steps(args: Flags, name: str, grid: int, session: Session, title: st
              torch.randint(NUM_CLASSES, (args.batch_size,)))
     if is_gpu:
         batch = tuple(tensor.pin_memory() for tensor in batch)
-    num_parameters = sum(parameter.numel()
-                         for parameter in trainers[our_loss].optimizer.model.parameters())
+    model = trainers[our_loss].optimizer.model
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
 
     def measure(loss_of):
         start_memory = reset_peak(device)
@@ -147,8 +148,10 @@ def compare_steps(args: Flags, name: str, grid: int, session: Session, title: st
 
 
 def make_trainer(config: GPTConfig, loss_of: Callable, session: Session) -> GPTTrainer:
-    """Returns a trainer of random weights; on a GPU its blocks and its loss are compiled and it
-    computes in bf16."""
+    """Returns a trainer of random weights.
+
+    On a GPU its blocks and its loss are compiled and it computes in bf16.
+    """
     device = session.device
     torch.manual_seed(0)
     with device:
@@ -172,23 +175,24 @@ def reset_peak(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
-    # Linux: the peak becomes the present resident size
+    # Linux: the peak becomes the present resident size.
     Path("/proc/self/clear_refs").write_text("5")
     return resident_bytes("VmRSS")
 
 
 def peak(device: torch.device) -> int:
     """Returns the peak of memory since reset_peak, in bytes."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_bytes(
-        "VmHWM")
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resident_bytes("VmHWM")
 
 
 def main(args: Flags, session: Session) -> None:
     if session.device.type == "cuda":
         set_up_compiler(session.device, "raise")
         set_up_gpu(tf32=True, cudnn_attention=False)            # as train_c2i.py by default
-    report = Report("training" if args.part == "step" else "head and losses", args.report,
-                    args.minutes)
+    section = "training" if args.part == "step" else "head and losses"
+    report = Report(section, args.report, args.minutes)
     for grid, name in itertools.product(args.grids, args.gpt_models):
         title = f"{name} {grid}x{grid} batch {args.batch_size}"
         report.measure(title, functools.partial(PARTS[args.part], args, name, grid, session, title))

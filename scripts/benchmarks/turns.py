@@ -1,5 +1,4 @@
-"""What the benchmarks share: ways that take turns, their medians and ratios, clocks, memory, and
-the report of rows."""
+"""What the benchmarks share: ways that take turns, medians, clocks, memory, and the report."""
 
 import gc
 import re
@@ -18,12 +17,12 @@ from autoregressive.runtime.checkpoint import save_checkpoint
 from autoregressive.runtime.entry import Parser, above, at_least
 from autoregressive.runtime.files import atomic_write, read_json, write_json
 
-RESULTS, TABLE = "results.json", "results.md"       # of a report
-VOCAB_SIZE, NUM_CLASSES = 16384, 1000              # of the published models
-VQ, DOWNSAMPLING = "VQ-16", 16                      # their tokenizer, and pixels of a token's side
-ROW_FAILED = 3  # exit code of a benchmark whose rows say what failed
+RESULTS, TABLE = "results.json", "results.md"   # of a report
+VOCAB_SIZE, NUM_CLASSES = 16384, 1000           # of the published models
+VQ, DOWNSAMPLING = "VQ-16", 16                  # their tokenizer, and pixels of a token's side
+ROW_FAILED = 3                                  # exit code; the rows say what failed
 SKIPPED_FOR_TIME = "skipped for time"
-Values = dict[str, dict[str, float]]                # of a row: by way, then by name
+Values = dict[str, dict[str, float]]            # of a row: by way, then by name
 
 
 class DoesNotFit(Exception):
@@ -47,8 +46,7 @@ def add_report_args(parser: Parser) -> None:
 
 
 def add_size_args(parser: Parser, gpt_models: Iterable[str]) -> None:
-    """Declares the flags of the GPTs that are measured: --gpt-models, some of `gpt_models`, and
-    --grids."""
+    """Declares the flags of the measured GPTs: --gpt-models, some of `gpt_models`, and --grids."""
     parser.add_argument("--gpt-models", nargs="+", default=["GPT-B"], choices=gpt_models,
                         help="sizes of the GPT")
     parser.add_argument("--grids", nargs="+", type=int, default=[16],
@@ -56,8 +54,7 @@ def add_size_args(parser: Parser, gpt_models: Iterable[str]) -> None:
 
 
 def clock(device: torch.device | None) -> float:
-    """Returns wall seconds, once `device` has done all its work; without a device CPU seconds of
-    this process."""
+    """Returns wall seconds, once `device` is done; for None, CPU seconds of this process."""
     if device is None:
         return time.process_time()
     if device.type == "cuda":
@@ -79,13 +76,15 @@ def compare(title: str, measure: Callable[[Any], dict[str, float]], ways: dict[s
     Args:
         title: begins every line.
         measure: called with a way, returns measurements by name.
-        ways: what `measure` takes, by name; "ours" is among them, and "published" unless it cannot
-        be measured.
+        ways: what `measure` takes, by name; "ours" is among them, and "published" unless it
+            cannot be measured.
         rounds: how often each is measured.
         warm_up: rounds before these that do not count.
     """
-    turns = [{name: measure(way) for name, way in ways.items()}
-             for _ in range(warm_up + rounds)][warm_up:]
+    turns = []
+    for _ in range(warm_up + rounds):
+        turns.append({name: measure(way) for name, way in ways.items()})
+    turns = turns[warm_up:]
     medians = {}
     for way in ways:
         medians[way] = {name: statistics.median(turn[way][name] for turn in turns)
@@ -95,8 +94,8 @@ def compare(title: str, measure: Callable[[Any], dict[str, float]], ways: dict[s
         lines["ours / published"] = {name: ratio(medians["ours"][name], value)
                                      for name, value in medians["published"].items()}
     for way, values in lines.items():
-        print(f"{title}, {way}: " + ", ".join(f"{name} {value:,.3f}"
-                                              for name, value in values.items()), flush=True)
+        numbers = ", ".join(f"{name} {value:,.3f}" for name, value in values.items())
+        print(f"{title}, {way}: {numbers}", flush=True)
     return medians
 
 
@@ -106,8 +105,7 @@ def ratio(value: float, reference: float) -> float:
 
 
 class Report:
-    """The rows of a benchmark: printed, and kept in a folder after each, so that whatever comes
-    later loses none.
+    """The rows of a benchmark: printed, and kept in a folder, each before the next is measured.
 
     Attributes:
         num_failed: rows that ended with an error other than lack of memory.
@@ -138,8 +136,8 @@ class Report:
             self.add(title, note=f"does not fit: {error}")
         except torch.OutOfMemoryError as error:
             self.add(title, note=f"out of memory: {str(error).split('. ')[0]}")
-        # Said at once, and again by `finish`; the other rows do not suffer
         except Exception as error:
+            # Said at once, and again by `finish`; the other rows do not suffer.
             traceback.print_exc()
             self.num_failed += 1
             self.add(title, note=f"failed: {first_line(error)}")
@@ -155,8 +153,8 @@ class Report:
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / RESULTS
         results = read_json(path) if path.exists() else {"machine": {}, "rows": []}
-        results["rows"].append({"section": self._section, "row": title, "values": values or {},
-                                "note": note})
+        row = {"section": self._section, "row": title, "values": values or {}, "note": note}
+        results["rows"].append(row)
         write_json(path, results)
         with atomic_write(self._folder / TABLE) as file:
             file.write(as_table(results).encode())
@@ -173,8 +171,7 @@ def first_line(error: BaseException) -> str:
 
 
 def as_table(results: dict[str, Any]) -> str:
-    """Returns results as a table in markdown, a line for each number of a row, under a line about
-    the machine."""
+    """Returns a line about the machine and a markdown table, a line for each number of a row."""
     lines = [", ".join(f"{name} {value}" for name, value in results["machine"].items()), "",
              "| section | row | number | published | ours | ours / published | beside it |",
              "|---|---|---|---|---|---|---|"]
@@ -186,7 +183,8 @@ def as_table(results: dict[str, Any]) -> str:
             both = None not in (published, ours)
             beside = [f"{way} {as_text(values[name])}" for way, values in ways.items()
                       if way not in ("published", "ours") and name in values]
-            cells = [row["section"], row["row"], name, as_text(published), as_text(ours),
+            cells = [row["section"], row["row"], name,
+                     as_text(published), as_text(ours),
                      as_text(ratio(ours, published) if both else None),
                      "; ".join([*beside, row["note"]]).strip("; ")]
             lines.append("| " + " | ".join(cells) + " |")
@@ -202,7 +200,8 @@ def as_text(number: float | None) -> str:
 
 def free_memory() -> None:
     """Forgets compiled code and graphs, and gives back what they and finished work held."""
-    if "torch._dynamo" in sys.modules:  # else nothing was compiled, and importing it takes seconds
+    # Otherwise nothing was compiled, and importing it takes seconds.
+    if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
     gc.collect()
     if torch.cuda.is_initialized():
@@ -210,16 +209,20 @@ def free_memory() -> None:
 
 
 def resident_bytes(field: str) -> int:
-    """Returns a field of /proc/self/status (Linux): VmRSS is memory in use, VmHWM its peak, RssAnon
-    without files."""
-    return 1024 * int(re.search(rf"^{field}:\s*(\d+) kB", Path("/proc/self/status").read_text(),
-                                re.M).group(1))
+    """Returns a field of /proc/self/status (Linux), in bytes.
+
+    VmRSS is memory in use, VmHWM its peak, RssAnon without files.
+    """
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"^{field}:\s*(\d+) kB", status, re.M).group(1))
 
 
 def write_random_codes(folder: Path, count: int, grid: int, vocab_size: int,
                        num_classes: int) -> list[str]:
-    """Writes codes of `count` images, in the layout of a file each, and a mapping; returns
-    train_c2i.py's flags."""
+    """Writes codes of `count` images, in the layout of a file each, and a mapping.
+
+    Returns train_c2i.py's flags for them.
+    """
     random = np.random.default_rng(0)
     codes_folder = folder / "codes" / "random_codes"
     labels_folder = folder / "codes" / "random_labels"
