@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from processes import run_here
 
 from autoregressive.models import gpt
 from autoregressive.models.config import gpt_config
 from autoregressive.runtime.checkpoint import read_checkpoint, save_checkpoint
+from processes import run_here
 from tokenizer.tokenizer_image.images import open_dataset
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 

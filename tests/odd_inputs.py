@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hostile_files import HUGE, SCORE
 from PIL import Image
-from processes import contents
 
 from autoregressive.runtime.checkpoint import read_checkpoint
+from hostile_files import HUGE, SCORE
+from processes import contents
 
 
 def codes_are_right(store: str = "new/codes") -> None:

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import ROOT
 
 from autoregressive.runtime.checkpoint import read_checkpoint
 from autoregressive.runtime.entry import run
+from conftest import ROOT
 
 # Shell scripts call `python`: it is the one that runs the tests.
 ENVIRONMENT = os.environ | {

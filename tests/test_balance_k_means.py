@@ -10,12 +10,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
-from processes import run_here
 
 from autoregressive.runtime.checkpoint import read_checkpoint, save_checkpoint
 from autoregressive.runtime.lock import hold
+from conftest import ROOT
+from processes import run_here
 from tokenizer.clustering import balanced_sse, normalise_codes
 
 SCRIPT = "balance_k_means.py"

@@ -6,11 +6,11 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
-from processes import ENVIRONMENT
 
 from autoregressive.models.config import GPTConfig, gpt_config
 from autoregressive.models.gpt import GPT
+from conftest import ROOT
+from processes import ENVIRONMENT
 from scripts.benchmarks import gpu
 from scripts.benchmarks.sampling import (
     PublishedWay,

@@ -7,16 +7,16 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
-from processes import run_here
 
 from autoregressive.runtime.files import file_sha256
 from autoregressive.runtime.lock import hold
+from conftest import ROOT
 from evaluations.c2i import train_classifier
 from evaluations.c2i.classifier import ClassifierFeatures, SmallClassifier, save_classifier
 from evaluations.c2i.features import extract_features, to_numpy
 from evaluations.c2i.npz_reader import NpzImages
+from processes import run_here
 from tokenizer.tokenizer_image.images import dataset_sha256, open_dataset
 
 EVALUATE, MAKE_REFERENCE = "evaluations/c2i/evaluator.py", "evaluations/c2i/make_reference.py"

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
-from processes import ENVIRONMENT, descendants, kill_and_wait, run_here, stat_of
 from scipy import stats
 
 from autoregressive.runtime.files import write_json
+from conftest import ROOT
+from processes import ENVIRONMENT, descendants, kill_and_wait, run_here, stat_of
 from scripts.experiments.plan import Experiment, Run
 from scripts.experiments.table import detectable, interval, make_table
 

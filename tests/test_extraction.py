@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from processes import run_here, start, start_and_kill
 
 from autoregressive.data.opening import open_codes
 from autoregressive.runtime.checkpoint import save_checkpoint
 from autoregressive.runtime.lock import hold
+from processes import run_here, start, start_and_kill
 from tokenizer.tokenizer_image.encoding import CropEncoder, agreement, default_batch_size
 from tokenizer.tokenizer_image.images import (
     center_crop,

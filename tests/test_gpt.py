@@ -5,7 +5,6 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import FIXTURES
 
 from autoregressive.models.cache import DecodePosition
 from autoregressive.models.cluster_loss import fused_head_loss, plain_head_loss
@@ -18,6 +17,7 @@ from autoregressive.runtime.checkpoint import load_strictly
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.optim import ModelOptimizer, OptimSettings
 from autoregressive.train.objective import GPTTrainer, Objective
+from conftest import FIXTURES
 
 TINY = GPTConfig("tiny", num_layers=2, num_heads=4, width=64, grid=4, vocab_size=512,
                  num_classes=10, dropout=0.0, token_dropout=0.0)

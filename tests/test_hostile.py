@@ -9,6 +9,7 @@ import shutil
 import traceback
 
 import pytest
+
 import wrong_inputs_of_images
 import wrong_inputs_of_models
 from hostile_files import COMMANDS, call, files_of, make_bad, make_good

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from conftest import ROOT
 from hostile_files import COMMANDS, PIPELINE, files_of, make_bad, make_good
 from odd_inputs import (
@@ -29,7 +31,6 @@ from odd_inputs import (
     scores_are_right,
     training_is_right,
 )
-from PIL import Image
 from processes import ENVIRONMENT
 
 TIMEOUT = 300                   # seconds

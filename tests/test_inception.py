@@ -9,13 +9,13 @@ import threading
 import numpy as np
 import pytest
 import torch
-from processes import run_here
 
 from autoregressive.runtime.files import file_sha256
 from evaluations.c2i import inception
 from evaluations.c2i.graph_def import read_graph
 from evaluations.c2i.inception import open_inception
 from evaluations.c2i.inception_torch import OPERATIONS, TorchInception
+from processes import run_here
 from scripts.benchmarks.inception_stand_in import build_inception
 
 EVALUATOR = "evaluations/c2i/evaluator.py"

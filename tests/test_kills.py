@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import ENVIRONMENT, Pause, command, contents, run_here, start, start_and_kill
 
 from autoregressive.runtime.checkpoint import save_checkpoint
+from processes import ENVIRONMENT, Pause, command, contents, run_here, start, start_and_kill
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 
 SUFFIX = "kmeans+nearest-cluster_size=8.pt"

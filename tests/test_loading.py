@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
 
 from autoregressive.models.config import gpt_config
 from autoregressive.models.gpt import GPT
@@ -14,6 +13,7 @@ from autoregressive.models.loading import build_gpt, describe_gpt, read_gpt
 from autoregressive.runtime.checkpoint import save_checkpoint
 from autoregressive.runtime.files import codebook_sha256
 from autoregressive.runtime.identity import check_codebook
+from conftest import ROOT
 from tokenizer.tokenizer_image.loading import load_vq
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 

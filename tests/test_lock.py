@@ -10,10 +10,10 @@ import threading
 import time
 
 import pytest
-from conftest import ROOT
 
 from autoregressive.runtime import lock
 from autoregressive.runtime.lock import describe_process, hold, lock_of
+from conftest import ROOT
 
 HOLDER = """
 import sys, time

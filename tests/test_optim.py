@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from waits import NoWaits
 
 from autoregressive.runtime.optim import (
     EMA_DECAY,
@@ -13,6 +12,7 @@ from autoregressive.runtime.optim import (
     MovingAverage,
     OptimSettings,
 )
+from waits import NoWaits
 
 CPU = torch.device("cpu")
 SETTINGS = OptimSettings(lr=1e-2, weight_decay=0.1, ema=True)

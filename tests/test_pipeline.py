@@ -6,11 +6,11 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from processes import ENVIRONMENT, command, start
 
 from autoregressive.data.opening import open_codes
 from autoregressive.runtime.checkpoint import read_checkpoint, save_checkpoint
 from autoregressive.runtime.rows import RowWriter
+from processes import ENVIRONMENT, command, start
 from tokenizer.tokenizer_image.images import center_crop, open_dataset, to_float
 from tokenizer.tokenizer_image.loading import load_vq
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
@@ -45,25 +45,23 @@ def sample(folder, out, *more):
 
 
 def call(*words, processes=0):
-    """Types a command and returns the process that has finished."""
+    """Types a command, with torchrun or python, and returns the process that has finished."""
     words = command(*words, processes=processes)
     return subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory):
-    """Extraction, training and sampling under torchrun with two processes: all they left."""
+    """Extraction, training and sampling by two processes each: all they left."""
     folder = tmp_path_factory.mktemp("a pipeline")              # with a space in its path
     torch.manual_seed(0)
     model = VQModel(VQConfig("VQ-4-small", 64, 8))
     save_checkpoint(folder / "vq.pt", {"model": model.state_dict()})
     balance = ("balance_k_means.py", "--vq-ckpt", folder / "vq.pt", "--cluster-size", 8,
                "--output-dir", folder)
-    for words, processes in ((extract(folder, "codes"), 2),
-                             (balance, 0),
-                             (train(folder, folder / "gpt"), 2),
-                             (sample(folder, folder / "samples"), 2)):
-        done = call(*words, processes=processes)
+    for done in (call(*extract(folder, "codes"), processes=2), call(*balance),
+                 start(*train(folder, folder / "gpt"), processes=2),
+                 start(*sample(folder, folder / "samples"), processes=2)):
         assert done.returncode == 0, done.stderr
     return folder
 

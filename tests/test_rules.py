@@ -15,6 +15,7 @@ import subprocess
 import sys
 
 import pytest
+
 from conftest import FIXTURES, ROOT
 
 TOP_LEVEL = {"autoregressive", "tokenizer", "evaluations", "balance_k_means.py",

@@ -17,7 +17,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 
 from autoregressive.runtime import speed
 from autoregressive.runtime.distributed import Session, open_session, seed_everything
@@ -53,6 +52,7 @@ from autoregressive.runtime.optim import (
 )
 from autoregressive.runtime.pictures import CAPTION_HEIGHT, GAP, LEGIBLE_SIDE, save_grid
 from autoregressive.runtime.run_settings import RunRequest, add_training_args, open_run_folder
+from conftest import ROOT
 
 ALONE = Session(rank=0, world_size=1, device=torch.device("cpu"))
 
@@ -266,7 +266,8 @@ def test_several_processes_leave_without_finalising_the_interpreter(tmp_path):
                            "--nproc_per_node=2", tmp_path / "script.py", ROOT],
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("worked [0, 1] [(0, 7), (1, 7)]\n"), done.stdout    # torch 2.9 says more before
+    # torch 2.9 says more before.
+    assert done.stdout.endswith("worked [0, 1] [(0, 7), (1, 7)]\n"), done.stdout
 
 
 @pytest.mark.parametrize("words", [

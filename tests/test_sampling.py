@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import Job, run_here, start, start_and_kill
 
 from autoregressive.models.config import gpt_config
 from autoregressive.models.gpt import GPT
 from autoregressive.models.sampler import Sampler
 from autoregressive.runtime.checkpoint import save_checkpoint
 from autoregressive.sample import sample_c2i_ddp
+from processes import Job, run_here, start, start_and_kill
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 
 SAMPLE, LOOK = "autoregressive/sample/sample_c2i_ddp.py", "autoregressive/sample/sample_c2i.py"

@@ -8,10 +8,10 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from processes import run_here
 
 from autoregressive.runtime.files import file_sha256
+from conftest import ROOT
+from processes import run_here
 
 SHELL = sorted(path.relative_to(ROOT) for path in (ROOT / "scripts").glob("**/*.sh"))
 WRAPPERS = [path for path in SHELL if len(path.parts) == 3 and path.name != "sweep_cfg.sh"]

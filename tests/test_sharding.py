@@ -4,7 +4,6 @@ import shutil
 
 import pytest
 import torch
-from processes import Job
 
 from autoregressive.models.config import gpt_config
 from autoregressive.models.gpt import GPT
@@ -13,6 +12,7 @@ from autoregressive.runtime.distributed import Session, open_session, seed_every
 from autoregressive.runtime.entry import leave
 from autoregressive.runtime.optim import ModelOptimizer, OptimSettings
 from autoregressive.runtime.parallel import device_to_build_on, wrap_for_training
+from processes import Job
 
 CPU = torch.device("cpu")
 # Weights whose numbers of rows, 65 and 5, are odd.

@@ -14,8 +14,6 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, ROOT
-from processes import ENVIRONMENT, command, run_here, start, start_and_kill, without_time
 
 from autoregressive.data.batches import TokenBatches, split_store
 from autoregressive.data.code_writer import CodeWriter
@@ -40,6 +38,8 @@ from autoregressive.runtime.loader import read_ahead
 from autoregressive.runtime.log import cut_log
 from autoregressive.runtime.optim import EMA_DECAY, ModelOptimizer, MovingAverage, OptimSettings
 from autoregressive.train.objective import GPTTrainer, Objective
+from conftest import FIXTURES, ROOT
+from processes import ENVIRONMENT, command, run_here, start, start_and_kill, without_time
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 
 TRAIN = "autoregressive/train/train_c2i.py"

@@ -6,8 +6,8 @@ import zlib
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FIXTURES
 
+from conftest import FIXTURES
 from tokenizer.tokenizer_image.quantizer import Quantizer, full_float32, nearest_codes
 from tokenizer.tokenizer_image.vq_model import VQ_MODELS, VQConfig, VQModel, downsampling
 

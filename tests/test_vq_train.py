@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import Job, run_here, start, start_and_kill, without_time
-from waits import NoWaits
 
 from autoregressive.runtime.checkpoint import read_checkpoint, save_checkpoint
 from autoregressive.runtime.distributed import Session, keyed_random
 from autoregressive.runtime.loader import BatchOrder, read_ahead
 from autoregressive.runtime.optim import OptimSettings
+from processes import Job, run_here, start, start_and_kill, without_time
 from tokenizer.tokenizer_image import vq_trainer
 from tokenizer.tokenizer_image.crops import TrainingCrops
 from tokenizer.tokenizer_image.discriminator import PatchDiscriminator
@@ -20,6 +19,7 @@ from tokenizer.tokenizer_image.images import center_crop, open_dataset, random_c
 from tokenizer.tokenizer_image.loading import load_vq
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 from tokenizer.validation.metrics import codebook_usage
+from waits import NoWaits
 
 SCRIPT, VALIDATE = "tokenizer/tokenizer_image/vq_train.py", "tokenizer/validation/val.py"
 DATA_AND_MODEL = ("--dataset digits --data-path val --image-size 8 "
@@ -234,8 +234,12 @@ def test_one_process_trains_as_two_and_a_finished_run_is_left_alone(trained, tmp
 
 
 GAN = ("--image-size 24 --disc-weight 0.5 --disc-start 3 --disc-adaptive-weight --ema "
-       "--gradient-accumulation-steps 2 --global-batch-size 6 --revive-every 4 --log-every 1 "
-       "--ckpt-steps 2 --max-steps 7 --val-path val --val-every 5").split()
+       "--gradient-accumulation-steps 2 --revive-every 4 --log-every 1 --ckpt-steps 2 "
+       "--max-steps 7 --val-every 5").split()
+
+
+def gan_flags(photos):
+    return (*photo_flags(photos, "whole"), *GAN, "--val-path", photos / "whole")
 
 
 def rows_of(results):
@@ -245,8 +249,8 @@ def rows_of(results):
 
 @pytest.mark.parametrize("processes", [0, pytest.param(2, marks=pytest.mark.long)])
 def test_killed_and_resumed_training_of_both_networks_ends_bit_for_bit_like_a_straight_one(
-        tmp_path, processes):
-    common = [*SMALL, *GAN]
+        photos, tmp_path, processes):
+    common = gan_flags(photos)
     straight = start(SCRIPT, *common, "--results-dir", tmp_path / "straight", processes=processes)
     assert straight.returncode == 0, straight.stderr
     killed = (*common, "--results-dir", tmp_path / "killed")
@@ -284,8 +288,8 @@ def train_in_double(*flags):
     return run_here(SCRIPT, *flags)
 
 
-def test_two_processes_train_both_networks_as_one(tmp_path):
-    common = [*SMALL, *GAN, "--gradient-accumulation-steps", 1]
+def test_two_processes_train_both_networks_as_one(photos, tmp_path):
+    common = (*gan_flags(photos), "--gradient-accumulation-steps", 1)
     for processes in (0, 2):
         done = Job(train_in_double, *common, "--results-dir", tmp_path / f"{processes}",
                    processes=processes).wait()
