@@ -4,6 +4,7 @@
 set -euo pipefail
 CDPATH="" cd "$(dirname "$0")/.."
 . scripts/environment.sh requirements.txt tests/requirements.txt
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"               # two workers, each with a core of its own
 ruff check .
 if [ "${1:-}" = --all ]; then
     shift
