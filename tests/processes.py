@@ -8,11 +8,13 @@ does. So processes are forked from one that has imported them (multiprocessing's
 import contextlib
 import fnmatch
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -31,6 +33,7 @@ ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",
     "PATH": os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]),
 }
+PORTS = itertools.count(20000 + os.getpid() % 10000)            # below those that systems give away
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "torchvision",
                               "matplotlib.pyplot", "sklearn.datasets", "processes"])
@@ -81,81 +84,75 @@ class Pause:
         sys.addaudithook(watch)
 
 
-class Job:
-    """A function at work in new processes.
+def run_forked(function, *arguments, processes=0, cwd=None, pause=None, when=None,
+               stop=signal.SIGKILL):
+    """Runs a function in new processes, until it ends or `when()` is true.
+
+    Like torchrun it ends all processes when one has failed.
 
     Args:
-        function: a function of a module, which the processes import.
+        function: a function of a module, which the processes import; it returns an exit code.
         arguments: of the function.
         processes: number of ranks that find each other as under torchrun; 0 for a process without
             a rank.
         cwd: the folder in which they work.
         pause: where each of them stops for good.
+        when: says whether the signal `stop` is to be sent to all of them, and their children.
+
+    Returns:
+        CompletedProcess: the code of the first that failed, or 0, and what all have printed.
     """
-
-    def __init__(self, function, *arguments, processes=0, cwd=None, pause=None):
-        self.outputs = Path(tempfile.mkdtemp())
-        self.workers = []
-        port = free_port() if processes else 0
-        for rank in range(max(processes, 1)):
-            place = {}
-            if processes:
-                place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes,
-                         "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1",
-                         "MASTER_PORT": port}
-            environment = ENVIRONMENT | {name: str(value) for name, value in place.items()}
-            output = str(self.outputs / str(rank))
-            given = (function, arguments, environment, cwd or os.getcwd(), pause, output)
-            worker = FORKS.Process(target=work, args=given)
-            worker.start()
-            self.workers.append(worker)
-        while len(list(self.outputs.glob("*.err"))) < len(self.workers):
-            time.sleep(0.002)                                   # until all are ready to get signals
-
-    @property
-    def returncode(self):
-        """The first exit code that is not 0; None while one is at work and none has failed."""
-        codes = [worker.exitcode for worker in self.workers]
-        failed = [code for code in codes if code]
-        if failed:
-            return failed[0]
-        return None if None in codes else 0
-
-    def send(self, number):
-        """Sends a signal to all processes and those that they started."""
-        for worker in self.workers:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(worker.pid, number)
-
-    def wait(self):
-        """Waits for the end, and returns the job. Like torchrun: a failure ends all processes."""
-        while self.returncode is None:
-            time.sleep(0.002)
-        if self.returncode:
-            self.send(signal.SIGTERM)
-        for worker in self.workers:
-            worker.join(timeout=30 if self.returncode else None)
-        self.send(signal.SIGKILL)
-        for worker in self.workers:
-            worker.join()
-        return self
-
-    def _printed(self, stream):
-        return "".join(path.read_text() for path in sorted(self.outputs.glob(f"*.{stream}")))
-
-    @property
-    def stdout(self):
-        return self._printed("out")
-
-    @property
-    def stderr(self):
-        return self._printed("err")
+    with tempfile.TemporaryDirectory() as outputs:
+        workers = []
+        try:
+            for environment in environments_of(processes):
+                output = f"{outputs}/{len(workers)}"
+                given = (function, arguments, environment, cwd or os.getcwd(), pause, output)
+                worker = FORKS.Process(target=work, args=given)
+                worker.start()
+                workers.append(worker)
+            code = None
+            while code is None:
+                time.sleep(0.002)
+                codes = [worker.exitcode for worker in workers]
+                code = next((each for each in codes if each), None if None in codes else 0)
+                is_ready = len(list(Path(outputs).glob("*.err"))) == len(workers)
+                if when and is_ready and code is None and when():
+                    send(workers, stop)
+                    when = None
+            if code:
+                send(workers, signal.SIGTERM)
+            for worker in workers:
+                worker.join(timeout=30)
+        finally:
+            send(workers, signal.SIGKILL)
+            for worker in workers:
+                worker.join()
+        printed = ["".join(path.read_text() for path in sorted(Path(outputs).glob(f"*.{stream}")))
+                   for stream in ("out", "err")]
+    return subprocess.CompletedProcess(function, code, *printed)
 
 
-def free_port():
+def environments_of(processes):
+    """Returns the environments of processes, as torchrun makes them; of one that is alone if 0."""
+    if not processes:
+        return [ENVIRONMENT]
+    same = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": next(port for port in PORTS if is_free(port))}
+    places = [same | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
+    return [ENVIRONMENT | {name: str(value) for name, value in place.items()} for place in places]
+
+
+def is_free(port):
     with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+        return found.connect_ex(("127.0.0.1", port)) != 0
+
+
+def send(workers, number):
+    """Sends a signal to processes that work makes leaders of groups, and to their children."""
+    for worker in workers:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(worker.pid, number)
 
 
 def work(function, arguments, environment, cwd, pause, output):
@@ -172,24 +169,14 @@ def work(function, arguments, environment, cwd, pause, output):
     sys.exit(function(*arguments))
 
 
-def start(script, *flags, processes=0, cwd=None):
-    """Runs an entry script to its end; the returned job has its returncode, stdout and stderr."""
-    return Job(run_here, script, *flags, processes=processes, cwd=cwd).wait()
+def start(script, *flags, **how):
+    """Runs an entry script in forked processes: see run_forked, also for `how`."""
+    return run_forked(run_here, script, *flags, **how)
 
 
-def start_and_kill(script, *flags, processes=0, when, stop=signal.SIGKILL, cwd=None, pause=None):
-    """Starts an entry script and sends a signal to all its processes once `when()` is true.
-
-    Returns:
-        exit status; 0 if the script came to its end first.
-    """
-    job = Job(run_here, script, *flags, processes=processes, cwd=cwd, pause=pause)
-    while job.returncode is None:
-        if when():
-            job.send(stop)
-            break
-        time.sleep(0.002)
-    return job.wait().returncode
+def start_and_kill(script, *flags, **how):
+    """As start; returns the exit code: 0 if the script came to its end before how["when"]."""
+    return start(script, *flags, **how).returncode
 
 
 def descendants(pid: int) -> list[int]:

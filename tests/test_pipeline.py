@@ -61,7 +61,7 @@ def pipeline(tmp_path_factory):
                "--output-dir", folder)
     for done in (call(*extract(folder, "codes"), processes=2), call(*balance),
                  start(*train(folder, folder / "gpt"), processes=2),
-                 start(*sample(folder, folder / "samples"), processes=2)):
+                 call(*sample(folder, folder / "samples"), processes=2)):
         assert done.returncode == 0, done.stderr
     return folder
 

@@ -14,7 +14,7 @@ from autoregressive.models.gpt import GPT
 from autoregressive.models.sampler import Sampler
 from autoregressive.runtime.checkpoint import save_checkpoint
 from autoregressive.sample import sample_c2i_ddp
-from processes import Job, run_here, start, start_and_kill
+from processes import run_forked, run_here, start, start_and_kill
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 
 SAMPLE, LOOK = "autoregressive/sample/sample_c2i_ddp.py", "autoregressive/sample/sample_c2i.py"
@@ -196,7 +196,7 @@ def test_peak_memory_does_not_depend_on_the_number_of_samples(folder, tmp_path):
     for count in (400, 1600):
         settings = ("--num-fid-samples", count, "--per-proc-batch-size", 50,
                     "--image-size-eval", 128)
-        done = Job(sample_and_say_peak, *ddp_flags(folder, tmp_path / str(count), *settings)).wait()
+        done = run_forked(sample_and_say_peak, *ddp_flags(folder, tmp_path / str(count), *settings))
         assert done.returncode == 0, done.stderr
         peaks.append(int(re.findall(r"PEAK (\d+)", done.stdout)[0]))
     assert arrays_of(tmp_path / "1600")["arr_0"].shape == (1600, 128, 128, 3)       # 79 MB

@@ -12,7 +12,7 @@ from autoregressive.runtime.distributed import Session, open_session, seed_every
 from autoregressive.runtime.entry import leave
 from autoregressive.runtime.optim import ModelOptimizer, OptimSettings
 from autoregressive.runtime.parallel import device_to_build_on, wrap_for_training
-from processes import Job
+from processes import run_forked
 
 CPU = torch.device("cpu")
 # Weights whose numbers of rows, 65 and 5, are odd.
@@ -87,7 +87,7 @@ def validate(module):
 
 def train(folder, parallel, processes):
     folder.mkdir(exist_ok=True)
-    done = Job(train_and_save, folder, parallel, processes=processes).wait()
+    done = run_forked(train_and_save, folder, parallel, processes=processes)
     assert done.returncode == 0, done.stderr
     return folder
 

@@ -11,7 +11,7 @@ from autoregressive.runtime.checkpoint import read_checkpoint, save_checkpoint
 from autoregressive.runtime.distributed import Session, keyed_random
 from autoregressive.runtime.loader import BatchOrder, read_ahead
 from autoregressive.runtime.optim import OptimSettings
-from processes import Job, run_here, start, start_and_kill, without_time
+from processes import run_forked, run_here, start, start_and_kill, without_time
 from tokenizer.tokenizer_image import vq_trainer
 from tokenizer.tokenizer_image.crops import TrainingCrops
 from tokenizer.tokenizer_image.discriminator import PatchDiscriminator
@@ -291,8 +291,8 @@ def train_in_double(*flags):
 def test_two_processes_train_both_networks_as_one(photos, tmp_path):
     common = (*gan_flags(photos), "--gradient-accumulation-steps", 1)
     for processes in (0, 2):
-        done = Job(train_in_double, *common, "--results-dir", tmp_path / f"{processes}",
-                   processes=processes).wait()
+        done = run_forked(train_in_double, *common, "--results-dir", tmp_path / f"{processes}",
+                   processes=processes)
         assert done.returncode == 0, done.stderr
     compared = ("reconstruction", "codebook", "generator", "discriminator", "grad_norm", "val_psnr")
     for one, two in zip(rows_of(tmp_path / "0"), rows_of(tmp_path / "2"), strict=True):
