@@ -201,6 +201,8 @@ def main(args: Flags, session: Session) -> None:
         check_flags(args, session)
         start_settings = StartSettings(**args.pick(StartSettings))
         start_settings.check()
+        settings = RunSettings(**args.pick(RunSettings))
+        settings.check()
         data = open_data(DataSettings(**args.pick(DataSettings)), grid, session.world_size, older)
         mapping = data.mapping
         vq = open_decoder(args.vq_ckpt, VQConfig(**args.pick(VQConfig)), mapping,
@@ -211,7 +213,6 @@ def main(args: Flags, session: Session) -> None:
         start = read_start(start_path, config, start_settings, tokens=mapping.tokens,
                            mapping_path=mapping.path,
                            mapping_sha256=mapping.hashes["mapping_sha256"])
-        settings = RunSettings(**args.pick(RunSettings))
         num_steps = settings.num_steps(data.batches.per_epoch)
         identity = args.identity() | data.identity()
         # Weights alone are part of the identity. A checkpoint to go on from is not: its run may

@@ -202,6 +202,8 @@ def main(args: Flags, session: Session) -> None:
     # Open and check all that the run needs; what its result depends on is its identity.
     with checks(session):
         config = VQConfig(**args.pick(VQConfig))
+        settings = RunSettings(**args.pick(RunSettings))
+        settings.check()
         data = open_images(args, session)
         perceptual = load_lpips(args.vgg_path, args.lpips_path) if args.perceptual_weight else None
         start = None
@@ -210,7 +212,6 @@ def main(args: Flags, session: Session) -> None:
             start, start_hashes = load_vq(args.vq_ckpt, config)
         images_sha256 = dataset_sha256(data.crops.dataset)
         identity = args.identity() | start_hashes | {"images_sha256": images_sha256}
-        settings = RunSettings(**args.pick(RunSettings))
         num_steps = settings.num_steps(data.crops.per_epoch)
         if args.output:
             check_output(args.output)
