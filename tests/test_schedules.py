@@ -1,14 +1,36 @@
-"""The learning rate over time: its equations, its flags, and a run that follows them."""
+"""Learning rate and lambda over time: the equations, their flags, and runs that follow them."""
 
 import json
 import math
+import signal
 from fractions import Fraction
 
 import pytest
+import torch
 
+from autoregressive.models.loss_settings import LossSettings, build_head_loss
+from autoregressive.runtime.distributed import Session
+from autoregressive.runtime.optim import ModelOptimizer, OptimSettings
 from autoregressive.runtime.run_settings import RunSettings
 from autoregressive.runtime.schedules import LearningRate, whole_steps
-from small_runs import last_checkpoint, metrics, train, write_data
+from autoregressive.train.objective import GPTTrainer, Objective
+from processes import start, start_and_kill
+from small_runs import (
+    EVERYTHING,
+    NO_DROPOUT,
+    TRAIN,
+    assert_same_end,
+    flags,
+    last_checkpoint,
+    metrics,
+    steps_done,
+    train,
+    write_data,
+)
+from waits import NoWaits
+
+CPU = torch.device("cpu")
+FADES = ("--lambda-schedule", "linear")
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +115,14 @@ def test_shares_of_a_run_are_the_fractions_that_are_meant():
     assert whole_steps(0.5, 7) == 3 and whole_steps(2.5, 3) == 7 and whole_steps(0.0, 9) == 0
 
 
+@pytest.fixture(scope="module")
+def faded(folder, tmp_path_factory):
+    """The results of a run whose lambda falls from 1 to 0."""
+    results = tmp_path_factory.mktemp("faded")
+    train(folder, results, *NO_DROPOUT, *FADES)
+    return results
+
+
 def run_settings(**changed):
     settings = {
         "global_batch_size": 8, "lr": 1e-3, "lr_schedule": "cosine", "lr_decay_from": 0.0,
@@ -123,6 +153,125 @@ def test_flags_of_the_learning_rate_that_contradict_each_other_are_refused(chang
         run_settings(**changed).check()
 
 
+def loss_settings(schedule, **changed):
+    settings = {"lambda_cce": 1.0, "lambda_schedule": schedule, "lambda_end": 0.0,
+                "cluster_size": 4, "vocab_size": 24, "no_fused_loss": False, "loss_mib": 0}
+    return LossSettings(**settings | changed)
+
+
+def test_lambda_falls_or_rises_over_the_run_to_its_end():
+    linear = loss_settings("linear", lambda_end=0.2).lambda_over(4)
+    assert [linear(step) for step in range(4)] == pytest.approx([1, 0.8, 0.6, 0.4])
+    rising = loss_settings("cosine", lambda_cce=0.0, lambda_end=1.0).lambda_over(3)
+    assert [rising(step) for step in range(3)] == pytest.approx([0, 0.25, 0.75])
+    assert loss_settings("constant").lambda_over(4) is None
+    assert loss_settings("constant", lambda_cce=0.5).lambda_text == "0.5"
+    assert loss_settings("cosine", lambda_end=0.25).lambda_text == "1-0.25"
+
+
+class Features(torch.nn.Module):
+    """A model of features that are its weights, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = torch.nn.Parameter(torch.randn(2, 9, 16))
+        self.output = torch.nn.Linear(16, 24, bias=False)
+
+    def features(self, tokens, labels):
+        return self.table
+
+
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(24, (2, 9), generator=generator), torch.zeros(2, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("no_fused_loss", [False, True])
+def test_the_objective_has_the_lambda_of_the_step_and_saves_none(no_fused_loss):
+    num_steps = 4
+    loss = loss_settings("linear", lambda_end=0.5, no_fused_loss=no_fused_loss)
+    objective = Objective(Features(), build_head_loss(loss, CPU), loss.lambda_over(num_steps))
+    assert not [name for name in objective.state_dict() if "lambda" in name]
+    buffer = objective.lambda_cce
+    for step in range(num_steps):
+        objective.set_step(step)
+        total, (token, cluster, _) = objective(*batch())
+        torch.testing.assert_close(total, token + (1 - step / 8) * cluster)
+    assert objective.lambda_cce is buffer and buffer.dtype == torch.float32
+
+
+def test_a_step_of_a_changing_lambda_does_not_wait_for_the_device():
+    loss = loss_settings("cosine")
+    objective = Objective(Features(), build_head_loss(loss, CPU), loss.lambda_over(5))
+    optimizer = ModelOptimizer(objective.model, OptimSettings(lr=1e-3), CPU)
+    trainer = GPTTrainer(objective, optimizer, Session(0, 1, CPU), "none")
+    with NoWaits():
+        trainer.step(0, batch(), 1e-3)
+        trainer.step(1, batch(), 1e-3)
+    assert trainer.meter.sums[-1] == pytest.approx(1 + math.cos(math.pi / 10) ** 2)
+
+
+def test_a_run_logs_its_lambda_and_ends_near_the_plain_likelihood(
+        folder, faded, tmp_path):
+    run, = faded.iterdir()
+    assert run.name == "000-GPT-tiny-lambda=1-0-cluster_size=8"
+    assert "lambda 1-0; token loss begins at ln V = 4.16" in (run / "log.txt").read_text()
+    rows = metrics(faded)
+    expected = [1 - step / 20 for step in range(20)]
+    assert [row["lambda_cce"] for row in rows] == pytest.approx(expected, rel=1e-6)
+    train(folder, tmp_path, *NO_DROPOUT, "--lambda-cce", 0)
+    plain = metrics(tmp_path)
+    assert "lambda_cce" not in plain[0]
+    # Not equal from the first step on, and not far at the end.
+    assert rows[0]["token_loss"] == plain[0]["token_loss"]
+    assert rows[0]["grad_norm"] > 1.1 * plain[0]["grad_norm"]
+    assert rows[-1]["token_loss"] == pytest.approx(plain[-1]["token_loss"], rel=0.01)
+    assert rows[-1]["token_loss"] != plain[-1]["token_loss"]
+
+
+@pytest.mark.parametrize("processes, more", [
+    (0, (*FADES, *EVERYTHING, "--log-every", 2)),
+    (2, (*FADES, "--parallel", "fsdp", "--no-fused-loss")),
+    pytest.param(2, (*FADES, *EVERYTHING), marks=pytest.mark.long)])
+def test_a_run_of_changing_lambda_stopped_half_way_ends_like_a_straight_one(
+        folder, tmp_path, processes, more):
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    assert start(TRAIN, *flags(folder, straight, *more), processes=processes).returncode == 0
+    command = flags(folder, killed, *more)
+    status = start_and_kill(TRAIN, *command, processes=processes,
+                            when=lambda: steps_done(killed) >= 6)
+    assert status == -signal.SIGKILL
+    assert start(TRAIN, *command, processes=processes).returncode == 0
+    assert_same_end(straight, killed)
+    lambdas = [row["lambda_cce"] for row in metrics(killed) if "lambda_cce" in row]
+    assert 0 < lambdas[-1] < 0.1
+
+
+@pytest.mark.parametrize("processes, more", [
+    (0, ("--no-fused-loss", "--gradient-accumulation-steps", 4)),
+    (2, ()),
+    (2, ("--parallel", "fsdp"))])
+def test_every_way_to_compute_a_step_has_the_same_lambda(
+        folder, faded, tmp_path, processes, more):
+    train(folder, tmp_path, *NO_DROPOUT, *FADES, *more, processes=processes)
+    for row, other in zip(metrics(tmp_path), metrics(faded), strict=True):
+        for value in ("token_loss", "cluster_loss", "grad_norm", "lambda_cce"):
+            assert row[value] == pytest.approx(other[value], rel=1e-5), value
+
+
+def test_a_run_of_constant_lambda_is_gone_on_from_with_a_changing_one(folder, tmp_path):
+    train(folder, tmp_path / "first", "--log-every", 4, "--max-steps", 6)
+    first, = (tmp_path / "first").iterdir()
+    more = ("--log-every", 4, "--max-steps", 12, "--gpt-ckpt", first, *FADES)
+    train(folder, tmp_path / "second", *more)
+    rows = metrics(tmp_path / "second")
+    assert [row["step"] for row in rows] == [8, 12]
+    # Means since step 6, where the means of a run of other values do not count, and since step 8.
+    expected = [1 - 6.5 / 12, 1 - 9.5 / 12]
+    assert [row["lambda_cce"] for row in rows] == pytest.approx(expected)
+
+
 def test_a_run_follows_the_flags_of_its_learning_rate(folder, tmp_path):
     more = ("--lr", 1e-3, "--lr-schedule", "linear", "--lr-decay-from", 0.5, "--min-lr", 1e-4,
             "--warmup-epochs", 0.6)                         # of 50 // 8 = 6 steps
@@ -136,7 +285,7 @@ def test_a_run_begun_before_the_flags_existed_is_continued(folder, tmp_path):
     train(folder, tmp_path, "--max-steps", 6)
     run, = tmp_path.iterdir()
     config = json.loads((run / "config.json").read_text())
-    for name in ("lr_decay_from", "min_lr", "warmup_epochs"):
+    for name in ("lr_decay_from", "min_lr", "warmup_epochs", "lambda_schedule", "lambda_end"):
         del config[name]
     (run / "config.json").write_text(json.dumps(config))
     train(folder, tmp_path, "--max-steps", 9)

@@ -1,4 +1,4 @@
-"""Numbers that follow a schedule over a run: the learning rate.
+"""Numbers that follow a schedule over a run: the learning rate, and lambda where it changes.
 
 Letters: n steps of the run, k a step, from 0, w steps of warm-up, p progress, 0 to 1.
 
