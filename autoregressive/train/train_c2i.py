@@ -96,6 +96,8 @@ def check_flags(args: Flags, session: Session) -> None:
     """Raises ValueError for flags that contradict each other."""
     check_batch(args.global_batch_size, args.gradient_accumulation_steps, session)
     check_optim(args.ema, args.ema_warmup)
+    for settings in (LossSettings, RunSettings, StartSettings):
+        settings(**args.pick(settings)).check()
     if args.parallel == "fsdp" and args.mixed_precision == "fp16":
         raise ValueError("--parallel fsdp: expected --mixed-precision bf16 or none, got fp16; its "
                          "scaler does not see shards")
@@ -183,12 +185,6 @@ def main(args: Flags, session: Session) -> None:
     with checks(session):
         grid = grid_of(args.image_size, args.downsample_size)
         check_flags(args, session)
-        start_settings = StartSettings(**args.pick(StartSettings))
-        start_settings.check()
-        loss = LossSettings(**args.pick(LossSettings))
-        loss.check()
-        settings = RunSettings(**args.pick(RunSettings))
-        settings.check()
         data = open_data(DataSettings(**args.pick(DataSettings)), grid, session.world_size, older)
         mapping = data.mapping
         vq = open_decoder(args.vq_ckpt, VQConfig(**args.pick(VQConfig)), mapping,
@@ -196,9 +192,11 @@ def main(args: Flags, session: Session) -> None:
         config = gpt_config(args.gpt_model, grid=grid, vocab_size=args.vocab_size,
                             num_classes=args.num_classes, dropout=args.dropout_p,
                             token_dropout=args.token_dropout_p, drop_path=args.drop_path_rate)
-        start = read_start(start_path, config, start_settings, tokens=mapping.tokens,
-                           mapping_path=mapping.path,
+        start = read_start(start_path, config, StartSettings(**args.pick(StartSettings)),
+                           tokens=mapping.tokens, mapping_path=mapping.path,
                            mapping_sha256=mapping.hashes["mapping_sha256"])
+        loss = LossSettings(**args.pick(LossSettings))
+        settings = RunSettings(**args.pick(RunSettings))
         num_steps = settings.num_steps(data.batches.per_epoch)
         identity = args.identity() | data.identity()
         # Weights alone are part of the identity. A checkpoint to go on from is not: its run may
@@ -219,8 +217,7 @@ def main(args: Flags, session: Session) -> None:
 
     # Build what is trained, and the loop that trains it.
     set_up_gpu(args.tf32, args.cudnn_attention)
-    trainer = build_trainer(args, config, num_steps, start=start, data=data, vq=vq,
-                            session=session)
+    trainer = build_trainer(args, config, num_steps, start=start, data=data, vq=vq, session=session)
     num_parameters = sum(parameter.numel() for parameter in trainer.optimizer.model.parameters())
     speed = Speedometer(session.device, session.world_size, config.num_tokens,
                         config.flops_per_token(num_parameters))

@@ -114,7 +114,7 @@ def add_loss_args(parser: Parser) -> None:
 
 
 def open_images(args: Flags, session: Session) -> TokenizerData:
-    """Checks the flags that concern the data, and opens what to train on and validate with.
+    """Checks the flags that need no file, and opens what to train on and validate with.
 
     Raises:
         ValueError: a flag does not fit another, or there are too few pictures.
@@ -122,6 +122,7 @@ def open_images(args: Flags, session: Session) -> TokenizerData:
     check_image_size(args.image_size, args.vq_model)
     check_batch(args.global_batch_size, args.gradient_accumulation_steps, session)
     check_optim(args.ema, args.ema_warmup)
+    RunSettings(**args.pick(RunSettings)).check()
     if args.disc_weight and args.image_size < SMALLEST_IMAGE:
         raise ValueError(f"--image-size: expected at least {SMALLEST_IMAGE} pixels for the "
                          f"discriminator, got {args.image_size}; or give --disc-weight 0")
@@ -202,8 +203,6 @@ def main(args: Flags, session: Session) -> None:
     # Open and check all that the run needs; what its result depends on is its identity.
     with checks(session):
         config = VQConfig(**args.pick(VQConfig))
-        settings = RunSettings(**args.pick(RunSettings))
-        settings.check()
         data = open_images(args, session)
         perceptual = load_lpips(args.vgg_path, args.lpips_path) if args.perceptual_weight else None
         start = None
@@ -212,6 +211,7 @@ def main(args: Flags, session: Session) -> None:
             start, start_hashes = load_vq(args.vq_ckpt, config)
         images_sha256 = dataset_sha256(data.crops.dataset)
         identity = args.identity() | start_hashes | {"images_sha256": images_sha256}
+        settings = RunSettings(**args.pick(RunSettings))
         num_steps = settings.num_steps(data.crops.per_epoch)
         if args.output:
             check_output(args.output)
