@@ -102,6 +102,20 @@ def test_fused_loss_equals_the_plain_one_in_value_statistics_and_gradients(rows_
     assert (found[0] - expected[0]).abs() <= 1e-6 * expected[0]
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.1, 1.0])
+def test_lambda_as_a_tensor_is_lambda_as_a_number(weight):
+    changing = torch.tensor(weight)
+    plain = losses_and_gradients(plain_head_loss, weight=changing)
+    fused = losses_and_gradients(fused_head_loss, 5, weight=changing)
+    torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)
+    for found, options in ((plain, (plain_head_loss,)), (fused, (fused_head_loss, 5))):
+        expected = losses_and_gradients(*options, weight=weight)
+        for one, other in zip(found, expected, strict=True):
+            if weight in (0.0, 1.0):                # what float32 holds exactly
+                assert torch.equal(one, other)
+            assert (one - other).norm() <= 1e-7 * other.norm()
+
+
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
 def test_fused_loss_follows_autocast(precision):
     expected = losses_and_gradients(plain_head_loss, precision=precision)

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 
 from autoregressive.models import gpt
 from autoregressive.models.captured import BUCKET, CapturedSteps, compile_decoding
-from autoregressive.models.cluster_loss import fused_head_loss
+from autoregressive.models.cluster_loss import fused_head_loss, plain_head_loss
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import GPT
@@ -85,6 +85,25 @@ def test_one_graph_serves_all_blocks_and_changes_no_number(drop_path, recomputes
     assert (compiler.graphs, compiler.calls) == (1, NUM_LAYERS)
     assert loss == pytest.approx(plain_loss, rel=1e-6)
     assert (gradients - plain_gradients).norm() < 1e-6 * plain_gradients.norm()
+
+
+@pytest.mark.parametrize("head_loss", [
+    plain_head_loss, functools.partial(fused_head_loss, rows_at_once=20)])
+def test_the_loss_is_not_compiled_again_while_lambda_changes(head_loss):
+    counter = CompileCounter()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(functools.partial(head_loss, cluster_size=4), backend=counter)
+    objective = new_objective(num_layers=1)
+    objective = Objective(objective.model, compiled, lambda step: 1 - step / 8)
+    optimizer = ModelOptimizer(objective.model, OptimSettings(lr=1e-3), CPU)
+    trainer = GPTTrainer(objective, optimizer, ALONE, "none", accumulation=2)
+    graphs = []
+    for step in range(5):
+        trainer.step(step, batch(), 1e-3)
+        graphs.append(counter.frame_count)
+    assert graphs == [graphs[0]] * 5 and graphs[0] > 0
+    assert not torch._dynamo.utils.counters["recompiles"]
+    assert trainer.meter.sums[-1] == 1 + 7 / 8 + 6 / 8 + 5 / 8 + 4 / 8
 
 
 def test_recomputing_a_block_keeps_less():

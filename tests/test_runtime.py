@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import math
 import random
 import struct
 import subprocess
@@ -48,7 +47,6 @@ from autoregressive.runtime.optim import (
     OptimSettings,
     add_optim_args,
     build_optimizer,
-    learning_rate,
 )
 from autoregressive.runtime.pictures import CAPTION_HEIGHT, GAP, LEGIBLE_SIDE, save_grid
 from autoregressive.runtime.run_settings import RunRequest, add_training_args, open_run_folder
@@ -398,18 +396,6 @@ def test_seeds_of_ranks_differ_and_repeat():
         seed_everything(seed, rank)
         draws.append(torch.rand(1).item())
     assert draws[0] == draws[3] and len(set(draws)) == 3
-
-
-def test_learning_rate_warms_up_and_ends_as_its_schedule_says():
-    rates = {schedule: [learning_rate(step, 30, 2.0, 10, schedule) for step in range(30)]
-             for schedule in ("constant", "linear", "cosine")}
-    for rate in rates.values():
-        assert rate[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
-    assert rates["constant"][10:] == [2.0] * 20
-    linear = [2.0 * (1 - i / 20) for i in range(20)]
-    cosine = [1 + math.cos(math.pi * i / 20) for i in range(20)]
-    assert rates["linear"][10:] == pytest.approx(linear)
-    assert rates["cosine"][10:] == pytest.approx(cosine)
 
 
 def test_weight_decay_spares_vectors():

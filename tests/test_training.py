@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from autoregressive.data.batches import TokenBatches, split_store
-from autoregressive.data.code_writer import CodeWriter
 from autoregressive.data.opening import open_codes
 from autoregressive.data.training_data import DataSettings, open_data
 from autoregressive.models.cluster_loss import fused_head_loss
@@ -39,18 +38,21 @@ from autoregressive.runtime.log import cut_log
 from autoregressive.runtime.optim import EMA_DECAY, ModelOptimizer, MovingAverage, OptimSettings
 from autoregressive.train.objective import GPTTrainer, Objective
 from conftest import FIXTURES, ROOT
-from processes import ENVIRONMENT, command, run_here, start, start_and_kill, without_time
-from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
+from processes import ENVIRONMENT, command, run_here, start, start_and_kill
+from small_runs import (
+    EVERYTHING,
+    NO_DROPOUT,
+    TRAIN,
+    assert_same_end,
+    flags,
+    last_checkpoint,
+    metrics,
+    steps_done,
+    train,
+    write_data,
+    write_store,
+)
 
-TRAIN = "autoregressive/train/train_c2i.py"
-MANIFEST = {
-    "dataset": "test", "num_images": 50, "num_crops": 2, "num_tokens": 16, "grid": 4,
-    "codebook_size": 64, "crops": ["centre", "centre, mirrored"], "class_names": ["a", "b", "c"],
-    "images_sha256": "1" * 64, "image_size": 16, "codebook_sha256": "2" * 64,
-    "tokenizer_sha256": "3" * 64}
-NO_DROPOUT = ("--dropout-p", 0, "--token-dropout-p", 0, "--global-batch-size", 16)
-EVERYTHING = ("--ema", "--gradient-accumulation-steps", 2, "--val-every", 7, "--val-share", 0.1,
-              "--lr-schedule", "cosine", "--warmup", 3)
 CPU = torch.device("cpu")
 FAIL_WHILE_READING = """
 import sys
@@ -66,70 +68,11 @@ write(rows())
 """
 
 
-def write_store(path, labels, seed):
-    writer = CodeWriter(path, MANIFEST)
-    writer.create(labels)
-    writer.write(range(50), np.random.default_rng(seed).integers(64, size=(50, 2, 16)), {})
-    writer.finish(0)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A store of 50 images, a mapping, and a VQ model of random weights."""
     folder = tmp_path_factory.mktemp("training")
-    write_store(folder / "codes", np.arange(50) % 3, seed=0)
-    torch.manual_seed(0)
-    save_checkpoint(folder / "mapping.pt", torch.randperm(64))
-    model = VQModel(VQConfig("VQ-4-small", 64, 8))
-    save_checkpoint(folder / "vq.pt", {"model": model.state_dict()})
+    write_data(folder)
     return folder
-
-
-def flags(folder, results, *more):
-    return ("--code-path", folder / "codes", "--mapping-path", folder / "mapping.pt",
-            "--results-dir", results, "--gpt-model", "GPT-tiny", "--num-classes", 3,
-            "--vocab-size", 64, "--codebook-size", 64, "--cluster-size", 8,
-            "--image-size", 16, "--downsample-size", 4,
-            "--vq-model", "VQ-4-small", "--vq-ckpt", folder / "vq.pt",
-            "--mixed-precision", "none", "--global-batch-size", 8, "--max-steps", 20,
-            "--log-every", 1, "--ckpt-steps", 3, *more)
-
-
-def train(folder, results, *more, processes=0):
-    if not processes:
-        run_to_its_end(folder, results, *more)
-        return
-    done = start(TRAIN, *flags(folder, results, *more), processes=processes)
-    assert done.returncode == 0, done.stderr
-
-
-def run_to_its_end(folder, results, *more):
-    assert run_here(TRAIN, *flags(folder, results, *more)) == 0
-
-
-def metrics(results):
-    path, = results.glob("*/metrics.jsonl")
-    return [without_time(json.loads(line)) for line in path.read_text().splitlines()]
-
-
-def last_checkpoint(results):
-    checkpoints, = results.glob("*/checkpoints")
-    return read_checkpoint(list_checkpoints(checkpoints)[-1])
-
-
-def assert_same_end(results, others):
-    assert metrics(results) == metrics(others)
-    expected, found = last_checkpoint(results), last_checkpoint(others)
-    for kind in ("model", "ema"):
-        assert (kind in expected) == (kind in found)
-        for name in expected.get(kind, ()):
-            assert torch.equal(expected[kind][name], found[kind][name]), (kind, name)
-    assert expected["steps"] == found["steps"] and expected["images_seen"] == found["images_seen"]
-
-
-def steps_done(results):
-    found = list(results.glob("*/metrics.jsonl"))
-    return len(found[0].read_text().splitlines()) if found else 0
 
 
 @pytest.mark.parametrize("processes, kills, more", [

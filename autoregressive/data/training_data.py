@@ -77,6 +77,12 @@ class TrainingData:
         """Names of all classes; None if they are not known."""
         return self.store.manifest["class_names"]
 
+    def describe(self) -> str:
+        """Returns what there is to train on, for the log."""
+        _, num_crops, num_tokens = self.store.codes.shape
+        return (f"{self.store.path}: {len(self.store.rows)} images, {num_crops} crops of "
+                f"{num_tokens} tokens, {self.batches.num_classes} classes")
+
     def identity(self) -> dict[str, Any]:
         """Returns the hashes of codes and mapping, and how many images are trained on."""
         names = ("images_sha256", "tokenizer_sha256", "codes_sha256", "labels_sha256")
@@ -107,6 +113,8 @@ def open_data(settings: DataSettings, grid: int, world_size: int,
     Raises:
         ValueError: files are missing or damaged, or do not fit each other or the flags.
     """
+    if settings.val_every and not settings.val_share:
+        raise ValueError("--val-share: expected more than 0 with --val-every, got 0")
     store = open_codes(*settings.code_path, opened=older_stores)
     mapping_path = settings.mapping_path or default_mapping_path(settings.cluster_size)
     mapping = read_mapping(mapping_path, settings.vocab_size)

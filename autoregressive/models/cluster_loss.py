@@ -30,7 +30,7 @@ def check_cluster_size(vocab_size: int, cluster_size: int) -> None:
 
 
 def plain_head_loss(features: Tensor, weight: Tensor, targets: Tensor, cluster_size: int,
-                    lambda_cce: float) -> tuple[Tensor, Tensor]:
+                    lambda_cce: float | Tensor) -> tuple[Tensor, Tensor]:
     """Computes the loss as the equations say, from all logits (N, V) at once.
 
     Args:
@@ -39,7 +39,7 @@ def plain_head_loss(features: Tensor, weight: Tensor, targets: Tensor, cluster_s
         weight: (V, D) float, the head.
         targets: (N,) int64 tokens in 0 .. V - 1.
         cluster_size: S, a divisor of V.
-        lambda_cce: weight of the cluster loss.
+        lambda_cce: weight of the cluster loss; a float32 scalar on the device if it changes.
 
     Returns:
         the loss, a mean over the rows (scalar, float32 at least), and a detached (3,) of token
@@ -65,7 +65,7 @@ def plain_head_loss(features: Tensor, weight: Tensor, targets: Tensor, cluster_s
 
 
 def fused_head_loss(features: Tensor, weight: Tensor, targets: Tensor, cluster_size: int,
-                    lambda_cce: float, rows_at_once: int) -> tuple[Tensor, Tensor]:
+                    lambda_cce: float | Tensor, rows_at_once: int) -> tuple[Tensor, Tensor]:
     """Computes what plain_head_loss does in chunks of rows, without ever holding all logits.
 
     The gradient is found in the same pass, by the closed form, while the logits of a chunk are at
@@ -96,7 +96,8 @@ class _FusedHeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, features: Tensor, weight: Tensor, targets: Tensor,
-                cluster_size: int, lambda_cce: float, rows_at_once: int) -> tuple[Tensor, Tensor]:
+                cluster_size: int, lambda_cce: float | Tensor,
+                rows_at_once: int) -> tuple[Tensor, Tensor]:
         head = weight.to(features.dtype)                            # (V, D)
         wants_gradient = any(ctx.needs_input_grad[:2])
         if wants_gradient:
@@ -131,7 +132,7 @@ class _FusedHeadLoss(torch.autograd.Function):
         return grad_features, grad_weight * scale, None, None, None, None
 
 
-def _loss_of_chunk(z: Tensor, targets: Tensor, cluster_size: int, lambda_cce: float,
+def _loss_of_chunk(z: Tensor, targets: Tensor, cluster_size: int, lambda_cce: float | Tensor,
                    wants_gradient: bool) -> tuple[Tensor, Tensor | None]:
     """Returns the sums (3,) of token loss, cluster loss and hits over the rows, and dL/dz.
 

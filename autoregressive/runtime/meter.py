@@ -24,6 +24,12 @@ class Meter:
         self.count = 0
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
 
+    def load(self, sums: Tensor, count: int) -> None:
+        """Goes on from the `sums` and the `count` of a meter; from 0 if it had other values."""
+        if len(sums) == len(self.names):
+            self.sums = sums.to(self.device)
+            self.count = count
+
     def add(self, step: int, values: Tensor, is_bad: Tensor) -> None:
         """Adds what one step measured; does not wait for the device.
 

@@ -1,13 +1,12 @@
-"""AdamW, its learning rate, the moving average, and the guarded step that all training shares."""
+"""AdamW, the moving average, and the guarded step that all training shares."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from autoregressive.runtime.entry import Parser, at_least, fraction
+from autoregressive.runtime.entry import Parser, at_least, between, fraction
 from autoregressive.runtime.parallel import (
     check_names,
     copy_part,
@@ -17,8 +16,8 @@ from autoregressive.runtime.parallel import (
     scatter_state,
     whole_tensor,
 )
+from autoregressive.runtime.schedules import SCHEDULES
 
-SCHEDULES = ("constant", "cosine", "linear")
 EMA_DECAY = 0.9999
 EMA_GROUPS = 8                  # parts of the weights that the average moves one after the other
 
@@ -30,7 +29,14 @@ def add_optim_args(parser: Parser) -> None:
                        help="peak learning rate (1e-4 per 256 images of a batch)")
     group.add_argument("--lr-schedule", default="constant", choices=SCHEDULES,
                        help="what follows the warm-up")
+    group.add_argument("--lr-decay-from", type=fraction, default=0.0,
+                       help="share of the run before the learning rate falls; 0: from the end of "
+                            "the warm-up on")
+    group.add_argument("--min-lr", type=at_least(0.0), default=0.0,
+                       help="what the learning rate falls to")
     group.add_argument("--warmup", type=at_least(0), default=0, help="steps of linear warm-up")
+    group.add_argument("--warmup-epochs", type=between(0.0, 1e6), default=0.0,
+                       help="epochs of linear warm-up, instead of steps")
     group.add_argument("--weight-decay", type=at_least(0.0), default=0.05,
                        help="on tensors of two or more dimensions only")
     group.add_argument("--beta1", type=fraction, default=0.9, help="first AdamW beta")
@@ -81,26 +87,6 @@ def build_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.Ad
               {"params": spared, "weight_decay": 0.0}]
     betas = (settings.beta1, settings.beta2)
     return torch.optim.AdamW(groups, lr=settings.lr, betas=betas, eps=1e-8, fused=True)
-
-
-def learning_rate(step: int, num_steps: int, peak: float, warmup: int, schedule: str) -> float:
-    """Returns the learning rate of a step: linear warm-up, then constant, or falling towards 0.
-
-    Args:
-        step: 0 .. num_steps - 1.
-        num_steps: length of the run.
-        peak: the rate after the warm-up.
-        warmup: number of steps of the warm-up.
-        schedule: one of SCHEDULES.
-    """
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    if schedule == "constant":
-        return peak
-    progress = (step - warmup) / max(num_steps - warmup, 1)
-    if schedule == "linear":
-        return peak * (1 - progress)
-    return peak * ((1 + math.cos(math.pi * progress)) / 2)
 
 
 class MovingAverage:

@@ -14,8 +14,20 @@ from torch import Tensor, nn
 
 from autoregressive.runtime.checkpoint import name_differences, summarise
 from autoregressive.runtime.distributed import Session, backend_of
+from autoregressive.runtime.entry import Parser, may_vary
 
 PARALLEL = ("ddp", "fsdp")
+
+
+def add_memory_args(parser: Parser) -> None:
+    """Declares the flags that make room for larger models, at the price of time."""
+    group = parser.add_argument_group("memory")
+    may_vary(group.add_argument("--parallel", default="ddp", choices=PARALLEL,
+                                help="ddp: every process holds all weights; fsdp: shards them, for "
+                                     "XL and larger"))
+    may_vary(group.add_argument("--checkpoint-activations", action="store_true",
+                                help="compute each block's activations again in the backward pass: "
+                                     "slower, less memory"))
 
 
 def device_to_build_on(session: Session, parallel: str) -> torch.device:

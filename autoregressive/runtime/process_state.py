@@ -22,7 +22,8 @@ def load_process_states(states: list[dict[str, Any]] | None, meter: Meter, sessi
     """Sets torch's random numbers and a meter to what process_state returned on each process.
 
     Where another number of processes wrote the checkpoint, the means go on from the mean of theirs,
-    and dropout draws other numbers.
+    and dropout draws other numbers. Where another run did, which measured other values, the means
+    begin anew.
 
     Args:
         states: by rank; None if the checkpoint holds none, as public ones do.
@@ -38,12 +39,10 @@ def load_process_states(states: list[dict[str, Any]] | None, meter: Meter, sessi
         LOGGER.warning("%s: written by %d processes, continued by %d: the data go on "
                        "where they were, dropout draws other numbers", path, len(states),
                        session.world_size)
-        meter.sums = (sum(state["sums"] for state in states) / len(states)).to(meter.device)
-        meter.count = states[0]["count"]
+        meter.load(sum(state["sums"] for state in states) / len(states), states[0]["count"])
         return
     own = states[session.rank]
-    meter.sums = own["sums"].to(meter.device)
-    meter.count = own["count"]
+    meter.load(own["sums"], own["count"])
     torch.set_rng_state(own["cpu"])
     if own["cuda"] is not None and session.device.type == "cuda":
         torch.cuda.set_rng_state(own["cuda"])

@@ -8,10 +8,11 @@ from typing import Any
 from autoregressive.runtime.checkpoint import list_checkpoints
 from autoregressive.runtime.compute import PRECISIONS
 from autoregressive.runtime.distributed import Session
-from autoregressive.runtime.entry import Parser, at_least, may_vary, on_main
+from autoregressive.runtime.entry import Parser, at_least, flag_of, may_vary, on_main
 from autoregressive.runtime.files import check_writable_folder
 from autoregressive.runtime.identity import RunFolder, find_run_folder
 from autoregressive.runtime.lock import hold
+from autoregressive.runtime.schedules import LearningRate, whole_steps
 
 FIND_SECONDS = 60               # that a start waits for another one that looks for its run folder
 
@@ -74,7 +75,7 @@ def check_batch(global_batch_size: int, accumulation: int, session: Session) -> 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """How long a run is, and when something happens in it.
+    """How long a run is, its learning rate, and when something happens in it.
 
     Its fields are flags of add_training_args and add_optim_args, whose help says what they mean.
     """
@@ -82,7 +83,10 @@ class RunSettings:
     global_batch_size: int
     lr: float
     lr_schedule: str
+    lr_decay_from: float
+    min_lr: float
     warmup: int
+    warmup_epochs: float
     epochs: int
     max_steps: int
     log_every: int
@@ -94,9 +98,28 @@ class RunSettings:
     no_local_save: bool
     num_workers: int
 
+    def check(self) -> None:
+        """Raises ValueError for flags of the learning rate that contradict each other."""
+        for name in ("min_lr", "lr_decay_from"):
+            if getattr(self, name) and self.lr_schedule == "constant":
+                raise ValueError(f"{flag_of(name)}: expected --lr-schedule cosine or linear, got "
+                                 "constant, which never falls; leave one of them out")
+        if self.min_lr > self.lr:
+            raise ValueError(f"--min-lr: expected at most --lr {self.lr:g}, got {self.min_lr:g}; "
+                             "lower it, or raise --lr")
+        if self.warmup and self.warmup_epochs:
+            raise ValueError(f"--warmup-epochs: expected no --warmup beside it, got {self.warmup} "
+                             f"steps and {self.warmup_epochs:g} epochs; give one of them")
+
     def num_steps(self, steps_per_epoch: int) -> int:
         """Returns the length of the run."""
         return self.max_steps or self.epochs * steps_per_epoch
+
+    def learning_rate(self, steps_per_epoch: int) -> LearningRate:
+        """Returns the learning rate over the run."""
+        warmup = self.warmup or whole_steps(self.warmup_epochs, steps_per_epoch)
+        return LearningRate(self.lr, self.lr_schedule, self.num_steps(steps_per_epoch), warmup,
+                            decay_from=self.lr_decay_from, least=self.min_lr)
 
 
 @dataclass(frozen=True)

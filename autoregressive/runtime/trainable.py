@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
+from torch import Tensor
 
 from autoregressive.runtime.meter import Meter
 
@@ -58,6 +59,21 @@ class Batches(Protocol):
 
     def __getitem__(self, key: tuple[int, range]) -> object:
         """Returns the part of the batch of a step, from 0, at a range of places of 0 .. B - 1."""
+
+
+class ValBatches(Protocol):
+    """What a GPT is validated on: data.batches.TokenBatches.
+
+    Attributes:
+        per_epoch: number of batches.
+        batch_size: images of a batch, over all processes.
+    """
+
+    per_epoch: int
+    batch_size: int
+
+    def __getitem__(self, key: tuple[int, range]) -> tuple[Tensor, Tensor]:
+        """Returns tokens (B, T) and labels (B,) at a range of places of a batch, on the CPU."""
 
 
 class Start(Protocol):

@@ -24,7 +24,6 @@ from autoregressive.runtime.entry import checks, exit_with, message_of
 from autoregressive.runtime.identity import RunFolder, find_difference
 from autoregressive.runtime.loader import read_ahead
 from autoregressive.runtime.log import LOGGER, cut_log, open_logger
-from autoregressive.runtime.optim import learning_rate
 from autoregressive.runtime.process_state import load_process_states, process_state
 from autoregressive.runtime.run_log import RunLog, as_text, last_values, plot_run
 from autoregressive.runtime.run_settings import RunSettings
@@ -59,7 +58,7 @@ class TrainingRun:
         folder: where the run lies.
         trainable: what is trained.
         batches: what it is trained on.
-        settings: how long the run is, and when something happens.
+        settings: how long the run is, its learning rate, and when something happens.
         session: Session.
         checkpoint_settings: plain dict, in every checkpoint: what a reader must know of it.
         speed: measures rates.
@@ -171,9 +170,9 @@ class TrainingRun:
         self._log = RunLog(self.folder, session, self.curves, steps=first, num_steps=self.num_steps,
                            batch_size=batch_size)
 
+        learning_rate = settings.learning_rate(self.batches.per_epoch)
         for step, batch in enumerate(batches, first):
-            lr = learning_rate(step, self.num_steps, settings.lr, settings.warmup,
-                               schedule=settings.lr_schedule)
+            lr = learning_rate.at(step)
             self.trainable.step(step, batch, lr)
             self.steps = step + 1
             self.speed.add(batch_size)

@@ -6,7 +6,7 @@ Letters: B batch, T tokens, D width, V codes, N = B * T rows.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,25 +16,13 @@ from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.meter import Meter
 from autoregressive.runtime.optim import ModelOptimizer
 from autoregressive.runtime.parallel import sync_gradients
+from autoregressive.runtime.trainable import ValBatches
 
 LOSSES = ("token_loss", "cluster_loss", "cluster_accuracy")
-# From features (N, D), head (V, D) and targets (N,) to the loss and its statistics (3,), as LOSSES.
-HeadLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-class ValBatches(Protocol):
-    """The batches that a GPT is validated on: data.batches.TokenBatches.
-
-    Attributes:
-        per_epoch: number of batches.
-        batch_size: images of a batch, over all processes.
-    """
-
-    per_epoch: int
-    batch_size: int
-
-    def __getitem__(self, key: tuple[int, range]) -> tuple[Tensor, Tensor]:
-        """Returns tokens (B, T) and labels (B,) at a range of places of a batch, on the CPU."""
+CURVES = (*LOSSES, "grad_norm")
+# From features (N, D), head (V, D) and targets (N,), perhaps with lambda_cce, a scalar, to the loss
+# and its statistics (3,), as LOSSES.
+HeadLoss = Callable[..., tuple[Tensor, Tensor]]
 
 
 class Objective(nn.Module):
@@ -43,10 +31,21 @@ class Objective(nn.Module):
     Weights are saved from `.model`, so that their names are those of the GPT.
     """
 
-    def __init__(self, model: nn.Module, head_loss: HeadLoss) -> None:
+    def __init__(self, model: nn.Module, head_loss: HeadLoss,
+                 lambda_at: Callable[[int], float] | None = None) -> None:
+        """`lambda_at` gives lambda of a step if it changes; else it is None, and in `head_loss`."""
         super().__init__()
         self.model = model
         self.head_loss = head_loss
+        self.lambda_at = lambda_at
+        # A tensor: for a float that changes the loss would be compiled again.
+        lambda_cce = torch.tensor(lambda_at(0)) if lambda_at else None
+        self.register_buffer("lambda_cce", lambda_cce, persistent=False)
+
+    def set_step(self, step: int) -> None:
+        """Sets lambda to that of a step, from 0; does not wait for the device."""
+        if self.lambda_at:
+            self.lambda_cce.fill_(self.lambda_at(step))
 
     def forward(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Computes the loss of a batch.
@@ -60,7 +59,8 @@ class Objective(nn.Module):
         """
         features = self.model.features(tokens[:, :-1], labels)      # (B, T, D)
         head = self.model.output.weight                             # (V, D)
-        return self.head_loss(features.flatten(0, 1), head, tokens.flatten())
+        weights = {} if self.lambda_cce is None else {"lambda_cce": self.lambda_cce}
+        return self.head_loss(features.flatten(0, 1), head, tokens.flatten(), **weights)
 
 
 @dataclass(eq=False)
@@ -89,7 +89,10 @@ class GPTTrainer:
     compiler: BlockCompiler | None = None
 
     def __post_init__(self) -> None:
-        self.meter = Meter((*LOSSES, "grad_norm"), self.session.device)
+        parts = self.wrapped.modules()
+        self.objective = next(part for part in parts if isinstance(part, Objective))
+        names = (*CURVES, "lambda_cce") if self.objective.lambda_at else CURVES
+        self.meter = Meter(names, self.session.device)
 
     def step(self, step: int, batch: tuple[Tensor, Tensor], lr: float) -> None:
         """Applies a step from this process's part of the batch.
@@ -103,6 +106,7 @@ class GPTTrainer:
         micro_batches = zip(tokens.chunk(self.accumulation), labels.chunk(self.accumulation),
                             strict=True)
         losses = torch.zeros(len(LOSSES), device=self.session.device)
+        self.objective.set_step(step)
         for number, micro_batch in enumerate(micro_batches, start=1):
             is_last = number == self.accumulation
             with sync_gradients(self.wrapped, is_last):
@@ -111,7 +115,10 @@ class GPTTrainer:
                 self.optimizer.backward(loss / self.accumulation)
             losses += micro_losses / self.accumulation
         norm, is_bad = self.optimizer.step(step, lr, losses[0])
-        self.meter.add(step, torch.cat([losses, norm[None]]), is_bad)
+        values = [*losses, norm]
+        if self.objective.lambda_at:
+            values.append(self.objective.lambda_cce)
+        self.meter.add(step, torch.stack(values), is_bad)
         if self.compiler:
             self.compiler.report(forwards=self.accumulation)
             self.compiler = None

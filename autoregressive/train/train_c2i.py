@@ -20,7 +20,6 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import functools
-import math
 from typing import Any
 
 import torch
@@ -29,7 +28,6 @@ from autoregressive.data.codes import add_code_args
 from autoregressive.data.opening import open_older_stores
 from autoregressive.data.store_checks import verify_codes
 from autoregressive.data.training_data import DataSettings, TrainingData, add_data_args, open_data
-from autoregressive.models.cluster_loss import check_cluster_size
 from autoregressive.models.config import (
     GPTConfig,
     add_gpt_args,
@@ -39,7 +37,7 @@ from autoregressive.models.config import (
 )
 from autoregressive.models.gpt import GPT
 from autoregressive.models.loading import GPTFile
-from autoregressive.models.loss_settings import LossSettings, add_loss_memory_args, build_head_loss
+from autoregressive.models.loss_settings import LossSettings, add_loss_args, build_head_loss
 from autoregressive.models.start import StartSettings, add_start_args, check_start, read_start
 from autoregressive.pipeline import open_decoder, save_samples
 from autoregressive.runtime.checkpoint import find_checkpoint, load_strictly
@@ -55,7 +53,7 @@ from autoregressive.runtime.entry import Flags, Parser, at_least, checks, may_va
 from autoregressive.runtime.files import weights_sha256
 from autoregressive.runtime.log import LOGGER, open_logger
 from autoregressive.runtime.optim import ModelOptimizer, OptimSettings, add_optim_args, check_optim
-from autoregressive.runtime.parallel import PARALLEL, device_to_build_on, wrap_for_training
+from autoregressive.runtime.parallel import add_memory_args, device_to_build_on, wrap_for_training
 from autoregressive.runtime.pictures import save_grid
 from autoregressive.runtime.run_settings import (
     RunRequest,
@@ -66,7 +64,7 @@ from autoregressive.runtime.run_settings import (
 )
 from autoregressive.runtime.speed import Speedometer
 from autoregressive.runtime.training import TrainingRun
-from autoregressive.train.objective import GPTTrainer, Objective
+from autoregressive.train.objective import CURVES, GPTTrainer, Objective
 from tokenizer.tokenizer_image.images import to_uint8
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel, add_vq_args
 
@@ -87,28 +85,19 @@ def build_parser() -> Parser:
     may_vary(parser.add_argument("--validation_step", type=at_least(0), default=0,
                                  help="steps between sample pictures; 0: none"))
     group = parser.add_argument_group("loss and regularisation")
-    group.add_argument("--lambda-cce", type=at_least(0.0), default=1.0,
-                       help="weight of the cluster loss; 0 is LlamaGen")
+    add_loss_args(group)
     add_regularisation_args(group)
     add_start_args(group)
-    group = parser.add_argument_group("memory")
-    may_vary(group.add_argument("--parallel", default="ddp", choices=PARALLEL,
-                                help="ddp: every process holds all weights; fsdp: shards them, for "
-                                     "XL and larger"))
-    may_vary(group.add_argument("--checkpoint-activations", action="store_true",
-                                help="compute each block's activations again in the backward pass: "
-                                     "slower, less memory"))
-    add_loss_memory_args(group)
+    add_memory_args(parser)
     return parser
 
 
 def check_flags(args: Flags, session: Session) -> None:
     """Raises ValueError for flags that contradict each other."""
-    check_cluster_size(args.vocab_size, args.cluster_size)
     check_batch(args.global_batch_size, args.gradient_accumulation_steps, session)
     check_optim(args.ema, args.ema_warmup)
-    if args.val_every and not args.val_share:
-        raise ValueError("--val-share: expected more than 0 with --val-every, got 0")
+    for settings in (LossSettings, RunSettings, StartSettings):
+        settings(**args.pick(settings)).check()
     if args.parallel == "fsdp" and args.mixed_precision == "fp16":
         raise ValueError("--parallel fsdp: expected --mixed-precision bf16 or none, got fp16; its "
                          "scaler does not see shards")
@@ -117,12 +106,12 @@ def check_flags(args: Flags, session: Session) -> None:
 def checkpoint_settings(args: Flags, data: TrainingData) -> dict[str, Any]:
     """Returns what a reader of a checkpoint must know of it."""
     names = ("gpt_model", "vocab_size", "num_classes", "image_size", "cluster_size", "lambda_cce",
-             "global_batch_size", "ema", "ema_warmup")
+             "lambda_schedule", "lambda_end", "global_batch_size", "ema", "ema_warmup")
     return {name: getattr(args, name) for name in names} | data.checkpoint_settings()
 
 
-def build_trainer(args: Flags, config: GPTConfig, start: GPTFile | None, data: TrainingData,
-                  vq: VQModel | None, session: Session) -> GPTTrainer:
+def build_trainer(args: Flags, config: GPTConfig, num_steps: int, *, start: GPTFile | None,
+                  data: TrainingData, vq: VQModel | None, session: Session) -> GPTTrainer:
     """Builds the model and everything that trains it."""
     device = session.device
 
@@ -136,7 +125,8 @@ def build_trainer(args: Flags, config: GPTConfig, start: GPTFile | None, data: T
         load_strictly(model, start.state, start.path)
 
     # Compile what takes the time: every block, and the loss.
-    head_loss = build_head_loss(LossSettings(**args.pick(LossSettings)), device)
+    loss = LossSettings(**args.pick(LossSettings))
+    head_loss = build_head_loss(loss, device)
     for layer in model.layers:
         layer.recomputes = args.checkpoint_activations
     compiler = None
@@ -146,7 +136,8 @@ def build_trainer(args: Flags, config: GPTConfig, start: GPTFile | None, data: T
         compiler = BlockCompiler(model.layers)
 
     # Divide the work among processes; from here on the model is on its device.
-    wrapped = wrap_for_training(Objective(model, head_loss), session, args.parallel, model.layers,
+    objective = Objective(model, head_loss, loss.lambda_over(num_steps))
+    wrapped = wrap_for_training(objective, session, args.parallel, model.layers,
                                 PRECISIONS[args.mixed_precision])
     optimizer = ModelOptimizer(model, OptimSettings(**args.pick(OptimSettings)), device,
                                uses_scaler=args.mixed_precision == "fp16")
@@ -171,22 +162,17 @@ def save_first_rows(path: Path, data: TrainingData, vq: VQModel) -> None:
               captions=[names[label] for label in labels])
 
 
-def log_start(args: Flags, config: GPTConfig, data: TrainingData, num_parameters: int,
+def log_start(name: str, data: TrainingData, loss: LossSettings, num_parameters: int,
               num_steps: int) -> None:
     """Says in the log what is trained, on what, for how long, and where its losses begin."""
     store = data.store
-    _, num_crops, num_tokens = store.codes.shape
-    LOGGER.info("%s, %.1fM parameters; %s: %d images, %d crops of %d tokens, %d classes",
-                config.name, num_parameters / 1e6, store.path, len(store.rows), num_crops,
-                num_tokens, config.num_classes)
+    LOGGER.info("%s, %.1fM parameters; %s", name, num_parameters / 1e6, data.describe())
     num_failed = len(store.labels) - len(store.rows)
     if num_failed:
         LOGGER.warning("%d images of %s could not be read and are left out", num_failed, store.path)
-    if config.vocab_size == 16384:
+    if loss.vocab_size == 16384:
         LOGGER.info("ImageNet models end with a token loss of 7 to 8, which is normal")
-    LOGGER.info("%d steps of %d images, lambda %g; token loss begins at ln V = %.2f, cluster loss "
-                "at ln K = %.2f", num_steps, args.global_batch_size, args.lambda_cce,
-                math.log(args.vocab_size), math.log(args.vocab_size // args.cluster_size))
+    LOGGER.info("%d steps of %d images, %s", num_steps, data.batches.batch_size, loss.describe())
 
 
 def main(args: Flags, session: Session) -> None:
@@ -199,8 +185,6 @@ def main(args: Flags, session: Session) -> None:
     with checks(session):
         grid = grid_of(args.image_size, args.downsample_size)
         check_flags(args, session)
-        start_settings = StartSettings(**args.pick(StartSettings))
-        start_settings.check()
         data = open_data(DataSettings(**args.pick(DataSettings)), grid, session.world_size, older)
         mapping = data.mapping
         vq = open_decoder(args.vq_ckpt, VQConfig(**args.pick(VQConfig)), mapping,
@@ -208,9 +192,10 @@ def main(args: Flags, session: Session) -> None:
         config = gpt_config(args.gpt_model, grid=grid, vocab_size=args.vocab_size,
                             num_classes=args.num_classes, dropout=args.dropout_p,
                             token_dropout=args.token_dropout_p, drop_path=args.drop_path_rate)
-        start = read_start(start_path, config, start_settings, tokens=mapping.tokens,
-                           mapping_path=mapping.path,
+        start = read_start(start_path, config, StartSettings(**args.pick(StartSettings)),
+                           tokens=mapping.tokens, mapping_path=mapping.path,
                            mapping_sha256=mapping.hashes["mapping_sha256"])
+        loss = LossSettings(**args.pick(LossSettings))
         settings = RunSettings(**args.pick(RunSettings))
         num_steps = settings.num_steps(data.batches.per_epoch)
         identity = args.identity() | data.identity()
@@ -220,7 +205,7 @@ def main(args: Flags, session: Session) -> None:
             identity["start_sha256"] = weights_sha256(start.state)
 
     # Find the run that this command continues, or begin one.
-    name = f"{args.gpt_model}-lambda={args.lambda_cce:g}-cluster_size={args.cluster_size}"
+    name = f"{args.gpt_model}-lambda={loss.lambda_text}-cluster_size={args.cluster_size}"
     can_start = functools.partial(check_start, start, num_steps, needs_ema=args.ema,
                                   needs_scaler=args.mixed_precision == "fp16")
     request = RunRequest(args.results_dir, name, identity, config=args.plain() | identity,
@@ -232,13 +217,13 @@ def main(args: Flags, session: Session) -> None:
 
     # Build what is trained, and the loop that trains it.
     set_up_gpu(args.tf32, args.cudnn_attention)
-    trainer = build_trainer(args, config, start=start, data=data, vq=vq, session=session)
+    trainer = build_trainer(args, config, num_steps, start=start, data=data, vq=vq, session=session)
     num_parameters = sum(parameter.numel() for parameter in trainer.optimizer.model.parameters())
     speed = Speedometer(session.device, session.world_size, config.num_tokens,
                         config.flops_per_token(num_parameters))
     training = TrainingRun(folder, trainer, data.batches, settings, session, speed=speed,
                            checkpoint_settings=checkpoint_settings(args, data), result=RESULT,
-                           curves=trainer.meter.names, pictures_every=args.validation_step)
+                           curves=CURVES, pictures_every=args.validation_step)
 
     # Look at the data once more, load the newest checkpoint, and train.
     with checks(session):
@@ -246,7 +231,7 @@ def main(args: Flags, session: Session) -> None:
     training.resume(start, can_start)
     if session.is_main and vq:
         save_first_rows(folder.path / "data.png", data, vq)
-    log_start(args, config, data, num_parameters, num_steps)
+    log_start(config.name, data, loss, num_parameters, num_steps)
     training.train()
     training.finish()
 

@@ -114,7 +114,7 @@ def add_loss_args(parser: Parser) -> None:
 
 
 def open_images(args: Flags, session: Session) -> TokenizerData:
-    """Checks the flags that concern the data, and opens what to train on and validate with.
+    """Checks the flags that need no file, and opens what to train on and validate with.
 
     Raises:
         ValueError: a flag does not fit another, or there are too few pictures.
@@ -122,6 +122,7 @@ def open_images(args: Flags, session: Session) -> TokenizerData:
     check_image_size(args.image_size, args.vq_model)
     check_batch(args.global_batch_size, args.gradient_accumulation_steps, session)
     check_optim(args.ema, args.ema_warmup)
+    RunSettings(**args.pick(RunSettings)).check()
     if args.disc_weight and args.image_size < SMALLEST_IMAGE:
         raise ValueError(f"--image-size: expected at least {SMALLEST_IMAGE} pixels for the "
                          f"discriminator, got {args.image_size}; or give --disc-weight 0")

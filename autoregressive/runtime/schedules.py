@@ -1,0 +1,73 @@
+"""Numbers that follow a schedule over a run: the learning rate, and lambda where it changes.
+
+Letters: n steps of the run, k a step, from 0, w steps of warm-up, p progress, 0 to 1.
+
+    f(p) = 1                        constant
+           1 - p                    linear
+           (1 + cos(pi p)) / 2      cosine
+"""
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+SCHEDULES = ("constant", "cosine", "linear")
+MAX_DENOMINATOR = 10**6         # of shares that a user means
+
+
+def fall(first: float, last: float, schedule: str, progress: float) -> float:
+    """Returns last + (first - last) f(progress), which is `first` if the schedule is constant.
+
+    Args:
+        first, last: values at progress 0 and 1.
+        schedule: one of SCHEDULES.
+        progress: 0 to 1.
+    """
+    if schedule == "constant":
+        return first
+    if schedule == "linear":
+        return last + (first - last) * (1 - progress)
+    return last + (first - last) * ((1 + math.cos(math.pi * progress)) / 2)
+
+
+def whole_steps(share: float, num_steps: int) -> int:
+    """Returns floor(share * num_steps) of the fraction that a float stands for.
+
+    In floats .29 * 100 lies below 29; and .8888889 means 8/9.
+    """
+    return math.floor(Fraction(share).limit_denominator(MAX_DENOMINATOR) * num_steps)
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """The learning rate over a run: a linear warm-up, the peak, a fall at the end.
+
+    Attributes:
+        peak: the rate after the warm-up.
+        schedule: one of SCHEDULES, of the fall.
+        num_steps: n, length of the run.
+        warmup: w.
+        decay_from: share of the run, 0 to 1, after which it falls; not before the warm-up's end.
+        least: the rate that it falls to.
+    """
+
+    peak: float
+    schedule: str
+    num_steps: int
+    warmup: int = 0
+    decay_from: float = 0.0
+    least: float = 0.0
+
+    @property
+    def start(self) -> int:
+        """The first step of the fall, the last of the peak."""
+        return max(self.warmup, whole_steps(self.decay_from, self.num_steps))
+
+    def at(self, step: int) -> float:
+        """Returns the rate of a step, 0 .. num_steps - 1."""
+        if step < self.warmup:
+            return self.peak * (step + 1) / self.warmup
+        if step < self.start:
+            return self.peak
+        progress = (step - self.start) / (self.num_steps - self.start)
+        return fall(self.peak, self.least, self.schedule, progress)

@@ -1,0 +1,84 @@
+"""Small trainings of a GPT by its entry script: their data, their flags, what they leave."""
+
+import json
+
+import numpy as np
+import torch
+
+from autoregressive.data.code_writer import CodeWriter
+from autoregressive.runtime.checkpoint import list_checkpoints, read_checkpoint, save_checkpoint
+from processes import run_here, start, without_time
+from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
+
+TRAIN = "autoregressive/train/train_c2i.py"
+MANIFEST = {
+    "dataset": "test", "num_images": 50, "num_crops": 2, "num_tokens": 16, "grid": 4,
+    "codebook_size": 64, "crops": ["centre", "centre, mirrored"], "class_names": ["a", "b", "c"],
+    "images_sha256": "1" * 64, "image_size": 16, "codebook_sha256": "2" * 64,
+    "tokenizer_sha256": "3" * 64}
+NO_DROPOUT = ("--dropout-p", 0, "--token-dropout-p", 0, "--global-batch-size", 16)
+EVERYTHING = ("--ema", "--gradient-accumulation-steps", 2, "--val-every", 7, "--val-share", 0.1,
+              "--lr-schedule", "cosine", "--warmup", 3)
+
+
+def write_store(path, labels, seed):
+    writer = CodeWriter(path, MANIFEST)
+    writer.create(labels)
+    writer.write(range(50), np.random.default_rng(seed).integers(64, size=(50, 2, 16)), {})
+    writer.finish(0)
+
+
+def write_data(folder):
+    """Writes a store of 50 images, a mapping, and a VQ model of random weights."""
+    write_store(folder / "codes", np.arange(50) % 3, seed=0)
+    torch.manual_seed(0)
+    save_checkpoint(folder / "mapping.pt", torch.randperm(64))
+    model = VQModel(VQConfig("VQ-4-small", 64, 8))
+    save_checkpoint(folder / "vq.pt", {"model": model.state_dict()})
+
+
+def flags(folder, results, *more):
+    return ("--code-path", folder / "codes", "--mapping-path", folder / "mapping.pt",
+            "--results-dir", results, "--gpt-model", "GPT-tiny", "--num-classes", 3,
+            "--vocab-size", 64, "--codebook-size", 64, "--cluster-size", 8,
+            "--image-size", 16, "--downsample-size", 4,
+            "--vq-model", "VQ-4-small", "--vq-ckpt", folder / "vq.pt",
+            "--mixed-precision", "none", "--global-batch-size", 8, "--max-steps", 20,
+            "--log-every", 1, "--ckpt-steps", 3, *more)
+
+
+def train(folder, results, *more, processes=0):
+    if not processes:
+        run_to_its_end(folder, results, *more)
+        return
+    done = start(TRAIN, *flags(folder, results, *more), processes=processes)
+    assert done.returncode == 0, done.stderr
+
+
+def run_to_its_end(folder, results, *more):
+    assert run_here(TRAIN, *flags(folder, results, *more)) == 0
+
+
+def metrics(results):
+    path, = results.glob("*/metrics.jsonl")
+    return [without_time(json.loads(line)) for line in path.read_text().splitlines()]
+
+
+def last_checkpoint(results):
+    checkpoints, = results.glob("*/checkpoints")
+    return read_checkpoint(list_checkpoints(checkpoints)[-1])
+
+
+def assert_same_end(results, others):
+    assert metrics(results) == metrics(others)
+    expected, found = last_checkpoint(results), last_checkpoint(others)
+    for kind in ("model", "ema"):
+        assert (kind in expected) == (kind in found)
+        for name in expected.get(kind, ()):
+            assert torch.equal(expected[kind][name], found[kind][name]), (kind, name)
+    assert expected["steps"] == found["steps"] and expected["images_seen"] == found["images_seen"]
+
+
+def steps_done(results):
+    found = list(results.glob("*/metrics.jsonl"))
+    return len(found[0].read_text().splitlines()) if found else 0
