@@ -211,17 +211,17 @@ def place_decoder(vq: VQModel, dtype: torch.dtype, device: torch.device, compile
         vq.decoder.compile()
 
 
-def check_fitting(file: GPTFile, settings: PipelineSettings, sampler: Sampler) -> None:
-    """Raises ValueError if a GPT's file contradicts the settings or the sampler."""
+def check_fitting(file: GPTFile, settings: PipelineSettings, is_guided: bool) -> None:
+    """Raises ValueError if a GPT's file contradicts the settings, or the need of a null label."""
     recorded = file.settings
     check_recorded("--cluster-size", settings.cluster_size, recorded.get("cluster_size"), file.path)
     class_names = recorded.get("class_names")
     if class_names is not None and len(class_names) != settings.num_classes:
         raise ValueError(f"{file.path}: expected class_names of {settings.num_classes} classes, "
                          f"found {len(class_names)}; take another checkpoint of the run")
-    if sampler.cfg_scale > 1 and recorded.get("label_dropout") == 0:
+    if is_guided and recorded.get("label_dropout") == 0:
         raise ValueError(f"--cfg-scale: expected at most 1 for {file.path}, which was trained "
-                         f"without label dropout and knows no null label, got {sampler.cfg_scale}")
+                         "without label dropout and knows no null label; leave guidance out")
 
 
 def decoder_batch_size(vq_model: str, image_size: int, dtype: torch.dtype,
@@ -250,7 +250,7 @@ def load_pipeline(file: GPTFile, settings: PipelineSettings, sampler: Sampler, v
                         grid=grid_of(settings.image_size, settings.downsample_size),
                         vocab_size=vq_config.codebook_size, num_classes=settings.num_classes)
     gpt = build_gpt(file, config)
-    check_fitting(file, settings, sampler)
+    check_fitting(file, settings, is_guided=sampler.num_guided(config.num_tokens) > 0)
     vq_path = settings.vq_ckpt or default_vq_path(settings.cluster_size)
     vq, vq_hashes = load_decoder(vq_path, vq_config, file.settings.get("codebook_sha256"),
                                  file.path)

@@ -17,13 +17,13 @@ from autoregressive.models.captured import CapturedSteps, compile_decoding
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import GPT
+from autoregressive.models.guidance import guide
 from autoregressive.models.packed import can_pack, pack_linears
 from autoregressive.models.random_numbers import random_numbers
 from autoregressive.models.sampler import (
     Sampler,
     add_sampler_args,
     filter_logits,
-    guide,
     invert_cdf,
     probabilities,
 )

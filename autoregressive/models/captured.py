@@ -90,7 +90,7 @@ class CapturedSteps:
 
     def state_for(self, batch_size: int, sampler: Sampler) -> DecodeState:
         """Returns what the captured steps of a batch of this size read and write."""
-        is_guided = sampler.guides(0)
+        is_guided = sampler.num_guided(self._model.config.num_tokens) > 0
         size = (batch_size, is_guided)
         if size != self._size:
             self._graphs.clear()
@@ -111,7 +111,7 @@ class CapturedSteps:
 
     def step(self, state: DecodeState, position: int, sampler: Sampler) -> None:
         """See models.generate.Steps; replays the step's graph, which a first call captures."""
-        is_guided = sampler.guides(position)
+        is_guided = position < sampler.num_guided(self._model.config.num_tokens)
         num_buckets = position // BUCKET + 1
         length = min(num_buckets * BUCKET, self._model.config.num_tokens)
         key = StepKey(sampler, is_guided, length)

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from autoregressive.models.cache import DecodePosition
 from autoregressive.models.gpt import GPT
-from autoregressive.models.sampler import Sampler, choose, guide
+from autoregressive.models.guidance import guide, guide_split
+from autoregressive.models.sampler import Sampler, choose
+from autoregressive.runtime.compute import to_device
 
 
 class DecodeState:
@@ -26,6 +28,7 @@ class DecodeState:
         uniforms: (B, T) float64.
         tokens: (B, T) int64, filled as far as `index`.
         index: (1,) int64, advanced in place by every step: the position of the next token.
+        scales: (T, 2) float32, the strengths of guidance at every position.
     """
 
     def __init__(self, model: GPT, batch_size: int, is_guided: bool) -> None:
@@ -34,7 +37,7 @@ class DecodeState:
         Args:
             model: GPT.
             batch_size: B.
-            is_guided: whether the first token, at least, is sampled with guidance.
+            is_guided: whether any token is sampled with guidance.
         """
         num_tokens = model.config.num_tokens
         device = model.norm.weight.device
@@ -42,13 +45,16 @@ class DecodeState:
         self.uniforms = torch.empty(batch_size, num_tokens, dtype=torch.float64, device=device)
         self.tokens = torch.empty(batch_size, num_tokens, dtype=torch.int64, device=device)
         self.index = torch.zeros(1, dtype=torch.int64, device=device)
+        self.scales = torch.ones(num_tokens, 2, device=device)
 
     def begin(self, model: GPT, labels: Tensor, uniforms: Tensor, sampler: Sampler) -> None:
         """Samples the first token of a new batch: labels (B,), uniforms (B, T) on the device."""
+        num_tokens = uniforms.shape[1]
         self.uniforms.copy_(uniforms)
         self.index.zero_()
-        is_guided = sampler.guides(0)
+        is_guided = sampler.num_guided(num_tokens) > 0
         if is_guided:
+            self.scales.copy_(to_device(sampler.scales(num_tokens), self.scales.device))
             null = torch.full_like(labels, model.config.num_classes)
             labels = torch.cat([labels, null])                      # (2B,)
         self._append(model.prefill(labels, self.cache), sampler, is_guided)
@@ -65,7 +71,11 @@ class DecodeState:
     def _append(self, logits: Tensor, sampler: Sampler, is_guided: bool) -> None:
         """Samples the next token from its logits, (2B, V) with guidance and else (B, V)."""
         if is_guided:
-            logits = guide(logits, sampler.cfg_scale)               # (B, V)
+            scale, scale_within = self.scales.index_select(0, self.index)[0]
+            if sampler.cfg_scale_within is None:
+                logits = guide(logits, scale)                       # (B, V)
+            else:
+                logits = guide_split(logits, scale, scale_within, sampler.cluster_size)     # (B, V)
         uniforms = self.uniforms.index_select(1, self.index)[:, 0]  # (B,)
         tokens = choose(logits, uniforms, sampler)                  # (B,)
         self.tokens.index_copy_(1, self.index, tokens[:, None])
@@ -96,14 +106,16 @@ class EagerSteps:
 
     def begin(self, labels: Tensor, uniforms: Tensor, sampler: Sampler) -> DecodeState:
         """See Steps; allocates anew for every batch."""
-        state = DecodeState(self._model, len(labels), sampler.guides(0))
+        is_guided = sampler.num_guided(uniforms.shape[1]) > 0
+        state = DecodeState(self._model, len(labels), is_guided)
         state.begin(self._model, labels, uniforms, sampler)
         return state
 
     def step(self, state: DecodeState, position: int, sampler: Sampler) -> None:
         """See Steps."""
         at = DecodePosition(state.index, length=position + 1)
-        state.step(self._model, at, sampler, sampler.guides(position))
+        is_guided = position < sampler.num_guided(len(state.scales))
+        state.step(self._model, at, sampler, is_guided)
 
 
 @torch.inference_mode()

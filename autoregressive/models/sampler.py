@@ -1,15 +1,19 @@
 """How a token is sampled from logits: guidance, temperature, filters, the inverse of the CDF.
 
-Letters: B batch, V codes.
+Letters: B batch, T tokens, V codes.
 """
 
 import argparse
+import functools
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from autoregressive.runtime.entry import at_least, between, fraction_above_0
+from autoregressive.models.cluster_loss import check_cluster_size
+from autoregressive.models.guidance import add_guidance_args, strengths
+from autoregressive.runtime.entry import at_least, fraction_above_0
 
 SMALLEST_TEMPERATURE = 1e-5
 
@@ -19,12 +23,16 @@ class Sampler:
     """How tokens are sampled from logits.
 
     Attributes:
-        cfg_scale: strength of classifier-free guidance; at most 1 means none.
-        cfg_interval: c >= 0 guides tokens 0 .. c + 1 only; -1 guides all.
+        cfg_scale: strength of classifier-free guidance; a constant one of at most 1 means none.
+        cfg_interval: c >= 0 guides tokens 0 .. c + 1 only, at the strengths that they have without
+            it; -1 guides all.
         temperature: divides the logits.
         top_k: keep the k largest logits (ties stay); 0 keeps all.
         top_p: keep tokens while the mass before them is at most p; 1 keeps all.
         greedy: take the largest logit instead of sampling.
+        cfg_schedule, cfg_start, cfg_power: of the strength, as in guidance.py.
+        cfg_scale_within: strength of split guidance inside a cluster; None is plain guidance.
+        cluster_size: codes per cluster, for split guidance.
     """
 
     cfg_scale: float = 1.5
@@ -33,6 +41,11 @@ class Sampler:
     top_k: int = 0
     top_p: float = 1.0
     greedy: bool = False
+    cfg_schedule: str = "constant"
+    cfg_start: float = 1.0
+    cfg_power: float = 1.0
+    cfg_scale_within: float | None = None
+    cluster_size: int = 0
 
     def check(self, vocab_size: int) -> None:
         """Raises ValueError for settings that mean nothing for a codebook of `vocab_size`."""
@@ -41,20 +54,50 @@ class Sampler:
                              "limit")
         if self.top_k > vocab_size:
             raise ValueError(f"--top-k: expected 0 (off) to {vocab_size} codes, got {self.top_k}")
+        if self.cfg_schedule == "constant" and self.cfg_start != Sampler.cfg_start:
+            raise ValueError("--cfg-start: expected --cfg-schedule linear or power-cosine, which "
+                             "begin there, got constant")
+        if self.cfg_schedule != "power-cosine" and self.cfg_power != Sampler.cfg_power:
+            raise ValueError("--cfg-power: expected --cfg-schedule power-cosine, whose power it "
+                             f"is, got {self.cfg_schedule}")
+        if self.cfg_scale_within is not None:
+            check_cluster_size(vocab_size, self.cluster_size)
 
-    def guides(self, position: int) -> bool:
-        """Says whether the token at `position` is sampled with guidance."""
-        is_in_interval = self.cfg_interval < 0 or position <= self.cfg_interval + 1
-        return self.cfg_scale > 1 and is_in_interval
+    def scales(self, num_tokens: int) -> np.ndarray:
+        """Returns the strengths of guidance (T, 2) float64: of the cluster, and of the code in it.
+
+        Without cfg_scale_within they are equal. Where both are 1 a token is not guided.
+        """
+        is_split = self.cfg_scale_within is not None
+        if self.cfg_schedule == "constant" and self.cfg_scale <= 1 and not is_split:
+            return np.ones((num_tokens, 2))
+        within = self.cfg_scale_within if is_split else self.cfg_scale
+        columns = [strengths(num_tokens, self.cfg_schedule, end, self.cfg_start, self.cfg_power)
+                   for end in (self.cfg_scale, within)]
+        scales = np.stack(columns, axis=1)
+        if self.cfg_interval >= 0:
+            scales[self.cfg_interval + 2:] = 1
+        return scales
+
+    def num_guided(self, num_tokens: int) -> int:
+        """Returns how many of the first tokens are sampled with the null label beside the label.
+
+        That is up to the last guided token, those before it with a strength of 1 among them: the
+        null label's keys and values are needed of every token.
+        """
+        return _num_guided(self, num_tokens)
+
+
+@functools.lru_cache
+def _num_guided(sampler: Sampler, num_tokens: int) -> int:
+    guided = np.flatnonzero((sampler.scales(num_tokens) != 1).any(axis=1))
+    return int(guided[-1]) + 1 if len(guided) else 0
 
 
 def add_sampler_args(parser: argparse.ArgumentParser) -> None:
     """Declares the flags of Sampler."""
     group = parser.add_argument_group("sampler")
-    group.add_argument("--cfg-scale", type=between(-1000.0, 1000.0), default=1.5,
-                       help="classifier-free guidance; at most 1 means none")
-    group.add_argument("--cfg-interval", type=at_least(-1), default=-1,
-                       help="guide tokens 0 to this + 1 only; -1 guides all")
+    add_guidance_args(group)
     group.add_argument("--temperature", type=at_least(0.0), default=1.0, help="divides the logits")
     group.add_argument("--top-k", type=at_least(0), default=0,
                        help="keep this many of the largest logits; 0 keeps all")
@@ -62,17 +105,6 @@ def add_sampler_args(parser: argparse.ArgumentParser) -> None:
                        help="keep the most likely tokens of this mass; 1 keeps all")
     group.add_argument("--greedy", action="store_true",
                        help="take the most likely token instead of sampling")
-
-
-def guide(logits: Tensor, cfg_scale: float) -> Tensor:
-    """Returns guided logits (B, V): uncond + (cond - uncond) * cfg_scale.
-
-    Args:
-        logits: (2B, V), first all with their label, then all with the null label.
-        cfg_scale: strength of the guidance.
-    """
-    cond, uncond = logits.chunk(2)                                  # (B, V) each
-    return uncond + (cond - uncond) * cfg_scale
 
 
 def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:

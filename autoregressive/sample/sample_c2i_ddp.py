@@ -85,7 +85,8 @@ def run_name(args: Flags, gpt_path: Path) -> str:
     name = (f"{args.gpt_model}-{args.cluster_size}-{gpt_path.stem}-size-{args.image_size}"
             f"-size-{args.image_size_eval}-{args.vq_model}-topk-{args.top_k}-topp-{args.top_p}"
             f"-temperature-{args.temperature}-cfg-{args.cfg_scale}-seed-{args.global_seed}")
-    for flag in ("weights", "labels", "resize", "cfg_interval", "greedy"):
+    for flag in ("weights", "labels", "resize", "cfg_interval", "greedy", "cfg_schedule",
+                 "cfg_start", "cfg_power", "cfg_scale_within"):
         value = getattr(args, flag)
         if value != args.defaults()[flag]:
             name += f"-{flag.replace('_', '-')}-{value}"

@@ -38,8 +38,9 @@ from autoregressive.models.captured import CapturedSteps, CUDACapture, compile_d
 from autoregressive.models.config import GPT_MODELS, GPTConfig, gpt_config
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import GPT
+from autoregressive.models.guidance import guide
 from autoregressive.models.packed import can_pack, pack_linears
-from autoregressive.models.sampler import Sampler, guide
+from autoregressive.models.sampler import Sampler
 from autoregressive.pipeline import Pipeline, decoder_batch_size, place_decoder
 from autoregressive.runtime.compute import PRECISIONS, set_up_compiler
 from autoregressive.runtime.distributed import Session
