@@ -13,8 +13,7 @@ from torch import Tensor
 
 from autoregressive.models.cache import DecodePosition
 from autoregressive.models.gpt import GPT
-from autoregressive.models.guidance import guide, guide_split
-from autoregressive.models.sampler import Sampler, choose
+from autoregressive.models.sampler import Sampler, apply_guidance, choose
 from autoregressive.runtime.compute import to_device
 
 
@@ -71,11 +70,8 @@ class DecodeState:
     def _append(self, logits: Tensor, sampler: Sampler, is_guided: bool) -> None:
         """Samples the next token from its logits, (2B, V) with guidance and else (B, V)."""
         if is_guided:
-            scale, scale_within = self.scales.index_select(0, self.index)[0]
-            if sampler.cfg_scale_within is None:
-                logits = guide(logits, scale)                       # (B, V)
-            else:
-                logits = guide_split(logits, scale, scale_within, sampler.cluster_size)     # (B, V)
+            scales = self.scales.index_select(0, self.index)[0]     # (2,)
+            logits = apply_guidance(logits, scales, sampler)        # (B, V)
         uniforms = self.uniforms.index_select(1, self.index)[:, 0]  # (B,)
         tokens = choose(logits, uniforms, sampler)                  # (B,)
         self.tokens.index_copy_(1, self.index, tokens[:, None])

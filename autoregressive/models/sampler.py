@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from autoregressive.models.cluster_loss import check_cluster_size
-from autoregressive.models.guidance import add_guidance_args, strengths
+from autoregressive.models.guidance import add_guidance_args, guide, guide_split, strengths
 from autoregressive.runtime.entry import at_least, fraction_above_0
 
 SMALLEST_TEMPERATURE = 1e-5
@@ -105,6 +105,20 @@ def add_sampler_args(parser: argparse.ArgumentParser) -> None:
                        help="keep the most likely tokens of this mass; 1 keeps all")
     group.add_argument("--greedy", action="store_true",
                        help="take the most likely token instead of sampling")
+
+
+def apply_guidance(logits: Tensor, scales: Tensor, sampler: Sampler) -> Tensor:
+    """Returns guided logits (B, V).
+
+    Args:
+        logits: (2B, V), first all with their label, then all with the null label.
+        scales: (2,), the row of Sampler.scales at their position.
+        sampler: says whether guidance is plain or split.
+    """
+    scale, scale_within = scales
+    if sampler.cfg_scale_within is None:
+        return guide(logits, scale)
+    return guide_split(logits, scale, scale_within, sampler.cluster_size)
 
 
 def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
