@@ -48,12 +48,11 @@ class DecodeState:
 
     def begin(self, model: GPT, labels: Tensor, uniforms: Tensor, sampler: Sampler) -> None:
         """Samples the first token of a new batch: labels (B,), uniforms (B, T) on the device."""
-        num_tokens = uniforms.shape[1]
         self.uniforms.copy_(uniforms)
         self.index.zero_()
-        is_guided = sampler.num_guided(num_tokens) > 0
+        is_guided = sampler.num_guided(len(self.scales)) > 0
         if is_guided:
-            self.scales.copy_(to_device(sampler.scales(num_tokens), self.scales.device))
+            self.scales.copy_(to_device(sampler.scales(len(self.scales)), self.scales.device))
             null = torch.full_like(labels, model.config.num_classes)
             labels = torch.cat([labels, null])                      # (2B,)
         self._append(model.prefill(labels, self.cache), sampler, is_guided)
