@@ -4,6 +4,7 @@ import argparse
 import errno
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -78,7 +79,8 @@ def read_checkpoint(path: str | Path, hint: str = "") -> Saved:
     """
     check_file(path, hint)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)    # of what is refused here or by readers
             return torch.load(path, map_location="cpu", weights_only=True,
                               mmap=zipfile.is_zipfile(path) or None)
     except pickle.UnpicklingError as error:

@@ -97,8 +97,10 @@ def read_npz(path: str | Path) -> Iterator[zipfile.ZipFile]:
     """Opens an npz as a zip archive.
 
     Raises:
-        ValueError: the file is damaged, which may show when a member is read inside the block.
+        ValueError: there is no such file, or it is damaged, which may show when a member is read
+            inside the block.
     """
+    check_file(path)
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
