@@ -44,7 +44,7 @@ from tokenizer.clustering import (
     cluster_optimal,
     cluster_random,
     mapping_of,
-    normalise_codes,
+    normalize_codes,
     order_clusters,
     start_codes,
 )
@@ -213,7 +213,7 @@ def reorder_by(given: Mapping, payload: dict[str, Any], state: dict[str, Tensor]
             check_reordered_file(outputs.reordered, state, record)
     order = order_of(mapping)
     save_checkpoint(outputs.reordered, permute_codebooks(payload, order) | {"reordering": record})
-    codes = normalise_codes(codebook)
+    codes = normalize_codes(codebook)
     num_clusters = identity["num_clusters"]
     as_they_were = np.arange(len(codes)) // args.cluster_size
     sse_before = balanced_sse(codes, as_they_were, num_clusters)
@@ -256,7 +256,7 @@ def main(args: Flags, session: Session) -> None:
     # Cluster the codes, order them, and describe the outcome.
     started = time.perf_counter()
     cpu_started = time.process_time()
-    codes = normalise_codes(codebook)
+    codes = normalize_codes(codebook)
     num_clusters = len(codebook) // args.cluster_size
     found, sse_by_seed = cluster(codes, num_clusters, args, session)
     order = order_clusters(codes, found.assignment, num_clusters)

@@ -39,7 +39,7 @@ def anneal(codes: np.ndarray, start: np.ndarray,
         centres (K, E) float64 and prices (K,) float64.
     """
     size = len(codes) / len(start)
-    centres = codes[start].astype(np.float64)                                       # (K, E)
+    centers = codes[start].astype(np.float64)                                       # (K, E)
     prices = np.zeros(len(start))                                                   # (K,)
     temperature = START_TEMPERATURE * critical_temperature(codes)
     last_temperature = LAST_TEMPERATURE * temperature
@@ -49,7 +49,7 @@ def anneal(codes: np.ndarray, start: np.ndarray,
     while temperature > last_temperature:
         # Assign all codes softly. A column of ones beside the codes sums up the weights alone, so
         # one product gives the sum of every cluster's codes and, in its last column, its size.
-        slopes = np.vstack([2 * centres.T, prices - (centres ** 2).sum(axis=1)])    # (E+1, K)
+        slopes = np.vstack([2 * centers.T, prices - (centers ** 2).sum(axis=1)])    # (E+1, K)
         slopes = (slopes / temperature).astype(np.float32)
         sums = np.zeros((len(start), codes.shape[1] + 1))                           # (K, E+1)
         for block in blocks:
@@ -73,13 +73,13 @@ def anneal(codes: np.ndarray, start: np.ndarray,
 
         # Then they move, and it gets cooler, by as much as in all the rounds that this took.
         means = sums[:, :-1] / np.maximum(soft_sizes, 1e-3)[:, None]                # (K, E)
-        centres += OVER_RELAXATION * (means - centres)
+        centers += OVER_RELAXATION * (means - centers)
         temperature = COOLING ** rounds_at_rest * temperature
         rounds_at_rest = 0
         is_sharp = weights.max(axis=1).mean() > SHARPNESS
         if is_sharp:
             break
-    return centres, prices
+    return centers, prices
 
 
 def _blocks(codes: np.ndarray) -> list[np.ndarray]:
