@@ -284,7 +284,7 @@ def test_our_own_mapping_gives_the_checkpoint_that_it_came_with(saved, tmp_path)
     assert (tmp_path / "out" / name).read_bytes() == (saved.parent / name).read_bytes()
 
 
-def test_a_codebook_of_one_code_is_drawn(tmp_path):
+def test_a_codebook_of_one_code_is_plotted(tmp_path):
     save_checkpoint(tmp_path / "vq.pt", {"model": {CODEBOOK: raw_codebook(1)}})
     balance("--vq-ckpt", tmp_path / "vq.pt", "--cluster-size", 1)
     assert (tmp_path / "codebook-kmeans+nearest-cluster_size=1.png").stat().st_size > 5000

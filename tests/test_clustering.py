@@ -98,7 +98,7 @@ def degenerate(name):
 @pytest.mark.parametrize("name", ["plain", "duplicates", "zeros", "equal"])
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 15, 30])
 @pytest.mark.parametrize("method", [clustering.cluster_optimal, clustering.cluster_greedy])
-def test_every_cluster_gets_its_share_and_the_mapping_is_a_permutation(method, size, name):
+def test_every_cluster_gets_its_codes_and_the_mapping_is_a_permutation(method, size, name):
     codes = degenerate(name)
     num_clusters = len(codes) // size
     found = method(codes, clustering.start_codes(len(codes), num_clusters, seed=1))

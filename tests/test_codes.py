@@ -459,7 +459,7 @@ def test_epoch_visits_every_image_once_with_its_own_label_and_one_of_its_crops(s
     assert len(set(seen)) == 6
 
 
-def test_crops_of_one_store_are_drawn_as_ever(store):
+def test_crops_of_one_store_are_chosen_as_ever(store):
     batches = TokenBatches(store, np.arange(24), 7, seed=5, num_classes=3, label_dropout=0.0)
     for epoch in range(3):
         crops = keyed_random(5, epoch, 1).integers(2, size=7)
@@ -468,7 +468,7 @@ def test_crops_of_one_store_are_drawn_as_ever(store):
 
 
 @pytest.mark.parametrize("sizes", [(2, 2), (1, 3), (2, 4), (2, 3, 1)])
-def test_stores_are_drawn_equally_often_whatever_their_crops_and_their_crops_equally_often(sizes):
+def test_stores_are_chosen_equally_often_whatever_their_crops_and_their_crops_equally_often(sizes):
     codes = CombinedCodes([np.zeros((5, size, 4), np.uint16) for size in sizes])
     crops = CodeStore("", {}, codes, np.zeros(5), np.arange(5)).crops_to_draw
     shares = np.bincount(crops) / len(crops)

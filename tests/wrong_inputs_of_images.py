@@ -1,4 +1,4 @@
-"""Wrong command lines of what draws images and scores them, by script.
+"""Wrong command lines of what samples pictures and scores them, by script.
 
 A row starts from the command of hostile_files.COMMANDS that is right, and adds flags, of which
 the last counts. It ends with exit code 2 and one line that holds the words of the row.
