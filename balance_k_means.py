@@ -44,7 +44,7 @@ from tokenizer.clustering import (
     cluster_optimal,
     cluster_random,
     mapping_of,
-    normalise_codes,
+    normalize_codes,
     order_clusters,
     start_codes,
 )
@@ -52,12 +52,12 @@ from tokenizer.codebook_picture import plot_codebooks
 from tokenizer.reordering import (
     CODEBOOK,
     PUBLISHED_METHOD,
+    build_record,
     check_mapping_file,
     check_reordered_file,
     name_outputs,
     order_of,
     permute_codebooks,
-    record_of,
 )
 
 METHODS = ("optimal", "greedy", "random")
@@ -118,7 +118,7 @@ def read_codebook(args: Flags) -> tuple[dict[str, Any], Tensor]:
     return payload, codebook
 
 
-def identity_of(args: Flags, codebook: Tensor) -> dict[str, Any]:
+def build_identity(args: Flags, codebook: Tensor) -> dict[str, Any]:
     """Returns what the files depend on, as far as it is known before the work."""
     identity = {"original_codebook_sha256": codebook_sha256(codebook),
                 "cluster_size": args.cluster_size,
@@ -204,7 +204,7 @@ def reorder_by(given: Mapping, payload: dict[str, Any], state: dict[str, Tensor]
                 "num_clusters": len(codebook) // args.cluster_size,
                 "method": None, "seed": None}                   # None: unknown
     identity |= {key: given.hashes[key] for key in OF_CLUSTERING if key in given.hashes}
-    record = record_of(identity, codebook, mapping)
+    record = build_record(identity, codebook, mapping)
     outputs = name_outputs(args.vq_ckpt, args.output_dir, args.cluster_size, identity["method"])
     with checks(session):
         check_output(outputs.reordered)
@@ -213,7 +213,7 @@ def reorder_by(given: Mapping, payload: dict[str, Any], state: dict[str, Tensor]
             check_reordered_file(outputs.reordered, state, record)
     order = order_of(mapping)
     save_checkpoint(outputs.reordered, permute_codebooks(payload, order) | {"reordering": record})
-    codes = normalise_codes(codebook)
+    codes = normalize_codes(codebook)
     num_clusters = identity["num_clusters"]
     as_they_were = np.arange(len(codes)) // args.cluster_size
     sse_before = balanced_sse(codes, as_they_were, num_clusters)
@@ -241,7 +241,7 @@ def main(args: Flags, session: Session) -> None:
 
     # Name the outputs, and check that files already there are this command's own.
     with checks(session):
-        identity = identity_of(args, codebook)
+        identity = build_identity(args, codebook)
         outputs = name_outputs(args.vq_ckpt, args.output_dir, args.cluster_size, args.method)
         for path in outputs.all():
             check_output(path)
@@ -256,12 +256,12 @@ def main(args: Flags, session: Session) -> None:
     # Cluster the codes, order them, and describe the outcome.
     started = time.perf_counter()
     cpu_started = time.process_time()
-    codes = normalise_codes(codebook)
+    codes = normalize_codes(codebook)
     num_clusters = len(codebook) // args.cluster_size
     found, sse_by_seed = cluster(codes, num_clusters, args, session)
     order = order_clusters(codes, found.assignment, num_clusters)
     mapping = torch.from_numpy(mapping_of(order))
-    record = record_of(identity, codebook, mapping)
+    record = build_record(identity, codebook, mapping)
     report = record | {"vq_ckpt": args.vq_ckpt, "codebook": list(codebook.shape),
                        "restarts": args.restarts, "sse_by_seed": sse_by_seed}
     report |= judge(codes, num_clusters, found)

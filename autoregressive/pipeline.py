@@ -5,7 +5,7 @@ they index (original order); the mapping's side file names that codebook and the
 GPT checkpoint names the reordered one; the VQ checkpoint that decodes is hashed when it is read.
 Published files carry no hashes: what is unknown is a warning, what differs is an error.
 
-Letters: B pictures, T tokens, P pixels, D pictures decoded together.
+Letters: B pictures, T tokens, P pixels, M pictures decoded together, b <= M of them wanted.
 """
 
 import argparse
@@ -104,9 +104,9 @@ class Pipeline:
         pictures = []
         for part in tokens.split(self.decode_batch_size):                   # (b, T)
             num_missing = self.decode_batch_size - len(part)
-            full = torch.cat([part, part[:1].expand(num_missing, -1)])      # (D, T)
-            images = self.vq.decode_codes(full, self.gpt.config.grid)       # (D, 3, P, P)
-            decoded = to_uint8(images, self.image_size, self.antialias)     # (D, P, P, 3)
+            full = torch.cat([part, part[:1].expand(num_missing, -1)])      # (M, T)
+            images = self.vq.decode_codes(full, self.gpt.config.grid)       # (M, 3, P, P)
+            decoded = to_uint8(images, self.image_size, self.antialias)     # (M, P, P, 3)
             pictures.append(decoded[:len(part)])
         return torch.cat(pictures)
 

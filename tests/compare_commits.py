@@ -74,8 +74,8 @@ REORDER = "balance_k_means.py --vq-ckpt ../vq/tokenizer.pt --cluster-size 16 --o
 TRAIN_GPT = f"autoregressive/train/train_c2i.py {GPT} {VQ} {REORDERED} --vocab-size 512 \
     --mapping-path ../kmeans/mapping*.pt --code-path ../codes --mixed-precision none --lr 3e-3 \
     --global-batch-size 64 --log-every 5 --max-updates 20 --results-dir ."
-DRAW = f"{GPT} {VQ} {REORDERED} --image-size-eval 16 --precision none"
-SAMPLE = f"autoregressive/sample/sample_c2i_ddp.py {DRAW} --num-fid-samples 100 --sample-dir ."
+SAMPLING = f"{GPT} {VQ} {REORDERED} --image-size-eval 16 --precision none"
+SAMPLE = f"autoregressive/sample/sample_c2i_ddp.py {SAMPLING} --num-fid-samples 100 --sample-dir ."
 GUIDED = "--gpt-ckpt ../gpt/*GPT* --cfg-scale 2 --top-p 0.9"
 CLASSIFIER = "--classifier ../classifier/classifier.pt"
 REFERENCE = "evaluations/c2i/make_reference.py --image-size 16 --output reference.npz"
@@ -90,7 +90,7 @@ JOBS = {
         --eval-every 10 --eval-share 0.1 --validation_step 10",
     "gpt": f"python {TRAIN_GPT}",
     "codes-ten": f"torchrun {EXTRACT} {DIGITS} --ten-crop",
-    # The same as "codes": stores of unequal size are drawn from otherwise.
+    # The same as "codes": stores of unequal size are chosen from otherwise.
     "codes-again": f"python {EXTRACT} {DIGITS} --no-flip",
     "codes-half": f"python {EXTRACT} --dataset digits --data-path heldout --precision bf16",
     "codes-images": f"python {EXTRACT} {IMAGES}",
@@ -117,8 +117,8 @@ JOBS = {
         --cfg-interval 5 --precision bf16 --vq-precision bf16",
     "sample-greedy": f"python {SAMPLE} --gpt-ckpt ../gpt/*GPT* --greedy --labels 3,7 \
         --resize antialias --image-size-eval 24",
-    "sample-classes": f"python autoregressive/sample/sample_c2i.py {DRAW} {GUIDED} --class-ids 3,7 \
-        --output classes.png",
+    "sample-classes": f"python autoregressive/sample/sample_c2i.py {SAMPLING} {GUIDED} \
+        --class-ids 3,7 --output classes.png",
     "reference": f"python {REFERENCE} {DIGITS}",
     "reference-classifier": f"python {REFERENCE} {DIGITS} {CLASSIFIER}",
     "reference-rfid": f"python {REFERENCE} --dataset digits --data-path heldout --kind rfid",

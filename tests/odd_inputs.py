@@ -141,7 +141,7 @@ def reconstructions_are_right() -> None:
         assert np.abs(found["arr_0"].astype(int) - expected["arr_0"]).max() <= 1
 
 
-def check_is_drawn(output: str = "new/check.png") -> None:
+def check_is_plotted(output: str = "new/check.png") -> None:
     assert Image.open(output).size[0] > 100
 
 
@@ -161,7 +161,7 @@ ODD_INPUTS: dict[str, list[Row]] = {
         ("--num-workers", f"--num-workers {HUGE}", codes_are_right),
     ],
     "check": [
-        ("--num-rows", f"--num-rows {HUGE}", check_is_drawn),
+        ("--num-rows", f"--num-rows {HUGE}", check_is_plotted),
     ],
     "train": [
         *(("metrics.jsonl", f"--results-dir bad/results-metrics-{name}",

@@ -16,7 +16,7 @@ from autoregressive.runtime.checkpoint import read_checkpoint, save_checkpoint
 from autoregressive.runtime.lock import hold
 from conftest import ROOT
 from processes import run_here
-from tokenizer.clustering import balanced_sse, normalise_codes
+from tokenizer.clustering import balanced_sse, normalize_codes
 
 SCRIPT = "balance_k_means.py"
 CODEBOOK = "quantize.embedding.weight"
@@ -81,7 +81,7 @@ def test_hashes_travel_with_both_files_and_fit_them(saved, tmp_path):
 def test_report_holds_what_was_found(saved):
     balance("--vq-ckpt", saved, "--cluster-size", 7, "--restarts", 3)
     report = json.loads((saved.parent / f"report-{SUFFIX}.json").read_text())
-    codes = normalise_codes(raw_codebook())
+    codes = normalize_codes(raw_codebook())
     mapping = read_checkpoint(saved.parent / MAPPING).numpy()
     assert report["sse"] == pytest.approx(balanced_sse(codes, mapping // 7, 6))
     sse_before = balanced_sse(codes, np.arange(42) // 7, 6)
@@ -284,7 +284,7 @@ def test_our_own_mapping_gives_the_checkpoint_that_it_came_with(saved, tmp_path)
     assert (tmp_path / "out" / name).read_bytes() == (saved.parent / name).read_bytes()
 
 
-def test_a_codebook_of_one_code_is_drawn(tmp_path):
+def test_a_codebook_of_one_code_is_plotted(tmp_path):
     save_checkpoint(tmp_path / "vq.pt", {"model": {CODEBOOK: raw_codebook(1)}})
     balance("--vq-ckpt", tmp_path / "vq.pt", "--cluster-size", 1)
     assert (tmp_path / "codebook-kmeans+nearest-cluster_size=1.png").stat().st_size > 5000

@@ -183,6 +183,16 @@ def test_sampling_takes_the_newest_whole_file_of_a_folder_too(tmp_path):
     assert find_checkpoint(tmp_path) == tmp_path / "0000003.pt"
 
 
+@pytest.mark.parametrize("optimizer, words", [
+    ({"state": [], "param_groups": []}, "expected optimizer.state as dict, found list"),
+    ({"state": {}}, "expected optimizer.param_groups as list, found none"),
+])
+def test_a_key_inside_the_optimizer_is_named_with_it(tmp_path, optimizer, words):
+    save_checkpoint(tmp_path / "0000003.pt", OURS | {"optimizer": optimizer})
+    _, skipped = newest_whole_checkpoint(tmp_path)
+    assert words in skipped[0].reason
+
+
 def test_an_error_of_the_disk_is_no_damage(tmp_path, monkeypatch):
     save_checkpoint(tmp_path / "0000003.pt", OURS)
 

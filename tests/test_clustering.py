@@ -43,7 +43,7 @@ def total_cost(costs, assignment):
 
 def test_greedy_equals_the_published_algorithm(fixture):
     published = fixture("kmeans_sphere")
-    codes = clustering.normalise_codes(published["embedding"])
+    codes = clustering.normalize_codes(published["embedding"])
     found = clustering.cluster_greedy(codes, published["init_indices"].numpy())
     assert np.array_equal(found.assignment, published["assign"].numpy())
     assert found.sse == pytest.approx(published["sse"], rel=1e-6)
@@ -53,7 +53,7 @@ def test_greedy_equals_the_published_algorithm(fixture):
 def test_first_greedy_round_equals_the_published_one(fixture, monkeypatch):
     published = fixture("kmeans_sphere")
     monkeypatch.setattr(clustering, "GREEDY_ROUNDS", 1)
-    codes = clustering.normalise_codes(published["embedding"])
+    codes = clustering.normalize_codes(published["embedding"])
     found = clustering.cluster_greedy(codes, published["init_indices"].numpy())
     assert np.array_equal(found.assignment, published["assign_iter1"].numpy())
 
@@ -62,7 +62,7 @@ def test_published_start_and_order_and_mapping_are_reproduced(fixture):
     published = fixture("kmeans_sphere")
     start = clustering.start_codes(512, published["n_clusters"], seed=42)
     assert np.array_equal(start, published["init_indices"].numpy())
-    codes = clustering.normalise_codes(published["embedding"])
+    codes = clustering.normalize_codes(published["embedding"])
     order = clustering.order_clusters(codes, published["assign"].numpy(), published["n_clusters"])
     assert torch.equal(published["embedding"][order], published["reordered"])
     assert torch.equal(torch.from_numpy(clustering.mapping_of(order)), published["mapping"])
@@ -70,7 +70,7 @@ def test_published_start_and_order_and_mapping_are_reproduced(fixture):
 
 def test_keep_best_returns_the_round_of_least_sse(fixture):
     published = fixture("kmeans_sphere")
-    codes = clustering.normalise_codes(published["embedding"])
+    codes = clustering.normalize_codes(published["embedding"])
     found = clustering.cluster_greedy(codes, published["init_indices"].numpy(), keep_best=True)
     assert found.sse == min(found.sse_trace) < found.sse_trace[-1]
     assert found.sse == clustering.balanced_sse(codes, found.assignment, published["n_clusters"])
@@ -98,7 +98,7 @@ def degenerate(name):
 @pytest.mark.parametrize("name", ["plain", "duplicates", "zeros", "equal"])
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 15, 30])
 @pytest.mark.parametrize("method", [clustering.cluster_optimal, clustering.cluster_greedy])
-def test_every_cluster_gets_its_share_and_the_mapping_is_a_permutation(method, size, name):
+def test_every_cluster_gets_its_codes_and_the_mapping_is_a_permutation(method, size, name):
     codes = degenerate(name)
     num_clusters = len(codes) // size
     found = method(codes, clustering.start_codes(len(codes), num_clusters, seed=1))
@@ -125,7 +125,7 @@ def test_a_cluster_size_that_does_not_divide_the_codebook_is_refused(size):
 
 
 def test_zero_rows_stay_zero_when_normalized():
-    codes = clustering.normalise_codes(torch.tensor([[0.0, 0.0], [3.0, 4.0]]))
+    codes = clustering.normalize_codes(torch.tensor([[0.0, 0.0], [3.0, 4.0]]))
     np.testing.assert_allclose(codes, [[0, 0], [0.6, 0.8]], rtol=1e-6)
 
 
@@ -205,7 +205,7 @@ def test_an_unbalanced_assignment_gets_no_certificate():
 
 def test_random_clusters_are_dealt_from_the_permutation_of_the_seed_whatever_the_codes_are():
     generator = torch.Generator().manual_seed(0)
-    codes = clustering.normalise_codes(torch.randn(60, 4, generator=generator))
+    codes = clustering.normalize_codes(torch.randn(60, 4, generator=generator))
     found = clustering.cluster_random(codes, 12, seed=3)
     permutation = torch.randperm(60, generator=torch.Generator().manual_seed(3)).numpy()
     assert np.array_equal(found.assignment[permutation], np.arange(60) // 5)

@@ -19,10 +19,12 @@ from autoregressive.data.combined_codes import CombinedCodes
 from autoregressive.data.mapping import read_mapping
 from autoregressive.data.opening import open_codes, open_older_stores
 from autoregressive.data.store_checks import verify_checksums
+from autoregressive.data.training_data import open_data
 from autoregressive.runtime.distributed import Session, keyed_random
 from autoregressive.runtime.files import mapping_sha256, write_json
 from autoregressive.runtime.lock import hold, lock_of
 from autoregressive.runtime.log import LOGGER
+from autoregressive.train import train_c2i
 
 MANIFEST = {
     "dataset": "test", "num_images": 7, "num_crops": 2, "num_tokens": 9, "grid": 3,
@@ -335,6 +337,41 @@ def test_older_layout_is_opened_once_and_sent_to_the_other_processes(tmp_path, m
     assert np.array_equal(store.codes[np.array([10]), 1], codes[[10], 1])
 
 
+class Rank1(Session):
+    """Rank 1 of two, to which rank 0 has sent `stores`; no other process is asked for anything."""
+
+    stores = {}
+
+    def gather(self, item):
+        return [item]
+
+    def from_main(self, _item):
+        return self.stores
+
+
+def test_training_opens_no_older_layout_on_rank_1_and_takes_what_rank_0_sent(tmp_path, monkeypatch):
+    write_older(tmp_path / "old", np.zeros((11, 2, 9), np.int64), np.arange(11) % 3)
+    torch.save(torch.arange(24), tmp_path / "mapping.pt")
+    path = str(tmp_path / "old")
+    session = Rank1(1, 2, torch.device("cpu"), debug=True)
+    monkeypatch.setattr(Rank1, "stores", open_older_stores([path], session))
+    monkeypatch.setattr(opening, "open_older_codes", None)
+    opened = []
+
+    def open_data_and_stop(*arguments):
+        opened.append(open_data(*arguments))
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(train_c2i, "open_data", open_data_and_stop)
+    args = train_c2i.build_parser().parse_args([
+        "--code-path", path, "--mapping-path", str(tmp_path / "mapping.pt"), "--results-dir", "x",
+        "--gpt-model", "GPT-tiny", "--vocab-size", "24", "--codebook-size", "24", "--num-classes",
+        "3", "--cluster-size", "8", "--image-size", "48", "--global-batch-size", "4"])
+    with pytest.raises(ValueError, match="far enough"):
+        train_c2i.main(args, session)
+    assert opened[0].store is Rank1.stores[path]
+
+
 @pytest.mark.parametrize("count", [1, 2, 11])
 def test_older_layout_has_checksums_by_which_other_codes_and_labels_are_told_apart(tmp_path, count):
     codes, labels = np.random.default_rng(0).integers(24, size=(count, 2, 9)), np.arange(count)
@@ -422,7 +459,7 @@ def test_epoch_visits_every_image_once_with_its_own_label_and_one_of_its_crops(s
     assert len(set(seen)) == 6
 
 
-def test_crops_of_one_store_are_drawn_as_ever(store):
+def test_crops_of_one_store_are_chosen_as_ever(store):
     batches = TokenBatches(store, np.arange(24), 7, seed=5, num_classes=3, label_dropout=0.0)
     for epoch in range(3):
         crops = keyed_random(5, epoch, 1).integers(2, size=7)
@@ -431,7 +468,7 @@ def test_crops_of_one_store_are_drawn_as_ever(store):
 
 
 @pytest.mark.parametrize("sizes", [(2, 2), (1, 3), (2, 4), (2, 3, 1)])
-def test_stores_are_drawn_equally_often_whatever_their_crops_and_their_crops_equally_often(sizes):
+def test_stores_are_chosen_equally_often_whatever_their_crops_and_their_crops_equally_often(sizes):
     codes = CombinedCodes([np.zeros((5, size, 4), np.uint16) for size in sizes])
     crops = CodeStore("", {}, codes, np.zeros(5), np.arange(5)).crops_to_draw
     shares = np.bincount(crops) / len(crops)

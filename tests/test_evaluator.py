@@ -105,7 +105,7 @@ def test_fewer_metrics_and_another_output(files, capsys):
     assert json.loads((files / "there/scores.json").read_text())["warnings"] == []
 
 
-def test_label_agreement_is_the_share_of_labels_that_the_classifier_gives(files, capsys):
+def test_label_agreement_is_the_fraction_of_labels_that_the_classifier_gives(files, capsys):
     pictures = random_pictures(80, 1)
     given = ClassifierFeatures("classifier.pt").features(pictures)[2].argmax(axis=1)
     given[:20] = (given[:20] + 1) % NUM_CLASSES
@@ -404,7 +404,7 @@ def test_fewer_pictures_are_spread_evenly_and_equal_commands_give_equal_files(fo
     (MAKE_REFERENCE, ("--output", "made.npz", "--image-size", SIZE)),
     (TRAIN, ("--output", "made.pt", "--image-size", 8, "--max-steps", 2, "--batch-size", 4)),
 ])
-def test_broken_pictures_are_left_out_and_listed_up_to_a_share(folder, capsys, script, words):
+def test_broken_pictures_are_left_out_and_listed_up_to_a_fraction(folder, capsys, script, words):
     (folder / "light" / "2.png").write_bytes(b"no picture")
     words = ["--data-path", folder, *words]
     if script == TRAIN:

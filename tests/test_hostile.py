@@ -7,9 +7,11 @@ import collections
 import shlex
 import shutil
 import traceback
+import warnings
 
 import pytest
 
+import test_rules
 import wrong_inputs_of_images
 import wrong_inputs_of_models
 from hostile_files import COMMANDS, call, files_of, make_bad, make_good
@@ -21,6 +23,8 @@ FEWEST_OF_A_SCRIPT = 6
 MOST_OF_A_KIND = 6
 # They make the folder of their output, to see that they can write there, before all is checked.
 MAKES_ITS_FOLDER = ("evaluate", "reference")
+# Those that Python itself does not print. pytest catches the others, which a user would see.
+HIDDEN_WARNINGS = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +39,15 @@ def folder(tmp_path_factory):
 
 def test_the_tables_are_wide():
     assert WRONG_INPUTS.keys() == COMMANDS.keys() and ODD_INPUTS.keys() <= COMMANDS.keys()
+    entries = {script for script, _ in COMMANDS.values() if not script.startswith("scripts/")}
+    assert entries == test_rules.SCRIPTS.keys()
     for command, (script, _) in COMMANDS.items():
         rows = [*WRONG_INPUTS[command], *ODD_INPUTS.get(command, [])]
         kinds = collections.Counter(what for what, _, _ in rows)
         assert max(kinds.values()) <= MOST_OF_A_KIND, (command, kinds)
         assert len(rows) >= FEWEST_OF_A_SCRIPT or script.startswith("scripts/"), command
+        for _, flags, words in WRONG_INPUTS[command]:   # a path says nothing of what is wrong
+            assert words not in flags or words.startswith("--"), (command, flags)
 
 
 def why_it_is_no_refusal(folder, command, flags, words, capsys) -> str:
@@ -48,12 +56,18 @@ def why_it_is_no_refusal(folder, command, flags, words, capsys) -> str:
     if command in MAKES_ITS_FOLDER:
         (folder / "new").mkdir()
     before = files_of(folder)
-    try:
-        code = call(command, *shlex.split(flags))
-    except Exception:
-        return traceback.format_exc()
-    finally:
-        printed = capsys.readouterr()
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for kind in HIDDEN_WARNINGS:
+            warnings.simplefilter("ignore", kind)
+        try:
+            code = call(command, *shlex.split(flags))
+        except Exception:
+            return traceback.format_exc()
+        finally:
+            printed = capsys.readouterr()
+    if warned:
+        return f"expected no warning, got {[str(warning.message) for warning in warned]}"
     if code != 2:
         return f"expected exit code 2, got {code}\n{printed.err}"
     is_quiet = not printed.out or command == "train"            # it says what it takes unchecked

@@ -22,7 +22,7 @@ from PIL import Image
 from conftest import ROOT
 from hostile_files import COMMANDS, PIPELINE, files_of, make_bad, make_good
 from odd_inputs import (
-    check_is_drawn,
+    check_is_plotted,
     codes_are_right,
     mapping_is_right,
     picture_is_right,
@@ -70,7 +70,7 @@ def sweep_is_right(scales: tuple[float, ...] = (1.0, 2.0)) -> None:
     assert all(np.isfinite(row["FID"]) for row in table)
 
 
-def own_images_are_drawn() -> None:
+def own_images_are_sampled() -> None:
     assert np.asarray(Image.open("new/a b'ä/samples.png")).std() > 0
 
 
@@ -86,7 +86,7 @@ ROWS: list[Row] = [
     ("extract", "tokenizer file", "", "--vq-ckpt bad/empty.pt", "empty.pt"),
 
     ("check", "paths with spaces", "", "--output 'new/a b/check.png'",
-     lambda: check_is_drawn("new/a b/check.png")),
+     lambda: check_is_plotted("new/a b/check.png")),
     ("check", "no such flag", "", "--help-me", "unrecognized arguments"),
     ("check", "code path", "", "--code-path ''", "expected"),
     ("check", "code path", "", "--code-path bad/nowhere", "nowhere"),
@@ -165,7 +165,7 @@ ROWS: list[Row] = [
     ("own images", "TRAIN", OWN_STEPS, "bad/nowhere good/pictures new", "nowhere"),
     ("own images", "TRAIN", OWN_STEPS, "bad/looping good/pictures new", "looping"),
     ("own images", "OUT", OWN_STEPS, "many many good/gpt.pt", "gpt.pt"),
-    ("own images", "OUT", OWN_STEPS, "many many \"new/a b'ä\"", own_images_are_drawn),
+    ("own images", "OUT", OWN_STEPS, "many many \"new/a b'ä\"", own_images_are_sampled),
     ("own images", "TOKENIZER_STEPS", "TOKENIZER_STEPS=many", "many many new", "--max-steps"),
 ]
 

@@ -92,14 +92,14 @@ def test_random_crop_is_a_function_of_its_generator(photo):
     assert np.array_equal(crops[0], crops[2]) and not np.array_equal(crops[0], crops[1])
 
 
-def test_random_crop_shows_the_published_shares_of_the_shorter_side():
+def test_random_crop_shows_the_published_fractions_of_the_shorter_side():
     columns = np.arange(0, 240, dtype=np.uint8)[None, :, None].repeat(240, axis=0).repeat(3, axis=2)
     shown = [np.ptp(random_crop(columns, 40, np.random.default_rng(seed), 0.8)[0, :, 0]) / 240
              for seed in range(200)]
     assert 0.74 < min(shown) < 0.82 and 0.93 < max(shown) <= 1
 
 
-def test_random_crop_of_a_square_at_share_one_is_the_centre_crop(photo):
+def test_random_crop_of_a_square_at_ratio_one_is_the_centre_crop(photo):
     square = photo[:300, :300]
     crop = random_crop(square, 40, np.random.default_rng(0), 1.0)
     assert np.array_equal(crop, center_crop(square, 40))
@@ -302,8 +302,8 @@ def test_digits_splits_are_disjoint_whole_and_stratified():
     rows = [images.name_of(row) for images in (train, val) for row in range(len(images))]
     assert len(set(rows)) == len(train) + len(val) == 1797
     assert 280 <= len(val) <= 320
-    shares = np.bincount(val.labels) / np.bincount(np.concatenate([train.labels, val.labels]))
-    assert shares.min() > 0.15 and shares.max() < 0.18
+    fractions = np.bincount(val.labels) / np.bincount(np.concatenate([train.labels, val.labels]))
+    assert fractions.min() > 0.15 and fractions.max() < 0.18
     assert train.class_names == list("0123456789")
 
 

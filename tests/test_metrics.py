@@ -201,14 +201,14 @@ def test_precision_and_recall_equal_the_slow_way_for_any_block(monkeypatch, rows
         return torch.stack([((features - features[row]) ** 2).sum(dim=1).sort().values[3]
                             for row in range(len(features))])
 
-    def share_inside(inner, outer, outer_radii):
+    def fraction_inside(inner, outer, outer_radii):
         inside = [(((outer - point) ** 2).sum(dim=1) <= outer_radii).any() for point in inner]
         return sum(inside).item() / len(inner)
 
     torch.testing.assert_close(manifold_radii(reference), radii(reference), rtol=1e-4, atol=0)
     precision, recall = precision_recall(reference, samples)
-    assert precision == share_inside(samples, reference, radii(reference)) and 0 < precision < 1
-    assert recall == share_inside(reference, samples, radii(samples)) and 0 < recall < 1
+    assert precision == fraction_inside(samples, reference, radii(reference)) and 0 < precision < 1
+    assert recall == fraction_inside(reference, samples, radii(samples)) and 0 < recall < 1
 
 
 def test_precision_and_recall_of_equal_and_of_distant_sets():

@@ -284,7 +284,7 @@ def test_rows_written_behind_are_all_there_at_the_end(tmp_path):
     assert_holds_all(rows)
 
 
-def test_what_was_handed_over_is_written_when_a_signal_ends_the_drawing(tmp_path):
+def test_what_was_handed_over_is_written_when_a_signal_ends_the_sampling(tmp_path):
     rows = writer_of(tmp_path)
     rows.create()
     with pytest.raises(SystemExit), BackgroundWriter(rows) as writer:
@@ -295,7 +295,7 @@ def test_what_was_handed_over_is_written_when_a_signal_ends_the_drawing(tmp_path
     assert np.array_equal(rows.array("pictures")[:6], PICTURES[:6])
 
 
-def test_an_error_of_the_writing_thread_is_logged_when_another_one_ends_the_drawing(
+def test_an_error_of_the_writing_thread_is_logged_when_another_one_ends_the_sampling(
         tmp_path, monkeypatch, caplog):
     rows = writer_of(tmp_path)
     rows.create()
@@ -307,7 +307,7 @@ def test_an_error_of_the_writing_thread_is_logged_when_another_one_ends_the_draw
 
 
 @pytest.mark.parametrize("num_batches", [1, 2])
-def test_an_error_of_the_writing_thread_ends_the_drawing(tmp_path, monkeypatch, num_batches):
+def test_an_error_of_the_writing_thread_ends_the_sampling(tmp_path, monkeypatch, num_batches):
     rows = writer_of(tmp_path)
     rows.create()
 

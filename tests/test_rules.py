@@ -70,7 +70,7 @@ RUN = {"results_dir", "new_run", "no_local_save", "epochs", "max_steps", "log_ev
        "ckpt_every", "ckpt_steps", "ckpt_minutes", "keep_checkpoints",
        "gradient_accumulation_steps", "num_workers"}
 # No result depends on these, nor on device and debug; every other flag counts.
-FREE = {
+MAY_VARY = {
     "autoregressive/train/extract_codes_c2i.py": {
         "batch_size", "num_workers", "no_compile", "compile_errors", "max_failures", "overwrite"},
     "autoregressive/train/train_c2i.py": RUN | {
@@ -230,8 +230,8 @@ def test_every_flag_is_part_of_the_identity_unless_it_may_vary(script):
         if action.required:
             words += [*action.option_strings[:1], "x"]
     identity = parser_of(script).parse_args(words).identity()
-    free = {action.dest for action in actions} - set(identity)
-    assert free == FREE.get(script, set()) | {"device", "debug"}
+    varying = {action.dest for action in actions} - set(identity)
+    assert varying == MAY_VARY.get(script, set()) | {"device", "debug"}
 
 
 def original_commands():

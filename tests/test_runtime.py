@@ -42,7 +42,7 @@ from autoregressive.runtime.files import (
 )
 from autoregressive.runtime.identity import RunFolder, find_run_folder
 from autoregressive.runtime.loader import read_ahead
-from autoregressive.runtime.log import MetricsFile, read_metrics
+from autoregressive.runtime.log import MetricsFile, progress, read_metrics
 from autoregressive.runtime.optim import (
     OptimSettings,
     add_optim_args,
@@ -200,6 +200,17 @@ def test_a_run_is_finished_when_it_says_so(tmp_path):
     folder.mark_finished({"steps": 5})
     again = find_run_folder(tmp_path, "x", {}, {})
     assert again.result == {"steps": 5} and again.is_finished(5) and not again.is_finished(6)
+
+
+@pytest.mark.parametrize("seconds, num_lines", [(0.5, 0), (5, 1)])
+def test_progress_off_a_terminal_is_printed_at_its_end_if_it_took_a_second(
+        capsys, seconds, num_lines):
+    with progress(Session(0, 1, torch.device("cpu")), 3, "read", "image") as bar:
+        bar.start_t -= seconds
+        bar.last_print_t -= seconds
+        bar.update(3)
+    printed = capsys.readouterr().err.split()
+    assert printed.count("100%|██████████|") == num_lines and bool(printed) == bool(num_lines)
 
 
 def test_metrics_are_cut_back_to_the_step_that_training_continues_from(tmp_path):

@@ -141,7 +141,7 @@ def test_antialiased_resize_is_another_file_with_other_pictures(folder, tmp_path
     assert "-resize-antialias" in next((tmp_path / "b").glob("*.npz")).name
 
 
-def test_classes_are_drawn_by_index_and_by_name(folder, tmp_path):
+def test_classes_are_sampled_by_index_and_by_name(folder, tmp_path):
     for name, classes in (("a", "2,0"), ("b", "pear,apple")):
         more = ("--class-ids", classes, "--output", tmp_path / f"{name}.png")
         assert run_here(LOOK, *flags(folder, *more)) == 0

@@ -53,9 +53,9 @@ def test_parts_of_processes_make_up_the_batch_and_a_later_start_continues_the_or
     assert [later.rows(step)[1].tolist() for step in range(5, 9)] == whole[5:]
 
 
-def make_crops(seed, smallest_share, flip):
+def make_crops(seed, smallest_crop, flip):
     dataset = open_dataset("digits", "val")
-    return TrainingCrops(dataset, BatchOrder(len(dataset), 7, seed), 16, smallest_share, flip)
+    return TrainingCrops(dataset, BatchOrder(len(dataset), 7, seed), 16, smallest_crop, flip)
 
 
 def test_crops_depend_on_seed_epoch_and_row_alone():
@@ -132,7 +132,7 @@ def test_one_broken_picture_too_many_is_an_error(photos, max_failures):
             crops.crop(0, row)
 
 
-def test_no_whole_picture_is_an_error_whatever_their_share(tmp_path):
+def test_no_whole_picture_is_an_error_whatever_their_fraction(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "1.png").touch()
     crops = crops_of(tmp_path, max_failures=1.0)

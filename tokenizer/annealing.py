@@ -2,10 +2,10 @@
 
 Letters: V codes of E dimensions, K clusters of S = V / K codes, R some of the codes.
 
-At temperature T code x belongs to cluster k with the weight
+At temperature T code x belongs to cluster k with the membership
 softmax_k((price_k - |x - centre_k|^2) / T): a soft assignment. Its sum over the codes is the soft
 size of the cluster, which the prices hold near S. Centres move to the weighted means, and T falls
-until nearly every weight is 0 or 1. Hot rounds see the coarse structure only, so poor local minima
+until nearly all are 0 or 1. Hot rounds see the coarse structure only, so poor local minima
 are avoided.
 """
 
@@ -16,12 +16,12 @@ import torch
 
 START_TEMPERATURE = 0.4         # of the critical one
 COOLING = 0.998                 # of the temperature in every round
-SHARPNESS = 0.8                 # mean largest weight of a code at which annealing ends
-LAST_TEMPERATURE = 1e-3         # of the first; equal codes keep weights from ever being sharp
+SHARPNESS = 0.8                 # mean largest membership of a code at which annealing ends
+LAST_TEMPERATURE = 1e-3         # of the first; equal codes never belong to one alone
 OVER_RELAXATION = 1.5           # centres pass their means: near a split the plain move is slow
 BALANCE = 0.4                   # largest relative error of a soft size at which centres may move
 MAX_BALANCING = 6               # rounds between two moves of the centres
-BLOCK_ROWS = 1024               # codes computed together: their weights stay in the CPU's cache
+BLOCK_ROWS = 1024               # codes computed together: all stays in the CPU's cache
 DAMPING = 0.2                   # added to the Hessian's diagonal, in units of S
 MAX_PRICE_STEP = 2.0            # in units of the temperature
 
@@ -39,7 +39,7 @@ def anneal(codes: np.ndarray, start: np.ndarray,
         centres (K, E) float64 and prices (K,) float64.
     """
     size = len(codes) / len(start)
-    centres = codes[start].astype(np.float64)                                       # (K, E)
+    centers = codes[start].astype(np.float64)                                       # (K, E)
     prices = np.zeros(len(start))                                                   # (K,)
     temperature = START_TEMPERATURE * critical_temperature(codes)
     last_temperature = LAST_TEMPERATURE * temperature
@@ -47,9 +47,9 @@ def anneal(codes: np.ndarray, start: np.ndarray,
     num_rounds = 0
     rounds_at_rest = 0                              # since the centres moved
     while temperature > last_temperature:
-        # Assign all codes softly. A column of ones beside the codes sums up the weights alone, so
+        # Assign all codes softly. A column of ones beside the codes sums memberships alone, so
         # one product gives the sum of every cluster's codes and, in its last column, its size.
-        slopes = np.vstack([2 * centres.T, prices - (centres ** 2).sum(axis=1)])    # (E+1, K)
+        slopes = np.vstack([2 * centers.T, prices - (centers ** 2).sum(axis=1)])    # (E+1, K)
         slopes = (slopes / temperature).astype(np.float32)
         sums = np.zeros((len(start), codes.shape[1] + 1))                           # (K, E+1)
         for block in blocks:
@@ -59,8 +59,8 @@ def anneal(codes: np.ndarray, start: np.ndarray,
         # Move the prices towards equal sizes. One block of the codes, another in each round, is
         # enough for the direction of the step.
         block = blocks[num_rounds % len(blocks)]
-        weights = soft_assignment(block, slopes)                                    # (R, K)
-        prices += temperature * _price_step(weights, soft_sizes, size)
+        memberships = soft_assignment(block, slopes)                                # (R, K)
+        prices += temperature * _price_step(memberships, soft_sizes, size)
         prices -= prices.mean()                     # only their differences count
         num_rounds += 1
         rounds_at_rest += 1
@@ -73,19 +73,19 @@ def anneal(codes: np.ndarray, start: np.ndarray,
 
         # Then they move, and it gets cooler, by as much as in all the rounds that this took.
         means = sums[:, :-1] / np.maximum(soft_sizes, 1e-3)[:, None]                # (K, E)
-        centres += OVER_RELAXATION * (means - centres)
+        centers += OVER_RELAXATION * (means - centers)
         temperature = COOLING ** rounds_at_rest * temperature
         rounds_at_rest = 0
-        is_sharp = weights.max(axis=1).mean() > SHARPNESS
+        is_sharp = memberships.max(axis=1).mean() > SHARPNESS
         if is_sharp:
             break
-    return centres, prices
+    return centers, prices
 
 
 def _blocks(codes: np.ndarray) -> list[np.ndarray]:
     """Deals the codes out to blocks (R, E+1) of at most BLOCK_ROWS, with a last column of ones.
 
-    So a product with the weights of a soft assignment sums the weights next to the codes.
+    So a product with their memberships sums up the memberships next to the codes.
     """
     with_ones = np.concatenate([codes, np.ones((len(codes), 1), np.float32)], axis=1)   # (V, E+1)
     num_blocks = -(-len(codes) // BLOCK_ROWS)
@@ -93,7 +93,7 @@ def _blocks(codes: np.ndarray) -> list[np.ndarray]:
 
 
 def soft_assignment(block: np.ndarray, slopes: np.ndarray) -> np.ndarray:
-    """Returns the weights softmax(block @ slopes), (R, K) float32.
+    """Returns the memberships softmax(block @ slopes), (R, K) float32.
 
     Args:
         block: (R, E+1) float32, of _blocks.
@@ -116,17 +116,17 @@ def critical_temperature(codes: np.ndarray) -> float:
     return critical if is_more_than_rounding else 0.0
 
 
-def _price_step(weights: np.ndarray, soft_sizes: np.ndarray, size: float) -> np.ndarray:
+def _price_step(memberships: np.ndarray, soft_sizes: np.ndarray, size: float) -> np.ndarray:
     """Returns a Newton step of the prices to equal soft sizes, (K,) in units of the temperature.
 
     Args:
-        weights: (R, K), soft assignment of some of the codes, for the Hessian.
+        memberships: (R, K), soft assignment of some of the codes, for the Hessian.
         soft_sizes: (K,) of all codes.
         size: S, the size that every cluster is to have.
     """
-    # How much weight two clusters have in the same codes, scaled from these codes to all of them.
-    overlap = (weights.T @ weights).astype(np.float64)                              # (K, K)
-    overlap *= soft_sizes.sum() / len(weights)
+    # How much two clusters have of the same codes, scaled from these codes to all of them.
+    overlap = (memberships.T @ memberships).astype(np.float64)                      # (K, K)
+    overlap *= soft_sizes.sum() / len(memberships)
     np.fill_diagonal(overlap, 0)
     hessian = np.diag(overlap.sum(axis=1) + DAMPING * size) - overlap
     step = np.linalg.solve(hessian, size - soft_sizes)

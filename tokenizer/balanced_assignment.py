@@ -13,12 +13,12 @@ TOLERANCE = 1e-10       # of the largest cost: smaller differences of float64 su
 LOOK_EVERY = 4          # steps between two searches for cycles: these are short, so they show early
 
 
-def distance_costs(codes: np.ndarray, centres: np.ndarray) -> np.ndarray:
+def distance_costs(codes: np.ndarray, centers: np.ndarray) -> np.ndarray:
     """Returns the squared distances (V, K) of codes (V, E) to centres (K, E), both float64.
 
     They lack the |code|^2, which no assignment changes.
     """
-    return (centres ** 2).sum(axis=1) - 2 * (codes @ centres.T)
+    return (centers ** 2).sum(axis=1) - 2 * (codes @ centers.T)
 
 
 def fill_clusters(costs: np.ndarray) -> np.ndarray:
@@ -191,10 +191,10 @@ def swap_candidates(codes: np.ndarray, members: np.ndarray, tolerance: float) ->
     The bound on what a swap changes misses none of those that do.
     """
     num_clusters, size = members.shape
-    centres = codes[members].mean(axis=1)                                           # (K, E)
-    radii = np.linalg.norm(codes[members] - centres[:, None], axis=2).max(axis=1)   # (K,)
-    gaps = np.linalg.norm(centres[:, None] - centres, axis=2)                       # (K, K)
-    costs = distance_costs(codes, centres)
+    centers = codes[members].mean(axis=1)                                           # (K, E)
+    radii = np.linalg.norm(codes[members] - centers[:, None], axis=2).max(axis=1)   # (K,)
+    gaps = np.linalg.norm(centers[:, None] - centers, axis=2)                       # (K, K)
+    costs = distance_costs(codes, centers)
     weights, _ = move_weights(costs, members, np.arange(num_clusters))              # (K, K)
     bound = weights + weights.T - 2 * (radii[:, None] + radii + gaps) ** 2 / size
     return np.argwhere(np.triu(bound < -tolerance, k=1))

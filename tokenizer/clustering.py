@@ -52,7 +52,7 @@ class Clustering:
     num_swaps: int = 0
 
 
-def normalise_codes(codebook: torch.Tensor) -> np.ndarray:
+def normalize_codes(codebook: torch.Tensor) -> np.ndarray:
     """Returns the codes divided by their lengths, (V, E) float32 array; zero rows stay zero.
 
     Args:
@@ -111,20 +111,20 @@ def cluster_greedy(codes: np.ndarray, start: np.ndarray, keep_best: bool = False
     """
     num_clusters = len(start)
     codes = codes.astype(np.float64)
-    centres = codes[start]
+    centers = codes[start]
     assignments = []
     trace = []
     with threadpool_limits(1):
         for _ in range(GREEDY_ROUNDS):
-            costs = distance_costs(codes, centres)
+            costs = distance_costs(codes, centers)
             distances = costs.min(axis=1) + (codes ** 2).sum(axis=1)    # costs lack the |code|^2
             assignment = fill_in_order(costs, np.argsort(distances, kind="stable"))
             assignments.append(assignment)
             trace.append(balanced_sse(codes, assignment, num_clusters))
-            old_centres = centres
-            centres = cluster_means(codes, assignment, num_clusters)
+            old_centers = centers
+            centers = cluster_means(codes, assignment, num_clusters)
             on_round()
-            if np.allclose(centres, old_centres):
+            if np.allclose(centers, old_centers):
                 break
     chosen = trace.index(min(trace)) if keep_best else -1
     return Clustering(assignments[chosen], trace[chosen], trace)
@@ -144,24 +144,24 @@ def cluster_optimal(codes: np.ndarray, start: np.ndarray,
         assignment = np.arange(len(codes)) * num_clusters // len(codes)
         return Clustering(assignment, balanced_sse(codes, assignment, num_clusters))
     with threadpool_limits(1):
-        centres, prices = anneal(codes, start, on_round)
+        centers, prices = anneal(codes, start, on_round)
         codes = codes.astype(np.float64)
-        assignment = fill_clusters(distance_costs(codes, centres) - prices)
+        assignment = fill_clusters(distance_costs(codes, centers) - prices)
         trace = []
         total_swaps = 0
         while True:
-            assignment = assign_exactly(distance_costs(codes, centres), assignment)
+            assignment = assign_exactly(distance_costs(codes, centers), assignment)
             trace.append(balanced_sse(codes, assignment, num_clusters))
-            old_centres = centres
-            centres = cluster_means(codes, assignment, num_clusters)
+            old_centers = centers
+            centers = cluster_means(codes, assignment, num_clusters)
             on_round()
-            if not np.array_equal(centres, old_centres):
+            if not np.array_equal(centers, old_centers):
                 continue                        # every round lowers the SSE, so this ends
             assignment, num_swaps = swap_codes(codes, assignment, num_clusters)
             if num_swaps == 0:
                 return Clustering(assignment, trace[-1], trace, total_swaps)
             total_swaps += num_swaps
-            centres = cluster_means(codes, assignment, num_clusters)
+            centers = cluster_means(codes, assignment, num_clusters)
 
 
 def _is_trivial(codes: np.ndarray, num_clusters: int) -> bool:

@@ -45,7 +45,7 @@ class Outputs:
         yield from dataclasses.astuple(self)
 
 
-def record_of(identity: dict[str, Any], codebook: Tensor, mapping: Tensor) -> dict[str, Any]:
+def build_record(identity: dict[str, Any], codebook: Tensor, mapping: Tensor) -> dict[str, Any]:
     """Returns what travels with both files, so that nobody combines those of different runs.
 
     Args:
@@ -85,7 +85,7 @@ def check_mapping_file(outputs: Outputs, identity: dict[str, Any]) -> None:
 
     Args:
         outputs: of name_outputs.
-        identity: of identity_of, or the whole record once the mapping is found.
+        identity: of build_identity, or the whole record once the mapping is found.
     """
     if outputs.record.exists():
         record = read_json(outputs.record, {"mapping_sha256": str})

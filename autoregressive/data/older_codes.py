@@ -14,38 +14,34 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from autoregressive.data.arrays import read_integers
-from autoregressive.runtime.distributed import Session
-from autoregressive.runtime.log import LOGGER, progress
+from autoregressive.runtime.log import LOGGER
 
 LONGEST_PADDING = 1024          # images; as many processes as anybody wrote this layout with
 HINT = ("write the older layout again, or extract the codes with "
         "autoregressive/train/extract_codes_c2i.py")
 
 
-def open_older_codes(path: Path,
-                     session: Session | None = None) -> tuple[OlderCodes, np.ndarray] | None:
-    """Reads the labels, and prepares to read the codes, of the older layout in folder `path`.
+class OlderFolders(NamedTuple):
+    """The two folders of a store of the older layout, and how many files lie in each of them."""
 
-    A million images are a million small files of labels, which takes minutes.
+    codes: Path
+    labels: Path
+    num_files: int
 
-    Args:
-        path: the folder that the two folders lie in.
-        session: for a progress bar; None shows none.
 
-    Returns:
-        the codes, and labels (N,) int64; None if no folder of codes lies there.
+def find_older_codes(path: Path) -> OlderFolders | None:
+    """Returns the two folders of the older layout in folder `path`; None without one of codes.
 
     Raises:
-        ValueError: there are several, or codes without labels; files are missing, numbered with
-            gaps, damaged, of another shape, or no integers.
+        ValueError: there are several, or codes without labels; files are missing, or numbered with
+            gaps.
     """
     folders = sorted(path.glob("*_codes"))
     if not folders:
@@ -64,8 +60,28 @@ def open_older_codes(path: Path,
     if num_labels != count:
         raise ValueError(f"{labels_folder}: expected {count} files as in {codes_folder}, found "
                          f"{num_labels}")
-    labels = _read_labels(labels_folder, count, session)
-    codes = OlderCodes(codes_folder, count)
+    return OlderFolders(codes_folder, labels_folder, count)
+
+
+def open_older_codes(folders: OlderFolders,
+                     advance: Callable[[int], None]) -> tuple[OlderCodes, np.ndarray]:
+    """Reads the labels, and prepares to read the codes, of the older layout.
+
+    A million images are a million small files of labels, which takes minutes.
+
+    Args:
+        folders: those of find_older_codes.
+        advance: called with the number of labels read, for a progress bar.
+
+    Returns:
+        the codes, and labels (N,) int64.
+
+    Raises:
+        ValueError: files are damaged, of another shape, or no integers.
+    """
+    count = folders.num_files
+    labels = _read_labels(folders.labels, count, advance)
+    codes = OlderCodes(folders.codes, count)
     codes.check_sizes()
 
     # The rows that may be padding, and those that it would repeat, are a sample of the codes, too.
@@ -75,24 +91,22 @@ def open_older_codes(path: Path,
     sample = {row: _fingerprint(codes, labels, row) for row in sorted({0, *first, *last})}
     codes.sample_sha256 = _checksum_of_sample(codes.shape, sample)
     num_padding = _find_padding([sample[row] for row in first], [sample[row] for row in last],
-                                count, codes_folder)
+                                count, folders.codes)
     num_images = count - num_padding
     codes.shape = (num_images, *codes.shape[1:])
     return codes, labels[:num_images]
 
 
-def _read_labels(folder: Path, count: int, session: Session | None) -> np.ndarray:
+def _read_labels(folder: Path, count: int, advance: Callable[[int], None]) -> np.ndarray:
     """Returns the labels (count,) int64 of a folder with a file for each."""
     labels = np.empty(count, np.int64)
-    bar = progress(session, count, folder.name, "image") if session else tqdm(disable=True)
-    with bar:
-        for row in range(count):
-            path = folder / f"{row}.npy"
-            label = read_integers(path, HINT)
-            if label.size != 1:
-                raise ValueError(f"{path}: expected one label, found shape {label.shape}; {HINT}")
-            labels[row] = label.item()
-            bar.update()
+    for row in range(count):
+        path = folder / f"{row}.npy"
+        label = read_integers(path, HINT)
+        if label.size != 1:
+            raise ValueError(f"{path}: expected one label, found shape {label.shape}; {HINT}")
+        labels[row] = label.item()
+        advance(1)
     return labels
 
 

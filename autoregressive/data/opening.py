@@ -1,7 +1,7 @@
 """Opens stores of codes, several as one, and refuses what is unfinished or damaged."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ from autoregressive.data.arrays import read_integers
 from autoregressive.data.checksums import CHECKSUM_ROWS, checksum_of_labels
 from autoregressive.data.codes import DAMAGED, CodeStore
 from autoregressive.data.combined_codes import CombinedCodes
-from autoregressive.data.older_codes import OlderCodes, open_older_codes
+from autoregressive.data.older_codes import OlderFolders, find_older_codes, open_older_codes
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.files import read_json
 from autoregressive.runtime.identity import find_difference
+from autoregressive.runtime.log import progress
 
 SAME_IN_COMBINED = ("num_images", "num_tokens", "dataset", "class_names", "images_sha256",
                     "image_size", "grid", "codebook_size", "codebook_sha256", "tokenizer_sha256")
@@ -43,7 +44,9 @@ def open_older_stores(paths: Sequence[str], session: Session) -> dict[str, CodeS
     stores = {}
     for path in paths:
         if not has_manifest(path):
-            stores[path] = _open_one(Path(path), session)
+            folders = _find_older(Path(path))
+            with progress(session, folders.num_files, folders.labels.name, "image") as bar:
+                stores[path] = _open_older(folders, bar.update)
     return stores
 
 
@@ -88,20 +91,27 @@ def has_manifest(path: str | Path) -> bool:
     return (Path(path) / "manifest.json").is_file()
 
 
-def _open_one(path: Path, session: Session | None = None) -> CodeStore:
-    if has_manifest(path):
-        return _open_finished(path)
-    older = open_older_codes(path, session)
-    if older is None:
+def _open_one(path: Path) -> CodeStore:
+    return _open_finished(path) if has_manifest(path) else _open_older(_find_older(path))
+
+
+def _find_older(path: Path) -> OlderFolders:
+    folders = find_older_codes(path)
+    if folders is None:
         found = "none in this folder" if path.is_dir() else "no such folder"
         raise ValueError(f"{path}: expected a code store with a manifest.json, found {found}; "
                          "make one with autoregressive/train/extract_codes_c2i.py")
-    codes, labels = older
-    return _describe_older(path, codes, labels)
+    return folders
 
 
-def _describe_older(path: Path, codes: OlderCodes, labels: np.ndarray) -> CodeStore:
-    """Returns a store of the older layout, with a manifest of what its files tell."""
+def _open_older(folders: OlderFolders,
+                advance: Callable[[int], None] = lambda count: None) -> CodeStore:
+    """Returns a store of the older layout, with a manifest of what its files tell.
+
+    See open_older_codes.
+    """
+    codes, labels = open_older_codes(folders, advance)
+    path = folders.codes.parent
     _, num_crops, num_tokens = codes.shape
     manifest = dict.fromkeys(SAME_IN_COMBINED) | {
         "num_images": len(labels), "num_crops": num_crops, "num_tokens": num_tokens,

@@ -179,8 +179,7 @@ def name_moments(optimizer: dict[str, Any], weights: dict[str, Tensor],
     Raises:
         ValueError: the state is of another model.
     """
-    check_kinds({"optimizer": optimizer}, {"optimizer": dict}, path)
-    check_kinds(optimizer, OPTIMIZER_KINDS, path)
+    check_kinds({"optimizer": optimizer}, {"optimizer": OPTIMIZER_KINDS}, path)
     state = optimizer["state"]
     groups = optimizer["param_groups"]
     if all(isinstance(name, str) for name in state):

@@ -4,6 +4,7 @@ import argparse
 import errno
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from autoregressive.runtime.files import atomic_write, check_file, check_kinds
+from autoregressive.runtime.files import Kinds, atomic_write, check_file, check_kinds
 from autoregressive.runtime.log import LOGGER
 
 # Keys under which the weights lie: ours and DDP's, DeepSpeed's, others'. FSDP writes a bare dict.
@@ -23,8 +24,9 @@ DROPPED_KEYS = re.compile(r"freqs_cis|layers\.\d+\.attention\.kv_cache\..*")
 CHECKPOINT_SUFFIX = ".pt"
 CONSOLIDATED = "consolidated.pth"                    # LlamaGen's name for gathered shards
 # Keys of a checkpoint of our training, and their types.
-OWN_KINDS = {"model": dict, "optimizer": dict, "steps": int, "processes": list, "settings": dict}
-OPTIMIZER_KINDS = {"state": dict, "param_groups": list}     # the same of its "optimizer"
+OPTIMIZER_KINDS: Kinds = {"state": dict, "param_groups": list}
+OWN_KINDS: Kinds = {"model": dict, "optimizer": OPTIMIZER_KINDS, "steps": int, "processes": list,
+                    "settings": dict}
 # What torch.load raises on damage, beside pickle's error.
 DAMAGED_CHECKPOINT = (RuntimeError, OSError, EOFError, KeyError, AttributeError, UnicodeDecodeError,
                       zipfile.BadZipFile)
@@ -77,7 +79,8 @@ def read_checkpoint(path: str | Path, hint: str = "") -> Saved:
     """
     check_file(path, hint)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)    # of what is refused here or by readers
             return torch.load(path, map_location="cpu", weights_only=True,
                               mmap=zipfile.is_zipfile(path) or None)
     except pickle.UnpicklingError as error:
@@ -211,7 +214,7 @@ class Skipped(NamedTuple):
 
 def newest_whole_checkpoint(
         folder: str | Path,
-        kinds: dict[str, type] = OWN_KINDS) -> tuple[Path | None, list[Skipped]]:
+        kinds: Kinds = OWN_KINDS) -> tuple[Path | None, list[Skipped]]:
     """Finds the newest checkpoint of a folder with the keys of `kinds`, every byte intact.
 
     Returns:
@@ -227,12 +230,10 @@ def newest_whole_checkpoint(
     return None, skipped
 
 
-def check_whole(path: Path, kinds: dict[str, type]) -> None:
+def check_whole(path: Path, kinds: Kinds) -> None:
     """Raises ValueError unless a checkpoint has the keys of `kinds`, and every byte is intact."""
     payload = read_checkpoint(path)
     check_kinds(payload if isinstance(payload, dict) else {}, kinds, path)
-    if "optimizer" in kinds:
-        check_kinds(payload["optimizer"], OPTIMIZER_KINDS, path)
     if not zipfile.is_zipfile(path):                # an older format, without checksums
         return
     with zipfile.ZipFile(path) as archive:

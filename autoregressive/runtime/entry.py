@@ -163,7 +163,7 @@ def _number(kind: type[Number], accepts: Callable[[Number], bool],
 
 pixels = between(1, 2**16)                                      # of a picture's side
 finite = _number(float, lambda number: True, "a finite number")
-fraction = _number(float, lambda number: 0 <= number < 1, "0 to below 1")
+fraction = _number(float, lambda number: 0 <= number < 1, "a fraction, 0 to below 1")
 fraction_above_0 = _number(float, lambda number: 0 < number <= 1, "a fraction above 0, at most 1")
 fraction_up_to_1 = _number(float, lambda number: 0 <= number <= 1, "a fraction, 0 to 1")
 seed_number = _number(int, lambda number: 0 <= number < 2**64, "a seed, 0 to 2^64 - 1")

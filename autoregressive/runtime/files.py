@@ -25,7 +25,8 @@ DAMAGED_ARCHIVE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, str
                    RuntimeError, OSError, OverflowError)
 # What numpy raises on content that is no plain array.
 NO_ARRAY = (ValueError, TypeError, OverflowError, MemoryError, SyntaxError, tokenize.TokenError)
-Kinds = dict[str, type | tuple[type, ...]]          # key -> the types that its value may have
+# Key -> the type or types of its value, or the same of the keys of a dict that is its value.
+Kinds = dict[str, "type | tuple[type, ...] | Kinds"]
 
 
 @contextlib.contextmanager
@@ -96,8 +97,10 @@ def read_npz(path: str | Path) -> Iterator[zipfile.ZipFile]:
     """Opens an npz as a zip archive.
 
     Raises:
-        ValueError: the file is damaged, which may show when a member is read inside the block.
+        ValueError: there is no such file, or it is damaged, which may show when a member is read
+            inside the block.
     """
+    check_file(path)
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
@@ -207,10 +210,16 @@ def read_json(path: str | Path, kinds: Kinds | None = None) -> dict[str, Any]:
 def check_kinds(content: dict[str, Any], kinds: Kinds, path: str | Path) -> None:
     """Raises ValueError unless `content`, read from `path`, has each key with a value of its types.
 
-    True and False count as whole numbers for Python; here they do not.
+    The message names a key inside another as optimizer.state. True and False count as whole numbers
+    for Python; here they do not.
     """
     for key, kind in kinds.items():
         value = content.get(key)
+        if isinstance(kind, dict):
+            check_kinds(content, {key: dict}, path)
+            inner = {f"{key}.{name}": part for name, part in value.items()}
+            check_kinds(inner, {f"{key}.{name}": each for name, each in kind.items()}, path)
+            continue
         allowed = kind if isinstance(kind, tuple) else (kind,)
         is_unwanted_bool = isinstance(value, bool) and bool not in allowed
         if not isinstance(value, allowed) or is_unwanted_bool:

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,12 +98,21 @@ class _BarHandler(logging.Handler):
         tqdm.write(self.format(record).encode(encoding, "backslashreplace").decode(encoding))
 
 
+class _Bar(tqdm):
+    """A progress bar that is printed once more where it ends, unless its delay is not over then."""
+
+    def close(self) -> None:
+        """Ends the bar; tqdm itself stays silent if nothing was printed before."""
+        self.last_print_t = time.time()
+        super().close()
+
+
 def progress(session: "Session", total: int | None, description: str, unit: str,
              initial: int = 0) -> tqdm:
     """Returns a progress bar on rank 0, a silent one on others.
 
-    It appears after a second of work. Where it is not on a terminal, it is printed twice a minute
-    at most.
+    Work of less than a second shows none. Where it is not on a terminal, it is printed twice a
+    minute at most, and once more at the end of the work.
 
     Args:
         session: Session.
@@ -112,7 +122,7 @@ def progress(session: "Session", total: int | None, description: str, unit: str,
         initial: units that are done already.
     """
     is_watched = sys.stderr.isatty()
-    return tqdm(total=total, initial=initial, desc=description, unit=unit,
+    return _Bar(total=total, initial=initial, desc=description, unit=unit,
                 disable=not session.is_main, mininterval=0.2 if is_watched else 30, delay=1,
                 dynamic_ncols=is_watched)
 

@@ -40,6 +40,7 @@ FAILED = 2
 POLL_SECONDS = 1                                    # between two looks at the others' progress
 # What a file that is too large raises; EINVAL: too large for any disk.
 TOO_LARGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EINVAL)
+LARGEST_FILE = 2**62                                # bytes; numpy would overflow beyond
 RowKind = tuple[DTypeLike, tuple[int, ...]]         # dtype and shape of a row
 
 
@@ -76,8 +77,11 @@ class RowWriter:
         One process calls this.
 
         Raises:
-            ValueError: rows of another run lie there, or the disk is too small.
+            ValueError: rows of another run or a file lie there, or the disk is too small.
         """
+        if self.path.is_file():
+            raise ValueError(f"{self.path}: expected a folder of rows, found a file; remove it, or "
+                             "name another place")
         if self._record.is_file():
             difference = find_difference(self.identity, read_json(self._record), self.identity)
             if difference:
@@ -225,21 +229,20 @@ def _preallocate(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
     if path.exists():
         return
     temporary = path.with_name(f".{path.name}.tmp")
+    num_bytes = math.prod(shape) * dtype.itemsize
     try:
+        if num_bytes > LARGEST_FILE:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
         np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape)
         if hasattr(os, "posix_fallocate"):          # not on every system
             with open(temporary, "r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
-    except (OSError, ValueError) as error:          # ValueError: more bytes than any disk has
+    except OSError as error:
         temporary.unlink(missing_ok=True)
-        reason = "which no disk has"
-        if isinstance(error, OSError):
-            if error.errno not in TOO_LARGE:
-                raise
-            reason = error.strerror
-        needed_mib = math.prod(shape) * dtype.itemsize / 2**20
+        if error.errno not in TOO_LARGE:
+            raise
         free_mib = shutil.disk_usage(path.parent).free / 2**20
-        raise ValueError(f"{path}: expected room for {needed_mib:.1f} MiB, {reason} "
+        raise ValueError(f"{path}: expected room for {num_bytes / 2**20:.1f} MiB, {error.strerror} "
                          f"({free_mib:.1f} MiB are free); choose a folder on another "
                          "disk") from error
     os.replace(temporary, path)

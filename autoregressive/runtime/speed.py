@@ -47,7 +47,7 @@ class Speedometer:
     def paused(self) -> Iterator[None]:
         """Leaves the time of the block out of the rates: validation, pictures, checkpoints.
 
-        It does not wait for a GPU, so steps that are still queued count as part of the block.
+        It does not wait for a GPU: whoever calls it has waited, so no step is still queued.
         """
         began = time.perf_counter()
         yield

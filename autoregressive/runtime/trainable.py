@@ -82,7 +82,7 @@ class Start(Protocol):
     Attributes:
         path: the file.
         payload: all that was saved in it.
-        continues: whether the run goes on with all of the payload, an optimizer's state among it,
+        continues: whether the run goes on with all of the payload, including the optimizer's state,
             and not with the weights alone.
     """
 

@@ -93,7 +93,7 @@ def run_name(args: Flags, gpt_path: Path) -> str:
     return name
 
 
-def identity_of(args: Flags, pipeline: Pipeline, device: torch.device) -> dict[str, object]:
+def build_identity(args: Flags, pipeline: Pipeline, device: torch.device) -> dict[str, object]:
     """Returns the identity of the samples, which travels in the npz."""
     flags = args.identity()
     for name in ("gpt_ckpt", "vq_ckpt", "from_fsdp"):   # the hashes say which weights these are
@@ -115,7 +115,7 @@ def open_rows(path: Path, identity: dict[str, object], args: Flags,
     return RowWriter(path.with_suffix(".rows"), identity, args.num_fid_samples, arrays)
 
 
-def sample_rows(rows: range, pipeline: Pipeline, args: Flags,
+def make_rows(rows: range, pipeline: Pipeline, args: Flags,
               classes: list[int] | None) -> dict[str, Tensor]:
     """Samples the full batch that begins at rows.start; returns what belongs to the rows.
 
@@ -140,7 +140,7 @@ def sample_rows(rows: range, pipeline: Pipeline, args: Flags,
     return {name: tensor[:len(rows)] for name, tensor in tensors.items()}
 
 
-def sample_missing(rows: RowWriter, pipeline: Pipeline, args: Flags, classes: list[int] | None,
+def make_missing(rows: RowWriter, pipeline: Pipeline, args: Flags, classes: list[int] | None,
                  session: Session) -> None:
     """Samples this process's part of the rows that are not written yet."""
     # Batches are cut by absolute index, so any process may sample any of them.
@@ -151,7 +151,7 @@ def sample_missing(rows: RowWriter, pipeline: Pipeline, args: Flags, classes: li
     with progress(session, rows.num_rows, "sample", "image", initial=num_done) as bar:
         with BackgroundWriter(rows) as writer:
             for batch in mine:
-                writer.write(batch, **sample_rows(batch, pipeline, args, classes))
+                writer.write(batch, **make_rows(batch, pipeline, args, classes))
                 if session.is_main:
                     bar.update(rows.num_done - bar.n)       # of all processes
         if session.is_main:
@@ -187,7 +187,7 @@ def main(args: Flags, session: Session) -> None:
         # Reserve the place of the result; it, or rows of it, may be there from an earlier start.
         check_writable_folder(args.sample_dir)
         path = Path(args.sample_dir) / f"{run_name(args, gpt_file.path)}.npz"
-        identity = identity_of(args, pipeline, session.device)
+        identity = build_identity(args, pipeline, session.device)
         rows = open_rows(path, identity, args, pipeline)
         session.hold(path, path.with_suffix(".png"))
         is_finished = path.exists()
@@ -204,7 +204,7 @@ def main(args: Flags, session: Session) -> None:
         LOGGER.info("%s is finished", path)
         return
 
-    sample_missing(rows, pipeline, args, classes, session)
+    make_missing(rows, pipeline, args, classes, session)
 
     # One process puts together what all have sampled.
     if session.is_main:

@@ -22,7 +22,7 @@ from evaluations.c2i.features import SPATIAL_CHANNELS, Features, to_numpy
 
 SMALLEST_IMAGE = 8      # pixels
 DEFAULT_WIDTH = 32      # channels of the first convolution
-SETTINGS = {"class_names": list, "image_size": int, "accuracy": float | int, "num_val": int,
+SETTINGS = {"class_names": list, "image_size": int, "accuracy": (float, int), "num_val": int,
             "dataset": str, "seed": int}
 
 
@@ -82,12 +82,16 @@ class ClassifierFeatures:
         """
         payload = read_checkpoint(path)
         settings = payload.get("settings") if isinstance(payload, dict) else None
-        are_known = isinstance(settings, dict) and all(
-            isinstance(settings.get(name), kind) for name, kind in SETTINGS.items())
-        if not are_known or not settings["class_names"] or settings["image_size"] < SMALLEST_IMAGE:
+        missing = [name for name in SETTINGS
+                   if not isinstance(settings, dict) or name not in settings]
+        if missing:
             raise ValueError(f"{path}: expected a classifier made by train_classifier.py, found a "
-                             f"file that lacks {', '.join(SETTINGS)}")
-        check_kinds({"width": DEFAULT_WIDTH} | settings, {"width": int}, path)
+                             f"file that lacks {', '.join(missing)}")
+        check_kinds({"width": DEFAULT_WIDTH} | settings, SETTINGS | {"width": int}, path)
+        if not settings["class_names"] or settings["image_size"] < SMALLEST_IMAGE:
+            raise ValueError(f"{path}: expected class_names and image_size of at least "
+                             f"{SMALLEST_IMAGE}, found {len(settings['class_names'])} classes and "
+                             f"{settings['image_size']}; make the file again")
         model = SmallClassifier(len(settings["class_names"]), settings.get("width", DEFAULT_WIDTH))
         load_strictly(model, model_state(payload, path), path)
         self.name = f"small classifier {Path(path).name} (not Inception)"

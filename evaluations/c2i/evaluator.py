@@ -45,7 +45,7 @@ from evaluations.c2i.scores import (
     MANIFOLDS,
     TITLES,
     compute_scores,
-    extract_with_bar,
+    extract_file_features,
     needs_reference_features,
     read_statistics,
 )
@@ -110,8 +110,8 @@ def open_files(args: Flags) -> tuple[NpzImages, NpzImages, Path]:
     return reference, samples, output
 
 
-def labels_to_judge(reference: NpzImages, samples: NpzImages,
-                    network: FeatureNetwork) -> np.ndarray | None:
+def read_labels(reference: NpzImages, samples: NpzImages,
+                network: FeatureNetwork) -> np.ndarray | None:
     """Returns the labels (N,) int64 that the samples were made for.
 
     They are None where the samples carry none, or none that the network can judge.
@@ -130,8 +130,8 @@ def labels_to_judge(reference: NpzImages, samples: NpzImages,
     return labels
 
 
-def identity_of(reference: NpzImages, samples: NpzImages, network: FeatureNetwork,
-                ready_statistics: list[str]) -> dict[str, Any]:
+def build_identity(reference: NpzImages, samples: NpzImages, network: FeatureNetwork,
+                   ready_statistics: list[str]) -> dict[str, Any]:
     """Returns what the numbers depend on, beside the choice of metrics."""
     return {
         "samples": {
@@ -152,10 +152,10 @@ def read_numbers(output: Path, identity: dict[str, Any],
     record = {}
     with contextlib.suppress(ValueError, OSError):              # none, or damaged: it is made again
         record = read_json(output, {"numbers": dict})
-    says_how_they_were_made = bool(identity["samples"]["settings"])
+    samples_carry_settings = bool(identity["samples"]["settings"])
     expected = json.loads(json.dumps(identity))                 # as a file gives it back
     is_same = all(record.get(key) == value for key, value in expected.items())
-    if not says_how_they_were_made or not is_same:
+    if not samples_carry_settings or not is_same:
         return None
     wanted_titles = {TITLES[metric] for metric in metrics}
     # A record may also hold numbers of the classifier, which are no choice of --metrics.
@@ -183,8 +183,8 @@ def main(args: Flags, session: Session) -> None:
         for images in (reference, samples):
             images.check_side(network.image_size, network.name)
         stored = read_statistics(reference, network, args.metrics)
-        labels = labels_to_judge(reference, samples, network)
-        identity = identity_of(reference, samples, network, sorted(stored))
+        labels = read_labels(reference, samples, network)
+        identity = build_identity(reference, samples, network, sorted(stored))
 
     # Numbers that an earlier start recorded are printed again.
     if args.reuse and (numbers := read_numbers(output, identity, args.metrics)):
@@ -196,10 +196,10 @@ def main(args: Flags, session: Session) -> None:
 
     # Compute features of both files, then the numbers.
     with checks(session):                           # damage inside a file shows when it is read
-        sample_features = extract_with_bar(network, samples, args.batch_size, session)
+        sample_features = extract_file_features(network, samples, args.batch_size, session)
         reference_features = None
         if needs_reference_features(args.metrics, stored):
-            reference_features = extract_with_bar(network, reference, args.batch_size, session)
+            reference_features = extract_file_features(network, reference, args.batch_size, session)
         scores = compute_scores(args.metrics, sample_features, reference_features, stored, session)
     numbers = scores.numbers
     if labels is not None:

@@ -138,7 +138,7 @@ def spool_crops(spool: Spool, dataset: ImageSet, rows: np.ndarray, size: int, fa
     return np.setdiff1d(rows, list(failures.found))
 
 
-def pictures_of_npz(source: NpzImages, rows: np.ndarray) -> Iterator[np.ndarray]:
+def read_pictures(source: NpzImages, rows: np.ndarray) -> Iterator[np.ndarray]:
     """Yields the pictures (P, P, 3) uint8 of ascending rows of an npz, as they are."""
     every = itertools.chain.from_iterable(source.batches(BATCH_IMAGES))
     return itertools.compress(every, np.isin(range(len(source)), rows))
@@ -168,8 +168,8 @@ def write_reference(path: str, pictures: Iterable[np.ndarray], shape: tuple[int,
             batch = np.stack(batch)
             if network:
                 features = network.features(batch)
-                for space, of_space in statistics.items():
-                    of_space.add(getattr(features, space))
+                for space, moments in statistics.items():
+                    moments.add(getattr(features, space))
             yield batch
             advance(len(batch))
 
@@ -207,7 +207,7 @@ def main(args: Flags, session: Session) -> None:
     with open_spool(Path(args.output).parent, (size, size, 3)) as spool, checks(session):
         rows = source.rows
         if isinstance(source.pictures, NpzImages):
-            pictures = pictures_of_npz(source.pictures, rows)
+            pictures = read_pictures(source.pictures, rows)
         else:
             failures = Failures(len(rows), args.max_failures)
             rows = spool_crops(spool, source.pictures, rows, size, failures, session)

@@ -63,9 +63,9 @@ class StreamingStatistics:
             return
         weight = len(features) / (self.count + len(features))
         batch_mean = features.mean(axis=0)                                          # (D,)
-        centred = features - batch_mean                                            # (n, D)
+        centred = features - batch_mean                                             # (n, D)
         step = batch_mean - self.mean                                               # (D,)
-        between = np.outer(step, step) * (self.count * weight)                       # (D, D)
+        between = np.outer(step, step) * (self.count * weight)                      # (D, D)
         self._scatter = self._scatter + centred.T @ centred + between
         self.mean = self.mean + step * weight
         self.count += len(features)

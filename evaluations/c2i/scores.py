@@ -103,8 +103,8 @@ def needs_reference_features(metrics: set[str], stored: dict[str, Gaussian]) -> 
     return compares_manifolds or lacks_statistics
 
 
-def extract_with_bar(network: FeatureNetwork, images: NpzImages, batch_size: int,
-                     session: Session) -> Features:
+def extract_file_features(network: FeatureNetwork, images: NpzImages, batch_size: int,
+                          session: Session) -> Features:
     """Returns the Features of a file, with a progress bar."""
     with progress(session, len(images), images.path.name, "image") as bar:
         return extract_features(network, images, batch_size, bar.update)

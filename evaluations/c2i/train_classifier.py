@@ -75,7 +75,7 @@ def open_sets(args: Flags) -> tuple[ImageSet, ImageSet]:
     if args.image_size < SMALLEST_IMAGE:
         raise ValueError(f"--image-size: expected at least {SMALLEST_IMAGE}, got {args.image_size}")
     train = open_dataset(args.dataset, args.data_path)
-    val = open_dataset(args.dataset, args.val_path)
+    val = open_dataset(args.dataset, args.val_path, "--val-path")
     if train.class_names != val.class_names:
         raise ValueError(f"--val-path: expected the classes of --data-path, "
                          f"{len(train.class_names)} in all, got {len(val.class_names)} other ones")

@@ -3,7 +3,7 @@
     python scripts/benchmarks/gpu.py --out results/gpu
     python scripts/benchmarks/gpu.py --out /tmp/gpu --device cpu --smoke        # tests this script
 
-Runs the other benchmarks one after the other, each in a process of its own and in its share of the
+Runs the other benchmarks one after the other, each in a process of its own and in its part of the
 time that is left. Rows are written into results.json and results.md in the folder as they come;
 what no longer fits into the time, or into the memory, is listed with the reason. Exit code 1 if
 anything failed.
@@ -41,14 +41,14 @@ class Section:
     Attributes:
         name: what stands before its rows.
         script: in this folder.
-        share: of the whole time, in percent.
+        percent: of the whole time.
         flags: on a GPU.
         smoke: flags in tiny sizes.
     """
 
     name: str
     script: str
-    share: int
+    percent: int
     flags: str
     smoke: str
 
@@ -132,9 +132,10 @@ def main(args: Flags, session: Session) -> None:
     end = time.monotonic() + 60 * args.minutes
     failed = []
     for number, section in enumerate(SECTIONS):
-        shares = sum(later.share for later in SECTIONS[number:])
+        percents = sum(later.percent for later in SECTIONS[number:])
         left = max(end - time.monotonic(), 0.0)
-        if not run_section(section, args, session.device, max(left * section.share / shares, 1.0)):
+        seconds = max(left * section.percent / percents, 1.0)
+        if not run_section(section, args, session.device, seconds):
             failed.append(section.name)
     print((Path(args.out) / TABLE).read_text())
     print(f"results in {args.out}" + (f"; FAILED: {', '.join(failed)}" if failed else ""))

@@ -75,8 +75,8 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return ((found.double().cpu() - expected).norm() / expected.norm()).item()
 
 
-def share_unequal(found: Tensor, expected: Tensor) -> float:
-    """Returns the share of entries that differ."""
+def fraction_unequal(found: Tensor, expected: Tensor) -> float:
+    """Returns the fraction of entries that differ."""
     return (found.cpu() != expected.cpu()).double().mean().item()
 
 
@@ -127,42 +127,42 @@ class Comparisons:
 
     def greedy_tokens(self) -> float:
         expected = generate(self.on_cpu.eval(), self.labels, self.uniforms, GREEDY)
-        return share_unequal(self._draw(self.model.eval(), GREEDY), expected)
+        return fraction_unequal(self._sample(self.model.eval(), GREEDY), expected)
 
-    def _draw(self, model: GPT, sampler: Sampler, steps: Steps | None = None,
-              shift: int = 0) -> Tensor:
+    def _sample(self, model: GPT, sampler: Sampler, steps: Steps | None = None,
+                shift: int = 0) -> Tensor:
         labels = ((self.labels + shift) % NUM_CLASSES).to(self.device)
         return generate(model, labels, self.uniforms.to(self.device), sampler, steps)
 
-    def filters_and_draws(self) -> float:
+    def filtered_and_sampled_tokens(self) -> float:
         logits = torch.randn(64, self.on_cpu.config.vocab_size).mul(2).round(decimals=3)  # ties
         uniforms = torch.rand(64, dtype=torch.float64)
         unequal = []
         for top_k, top_p in ((0, 1.0), (100, 1.0), (0, 0.9), (500, 0.5)):
             expected = filter_logits(logits.double(), top_k, top_p)
             found = filter_logits(logits.double().to(self.device), top_k, top_p)
-            unequal.append(share_unequal(found, expected))
-            expected_draws = invert_cdf(expected.softmax(-1), uniforms)
-            draws = invert_cdf(found.softmax(-1), uniforms.to(self.device))
-            unequal.append(share_unequal(draws, expected_draws))
+            unequal.append(fraction_unequal(found, expected))
+            expected_tokens = invert_cdf(expected.softmax(-1), uniforms)
+            tokens = invert_cdf(found.softmax(-1), uniforms.to(self.device))
+            unequal.append(fraction_unequal(tokens, expected_tokens))
         return max(unequal)
 
     def captured_and_eager_tokens(self) -> float:
-        """Returns the share of tokens of two batches that differ; the second is all replayed."""
-        expected = [self._draw(self.model.eval(), SAMPLER, shift=shift) for shift in (0, 1)]
+        """Returns the fraction of tokens of two batches that differ; the second is all replayed."""
+        expected = [self._sample(self.model.eval(), SAMPLER, shift=shift) for shift in (0, 1)]
         model = copy.deepcopy(self.model)
         steps = self._captured(model)
-        found = [self._draw(model, SAMPLER, steps, shift) for shift in (0, 1)]
-        return share_unequal(torch.cat(found), torch.cat(expected))
+        found = [self._sample(model, SAMPLER, steps, shift) for shift in (0, 1)]
+        return fraction_unequal(torch.cat(found), torch.cat(expected))
 
     def captured_and_called_tokens(self) -> float:
-        """Returns the share of tokens that differ if the same steps are called, not captured."""
+        """Returns the fraction of tokens that differ if the same steps are called, not captured."""
         model = copy.deepcopy(self.model).eval().cast(torch.bfloat16)
         steps = self._captured(model)
         called = CapturedSteps(model, CalledAgain)
-        found = [self._draw(model, SAMPLER, steps, shift) for shift in (0, 1)]
-        expected = [self._draw(model, SAMPLER, called, shift) for shift in (0, 1)]
-        return share_unequal(torch.cat(found), torch.cat(expected))
+        found = [self._sample(model, SAMPLER, steps, shift) for shift in (0, 1)]
+        expected = [self._sample(model, SAMPLER, called, shift) for shift in (0, 1)]
+        return fraction_unequal(torch.cat(found), torch.cat(expected))
 
     def _captured(self, model: GPT) -> CapturedSteps:
         model.requires_grad_(False)
@@ -225,7 +225,7 @@ def main(args: Flags, session: Session) -> None:
     rows = [
         ("logits, float32", comparisons.logits, 1e-4),
         ("greedy tokens, float32", comparisons.greedy_tokens, 0.0),
-        ("filters and draws, float64", comparisons.filters_and_draws, 0.0),
+        ("filters and draws, float64", comparisons.filtered_and_sampled_tokens, 0.0),
         ("captured steps and eager ones, float32", comparisons.captured_and_eager_tokens, 0.0),
         ("captured steps and the same called, bf16", comparisons.captured_and_called_tokens, 0.0),
         ("plain loss and gradients, float32", lambda: losses(False, False, "none"), 1e-3),

@@ -55,7 +55,7 @@ def build_parser() -> Parser:
     parser.set_defaults(gpt_models=["GPT-B", "GPT-L", "GPT-XL", "GPT-XXL"], grids=[16, 24])
     parser.add_argument("--train-images", type=at_least(1), default=32, help="images of a step")
     parser.add_argument("--sample-images", type=at_least(1), default=128,
-                        help="pictures drawn together, with guidance")
+                        help="pictures sampled together, with guidance")
     return parser
 
 
@@ -83,7 +83,7 @@ def training_memory(name: str, grid: int, num_images: int, flags: list[str]) -> 
 
 
 def sampling_memory(name: str, grid: int, num_images: int, device: torch.device) -> Values:
-    """Returns the peak of drawing pictures in bf16, compiled and captured."""
+    """Returns the peak of sampling pictures in bf16, compiled and captured."""
     dtype = torch.bfloat16
     with device:                                    # a large one takes long to fill on a CPU
         model = GPT(gpt_config(name, grid=grid, vocab_size=VOCAB_SIZE, num_classes=NUM_CLASSES))
@@ -92,8 +92,8 @@ def sampling_memory(name: str, grid: int, num_images: int, device: torch.device)
     vq = VQModel(VQConfig(VQ)).eval().requires_grad_(False)
     place_decoder(vq, dtype, device, compiled=True)
     image_size = grid * DOWNSAMPLING
-    tile = decoder_batch_size(VQ, image_size, dtype, device)
-    pipeline = Pipeline(model, vq, Sampler(cfg_scale=2.0), image_size, tile, steps=steps)
+    num_decoded = decoder_batch_size(VQ, image_size, dtype, device)
+    pipeline = Pipeline(model, vq, Sampler(cfg_scale=2.0), image_size, num_decoded, steps=steps)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     pipeline.sample(np.zeros(num_images, np.int64), np.zeros((num_images, grid * grid)))

@@ -70,7 +70,7 @@ def build_parser() -> Parser:
     add_report_args(parser)
     add_size_args(parser, GPT_MODELS)
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[2, 16],
-                        help="pictures drawn together")
+                        help="pictures sampled together")
     parser.add_argument("--precision", default="none", choices=tuple(PRECISIONS),
                         help="of weights and cache")
     parser.add_argument("--compile", action="store_true",
@@ -187,9 +187,10 @@ def temporary_bytes(config: GPTConfig, batch_size: int, dtype: torch.dtype) -> d
     return {"published": logits + repeated, "ours": logits}
 
 
-def decoder_bytes(grid: int, tile: int, dtype: torch.dtype) -> int:
+def decoder_bytes(grid: int, batch_size: int, dtype: torch.dtype) -> int:
     """Returns the bytes of the VQ decoder's activations, about."""
-    return LIVE_MAPS * tile * VQ_MODELS[VQ].channels * (grid * DOWNSAMPLING)**2 * dtype.itemsize
+    num_pixels = batch_size * (grid * DOWNSAMPLING)**2
+    return LIVE_MAPS * num_pixels * VQ_MODELS[VQ].channels * dtype.itemsize
 
 
 def check_fits(free: float, **parts: float) -> None:
@@ -227,8 +228,8 @@ def compare_ways(args: Flags, config: GPTConfig, batch_size: int, bandwidth: flo
     temporaries = temporary_bytes(config, batch_size, dtype)
     needed = {"weights": weight_bytes(shape, dtype),
               "cache": cache_bytes(config, batch_size, dtype)}
-    tile = min(batch_size, decoder_batch_size(VQ, config.grid * DOWNSAMPLING, dtype, device))
-    decoder = decoder_bytes(config.grid, tile, dtype) if args.decode else 0
+    num_decoded = min(batch_size, decoder_batch_size(VQ, config.grid * DOWNSAMPLING, dtype, device))
+    decoder = decoder_bytes(config.grid, num_decoded, dtype) if args.decode else 0
     free = free_bytes(device)
     check_fits(free, **needed, temporaries=max(temporaries["ours"], decoder))
 
@@ -257,7 +258,7 @@ def compare_ways(args: Flags, config: GPTConfig, batch_size: int, bandwidth: flo
         vq = VQModel(VQConfig(VQ)).eval().requires_grad_(False)
         place_decoder(vq, dtype, device, args.compile)
         pipeline = Pipeline(ours, vq, SAMPLER, image_size=config.grid * DOWNSAMPLING,
-                            decode_batch_size=tile, steps=steps)
+                            decode_batch_size=num_decoded, steps=steps)
         ways["ours, decoded"] = lambda: pipeline.decode(ways["ours"]()).cpu()
 
     def measure(work):

@@ -75,17 +75,18 @@ class ImageSet:
         """Returns the picture (H, W, 3) uint8 of a row. Raises ValueError if it is broken."""
 
 
-def open_dataset(dataset: str, data_path: str) -> ImageSet:
+def open_dataset(dataset: str, data_path: str, flag: str = "--data-path") -> ImageSet:
     """Opens a set of labelled pictures.
 
     Args:
         dataset: "imagenet" (any folder with one folder a class) or "digits" (scikit-learn's).
         data_path: the folder; for digits the split, "train" or "val".
+        flag: that names it, for an error.
 
     Raises:
         ValueError: there are no images to be had there.
     """
-    return DATASETS[dataset](data_path)
+    return DATASETS[dataset](data_path, flag)
 
 
 def dataset_sha256(dataset: ImageSet, rows: Iterable[int] | None = None) -> str:
@@ -99,9 +100,9 @@ def dataset_sha256(dataset: ImageSet, rows: Iterable[int] | None = None) -> str:
 class ImageFolder(ImageSet):
     """Pictures in one folder a class, in the order and under the labels of listing.list_images."""
 
-    def __init__(self, data_path: str) -> None:
+    def __init__(self, data_path: str, flag: str) -> None:
         self._root = Path(data_path)
-        self.class_names, paths = list_images(self._root)
+        self.class_names, paths = list_images(self._root, flag)
         counts = [len(paths_of_class) for paths_of_class in paths]
         self.labels = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
         names = [os.fsencode(os.path.relpath(path, self._root)) for path in chain(*paths)]
@@ -120,9 +121,9 @@ class ImageFolder(ImageSet):
 class Digits(ImageSet):
     """The 1,797 handwritten digits of scikit-learn, 8 x 8 pixels, in one split by class."""
 
-    def __init__(self, split: str) -> None:
+    def __init__(self, split: str, flag: str) -> None:
         if split not in DIGITS_SPLITS:
-            raise ValueError(f"--data-path: expected {' or '.join(DIGITS_SPLITS)} "
+            raise ValueError(f"{flag}: expected {' or '.join(DIGITS_SPLITS)} "
                              f"(a split of the digits), got {split}")
         # Imported here: it takes a second, and folders do not need it.
         from sklearn.datasets import load_digits
@@ -153,7 +154,7 @@ def _digits_rows(labels: np.ndarray, split: str) -> np.ndarray:
     return np.flatnonzero(is_val == (split == "val"))
 
 
-DATASETS: dict[str, Callable[[str], ImageSet]] = {"imagenet": ImageFolder, "digits": Digits}
+DATASETS: dict[str, Callable[[str, str], ImageSet]] = {"imagenet": ImageFolder, "digits": Digits}
 
 
 def read_picture(path: str | Path) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Which files of a folder of class folders are images: as torchvision's ImageFolder, in its order.
 
-Unlike there, hidden files and hidden folders of classes are left out, pipes and devices are
+Unlike ImageFolder, hidden files and hidden folders of classes are left out, pipes and devices are
 never opened, and links that lead back into a folder that one is already in are not followed.
 """
 
@@ -17,11 +17,12 @@ FOLDER = "folder"
 SPECIAL = "pipe or device"
 
 
-def list_images(root: Path) -> tuple[list[str], list[list[str]]]:
+def list_images(root: Path, flag: str) -> tuple[list[str], list[list[str]]]:
     """Lists the images of a folder of class folders; a warning counts what is left out.
 
     Args:
         root: the folder.
+        flag: that names it, for an error.
 
     Returns:
         names of the classes, sorted, and of each the paths of its images, folder after folder.
@@ -32,7 +33,7 @@ def list_images(root: Path) -> tuple[list[str], list[list[str]]]:
     if not root.is_dir():
         found = "a file" if root.exists() else "none"
         raise ValueError(f"{root}: expected a folder of class folders, found {found}; "
-                         "name one as --data-path")
+                         f"name one as {flag}")
     entries = [entry for entry in os.scandir(root) if not entry.name.startswith(".")]
     class_names = sorted(entry.name for entry in entries if _kind_of(entry) == FOLDER)
     num_loose = len(entries) - len(class_names)

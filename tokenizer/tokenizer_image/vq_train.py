@@ -129,7 +129,8 @@ def open_images(args: Flags, session: Session) -> TokenizerData:
     dataset = open_dataset(args.dataset, args.data_path)
     validation = None
     if args.val_path:
-        validation = Validation(open_dataset(args.dataset, args.val_path), args.image_size,
+        val_dataset = open_dataset(args.dataset, args.val_path, "--val-path")
+        validation = Validation(val_dataset, args.image_size,
                                 batch_size=args.global_batch_size // session.world_size,
                                 num_workers=args.num_workers, max_failures=args.max_failures)
     if len(dataset) < args.global_batch_size:
