@@ -252,7 +252,7 @@ def plain(saved: Any) -> Any:
     return [plain(item) for item in saved] if isinstance(saved, (list, tuple)) else saved
 
 
-def without_time(row):
-    """Returns a row of metrics.jsonl without what depends on the machine and its load."""
-    return {name: value for name, value in row.items()
+def without_time(line):
+    """Returns a line of metrics.jsonl without what depends on the machine and its load."""
+    return {name: value for name, value in line.items()
             if name not in ("images_per_second", "tokens_per_second", "memory_mib", "mfu")}

@@ -176,7 +176,7 @@ WRONG_INPUTS: dict[str, list[Row]] = {
          "--min-lr: expected at most --lr 0.0001, got 0.001"),
         ("--min-lr", "--min-lr 1e-5", "--min-lr: expected --lr-schedule cosine or linear"),
         ("--lr-decay-from", "--lr-schedule linear --lr-decay-from 1",
-         "--lr-decay-from: expected 0 to below 1, got 1"),
+         "--lr-decay-from: expected a fraction, 0 to below 1, got 1"),
         ("path", "--vq-ckpt bad/loop.pt", "loop.pt: expected a file, found none"),
         ("--cluster-size", "--cluster-size 7", "expected a divisor of the 64 codes, got 7"),
         ("--num-classes", "--num-classes 9", "--num-classes: expected 10"),

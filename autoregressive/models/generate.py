@@ -132,4 +132,4 @@ def generate(model: GPT, labels: Tensor, uniforms: Tensor, sampler: Sampler,
     state = steps.begin(labels, uniforms, sampler)
     for position in range(1, uniforms.shape[1]):
         steps.step(state, position, sampler)
-    return state.tokens.clone()       # a later batch may be put in the same place
+    return state.tokens.clone()         # a later batch may be put in the same place

@@ -161,7 +161,7 @@ class TrainingRun:
             signal.signal(number, self._remember_signal)
 
         # Batches that workers read ahead of the steps, and what the steps are reported to.
-        part = session.part_of(batch_size)                 # places in the batch
+        part = session.part_of(batch_size)                  # places in the batch
         keys = ((step, part) for step in range(first, self.num_steps))
         batches = read_ahead(self.batches, keys, settings.num_workers,
                              pinned=session.device.type == "cuda")
@@ -214,12 +214,13 @@ class TrainingRun:
         settings = self.settings
         is_last = self.steps == self.num_steps
 
-        # Rank 0 verifies the data; it is waited for at the end only.
+        # Rank 0 verifies the data; only the last step waits for the verification to end.
         error = None
         if self._verification:
             error = self._verification.result(seconds=None if is_last else 0)
 
-        # Each process says what it knows, so that all do the same. Of clocks that of rank 0 counts.
+        # Each process says what it knows, so that all do the same. The clock of rank 0 decides
+        # whether a checkpoint is late.
         patience = settings.ckpt_minutes * 60
         is_late = patience > 0 and time.monotonic() - self._saved >= patience
         own = Vote(is_late, error is not None, self._received_signal)
