@@ -146,7 +146,7 @@ def print_table(results: dict[str, Any]) -> None:
     print(f"{'':28}" + "".join(f"{name:>14}" for name in runs))
     for loss in LOSSES:
         losses = [f"{run['training'][loss]:14.3f}" for run in runs.values()]
-        print(f"{loss.replace('_', ' '):28}" + "".join(losses))
+        print(f"{'training ' + loss.replace('_', ' '):28}" + "".join(losses))
     for metric in METRICS:
         scores = [f"{values[metric]:14.4f}" for values in numbers.values()]
         print(f"{metric:28}" + "".join(scores))
@@ -167,7 +167,8 @@ def main(args: Flags, session: Session) -> None:
     report = results | {"files_sha256": hash_files(args.folder), "versions": versions}
     write_json(args.folder / "report.json", report)
     print_table(results)
-    print(f"\npictures, curves and report.json in {args.folder}")
+    print("\none seed, few pictures: this shows that all works, not which column is better\n"
+          f"pictures, curves and report.json in {args.folder}")
 
 
 if __name__ == "__main__":

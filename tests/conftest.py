@@ -10,11 +10,20 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 FIXTURES = ROOT / "tests" / "fixtures"
 
+from autoregressive.runtime.log import LOGGER  # noqa: E402
+
 
 @pytest.fixture(scope="session")
 def fixture():
     """Returns a function that loads tests/fixtures/{name}.pt; a missing file is an error."""
     return lambda name: torch.load(FIXTURES / f"{name}.pt", weights_only=True)
+
+
+@pytest.fixture
+def caplog(caplog, monkeypatch):
+    """pytest's fixture, which sees the log whatever an earlier test has opened."""
+    monkeypatch.setattr(LOGGER, "propagate", True)
+    return caplog
 
 
 def pytest_addoption(parser):

@@ -1,6 +1,5 @@
 """Loading GPT and VQ files: strictly, without a second copy, and only parts that fit together."""
 
-import logging
 import subprocess
 import sys
 
@@ -83,7 +82,6 @@ def test_weights_of_another_grid_are_refused(saved):
 
 def test_a_file_that_names_no_grid_is_loaded_and_the_assumed_grid_is_said(saved, tmp_path, caplog):
     save_checkpoint(tmp_path / "published.pt", saved[1].state_dict())
-    logging.getLogger("iar").propagate = True
     file = read_gpt(tmp_path / "published.pt")
     build_gpt(file, gpt_config("GPT-tiny", **SHAPE))
     assert file.settings == {} and "names no grid; 4 x 4 tokens are assumed" in caplog.text
@@ -101,7 +99,6 @@ def test_a_loaded_vq_model_comes_with_the_hash_of_its_codebook(tmp_path):
 
 
 def test_hashes_that_differ_are_refused_and_unknown_ones_are_a_warning(caplog):
-    logging.getLogger("iar").propagate = True
     check_codebook("a" * 64, "a" * 64, "gpt.pt", "vq.pt")
     assert not caplog.text
     check_codebook(None, "a" * 64, "gpt.pt", "vq.pt")
