@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import logging
 import sys
 from pathlib import Path
 
@@ -23,6 +24,7 @@ def fixture():
 def caplog(caplog, monkeypatch):
     """pytest's fixture, which sees the log whatever an earlier test has opened."""
     monkeypatch.setattr(LOGGER, "propagate", True)
+    caplog.set_level(logging.INFO, LOGGER.name)
     return caplog
 
 

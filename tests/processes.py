@@ -8,10 +8,10 @@ does. So processes are forked from one that has imported them (multiprocessing's
 import contextlib
 import fnmatch
 import importlib
-import itertools
 import json
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -33,7 +33,7 @@ ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",
     "PATH": os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]),
 }
-PORTS = itertools.count(20000 + os.getpid() % 10000)            # below those that systems give away
+PORTS = range(20000, 32000)             # below those that systems give away
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "torchvision",
                               "matplotlib.pyplot", "sklearn.datasets", "processes"])
@@ -138,14 +138,18 @@ def environments_of(processes):
     if not processes:
         return [ENVIRONMENT]
     same = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": next(port for port in PORTS if is_free(port))}
+            "MASTER_PORT": free_port()}
     places = [same | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
     return [ENVIRONMENT | {name: str(value) for name, value in place.items()} for place in places]
 
 
-def is_free(port):
-    with socket.socket() as found:
-        return found.connect_ex(("127.0.0.1", port)) != 0
+def free_port():
+    """Returns a port by chance, so that test processes that look for one together find two."""
+    while True:
+        port = random.SystemRandom().choice(PORTS)
+        with socket.socket() as found:
+            if found.connect_ex(("127.0.0.1", port)):
+                return port
 
 
 def send(workers, number):

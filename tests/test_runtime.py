@@ -7,7 +7,6 @@ import argparse
 import contextlib
 import hashlib
 import json
-import logging
 import random
 import struct
 import subprocess
@@ -138,7 +137,6 @@ def test_a_flag_that_an_older_config_lacks_counts_as_its_default_and_as_nothing_
 
 
 def test_a_new_run_names_the_nearest_other_one_and_what_differs(tmp_path, caplog):
-    caplog.set_level(logging.INFO, "iar")
     for config in ({"lr": 1, "beta": 1}, {"lr": 3, "beta": 3}):
         find_run_folder(tmp_path, "x", config, {}).start(config)
     caplog.clear()
