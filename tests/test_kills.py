@@ -13,7 +13,16 @@ import pytest
 import torch
 
 from autoregressive.runtime.checkpoint import save_checkpoint
-from processes import ENVIRONMENT, Pause, command, contents, run_here, start, start_and_kill
+from processes import (
+    ENVIRONMENT,
+    Pause,
+    command,
+    contents,
+    run_forked,
+    run_here,
+    start,
+    start_and_kill,
+)
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 
 SUFFIX = "kmeans+nearest-cluster_size=8.pt"
@@ -174,6 +183,7 @@ def test_killed_at_any_moment_the_same_command_ends_bit_for_bit_like_a_straight_
     series = SERIES[name]
     new_folders = folders(inputs, name)
     straight = next(new_folders)
+    run_forked(int)                     # starts the server of forks, which takes seconds once
     began = time.monotonic()
     series.finish(straight)
     seconds = time.monotonic() - began

@@ -234,8 +234,8 @@ def test_one_process_trains_as_two_and_a_finished_run_is_left_alone(trained, tmp
 
 
 GAN = ("--image-size 24 --disc-weight 0.5 --disc-start 3 --disc-adaptive-weight --ema "
-       "--gradient-accumulation-steps 2 --revive-every 4 --log-every 1 --ckpt-steps 2 "
-       "--max-steps 7 --val-every 5").split()
+       "--global-batch-size 8 --gradient-accumulation-steps 2 --revive-every 4 --log-every 1 "
+       "--ckpt-steps 2 --max-steps 7 --val-every 5").split()
 
 
 def gan_flags(photos):
