@@ -1,6 +1,7 @@
 """Filters against the fixture, draws against exact probabilities, guidance, any batch size."""
 
 import copy
+import dataclasses
 import gc
 import io
 import logging
@@ -17,7 +18,7 @@ from autoregressive.models.captured import CapturedSteps, compile_decoding
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import GPT
-from autoregressive.models.guidance import guide
+from autoregressive.models.guidance import guide, guide_split
 from autoregressive.models.packed import can_pack, pack_linears
 from autoregressive.models.random_numbers import random_numbers
 from autoregressive.models.sampler import (
@@ -29,6 +30,40 @@ from autoregressive.models.sampler import (
 )
 from autoregressive.runtime.entry import Parser
 from autoregressive.sample.labels import labels_in_turn
+
+CLUSTER_SIZE = 5
+# Settings of samplers of every kind.
+KINDS = {
+    "unguided": {"cfg_scale": 1.0},
+    "unguided, interval 0": {"cfg_scale": 1.0, "cfg_interval": 0},
+    "unguided, interval 4": {"cfg_scale": 1.0, "cfg_interval": 4},
+    "constant": {"cfg_scale": 2.0},
+    "constant, interval 0": {"cfg_scale": 2.0, "cfg_interval": 0},
+    "constant, interval 3": {"cfg_scale": 2.0, "cfg_interval": 3},
+    "constant, interval 4": {"cfg_scale": 2.0, "cfg_interval": 4},
+    "linear": {"cfg_scale": 4.0, "cfg_schedule": "linear"},
+    "linear from below": {"cfg_scale": 2.0, "cfg_schedule": "linear", "cfg_start": 0.5},
+    "linear, interval 3": {"cfg_scale": 4.0, "cfg_schedule": "linear", "cfg_interval": 3},
+    "power-cosine": {"cfg_scale": 6.0, "cfg_schedule": "power-cosine", "cfg_power": 1.5},
+    "split": {"cfg_scale": 3.0, "cfg_scale_within": 1.2},
+    "split, linear": {"cfg_scale": 3.0, "cfg_scale_within": 0.5, "cfg_schedule": "linear"},
+    "inside alone": {"cfg_scale": 1.0, "cfg_scale_within": 2.0, "cfg_interval": 4},
+}
+
+
+def make_sampler(kind):
+    return Sampler(temperature=0.9, top_k=15, top_p=0.95, cluster_size=CLUSTER_SIZE, **KINDS[kind])
+
+
+def guided_logits(model, tokens, labels, sampler):
+    """Returns guided logits (B, V) of the token after tokens (B, t), by full forward passes."""
+    scale, scale_within = sampler.scales(9)[tokens.shape[1]]
+    cond, uncond = (model(tokens, each)[:, -1] for each in (labels, torch.full_like(labels, 4)))
+    if scale == scale_within == 1:
+        return cond
+    if sampler.cfg_scale_within is None:
+        return guide(torch.cat([cond, uncond]), scale)
+    return guide_split(torch.cat([cond, uncond]), scale, scale_within, CLUSTER_SIZE)
 
 
 @pytest.fixture(scope="module")
@@ -92,18 +127,14 @@ def test_guidance_equals_the_equation():
     assert torch.equal(guide(torch.cat([cond, uncond]), 2.5), uncond + (cond - uncond) * 2.5)
 
 
-@pytest.mark.parametrize("scale", [1.0, 2.0])
-@pytest.mark.parametrize("interval", [-1, 0, 4])
-def test_cached_generation_equals_generation_by_full_forward(model, scale, interval):
+@pytest.mark.parametrize("kind", KINDS)
+def test_cached_generation_equals_generation_by_full_forward(model, kind):
     labels, uniforms = numbers_for(seed=5, count=3)
-    sampler = Sampler(scale, interval, temperature=0.9, top_k=15, top_p=0.95)
+    sampler = make_sampler(kind)
     expected = torch.empty(3, 0, dtype=torch.int64)
     for position in range(9):
         with torch.no_grad():
-            logits = model(expected, labels)[:, -1]
-            if scale > 1 and (interval < 0 or position <= interval + 1):
-                null = model(expected, torch.full_like(labels, 4))[:, -1]
-                logits = null + (logits - null) * scale
+            logits = guided_logits(model, expected, labels, sampler)
         chosen = invert_cdf(probabilities(logits, sampler), uniforms[:, position])
         expected = torch.cat([expected, chosen[:, None]], dim=1)
     assert torch.equal(generate(model, labels, uniforms, sampler), expected)
@@ -151,15 +182,15 @@ def test_balanced_labels_hold_every_class_evenly_in_any_stretch():
         assert counts.min() == counts.max() == 5
 
 
-@pytest.mark.parametrize("scale", [1.0, 2.0])
-def test_first_two_tokens_follow_the_exact_probabilities(model, scale):
-    sampler, count = Sampler(scale, temperature=0.9, top_p=0.95), 20000
+@pytest.mark.parametrize("kind", ["unguided", "constant", "split", "split, linear"])
+def test_first_two_tokens_follow_the_exact_probabilities(model, kind):
+    count = 20000
+    sampler = dataclasses.replace(make_sampler(kind), top_k=0)
     _, uniforms = random_numbers(3, range(count), 4, 9)
     labels = torch.full((count,), 2)
 
     def probability_after(tokens):
-        rows = [model(tokens, torch.full((len(tokens),), label))[:, -1] for label in (2, 4)]
-        logits = guide(torch.cat(rows), scale) if scale > 1 else rows[0]
+        logits = guided_logits(model, tokens, labels[:len(tokens)], sampler)
         return probabilities(logits, sampler).double()
 
     with torch.no_grad():
@@ -206,15 +237,24 @@ class ReplayedFunction:
         self.function()
 
 
-@pytest.mark.parametrize("scale, interval", [(1.0, -1), (2.0, -1), (2.0, 3)])
-def test_captured_steps_sample_the_tokens_of_eager_ones(model, monkeypatch, scale, interval):
+@pytest.mark.parametrize("kind", KINDS)
+def test_captured_steps_sample_the_tokens_of_eager_ones(model, monkeypatch, kind):
     monkeypatch.setattr(captured, "BUCKET", 4)
-    sampler = Sampler(scale, interval, temperature=0.9, top_k=15)
-    steps = CapturedSteps(model, ReplayedFunction)
+    graphs = []
+
+    def capture(function):
+        graphs.append(ReplayedFunction(function))
+        return graphs[-1]
+
+    sampler = make_sampler(kind)
+    steps = CapturedSteps(model, capture)
     for seed in range(4):  # later batches find the tensors as an earlier one left them
         labels, uniforms = numbers_for(seed, count=30)
         expected = generate(model, labels, uniforms, sampler)
         assert torch.equal(generate(model, labels, uniforms, sampler, steps), expected)
+    # One a bucket, of which there are three, and one more where guidance ends inside a bucket.
+    ends_inside_a_bucket = sampler.num_guided(9) in (2, 3, 5, 6, 7)
+    assert len(graphs) == 3 + ends_inside_a_bucket
 
 
 def test_a_step_is_captured_once_for_every_bucket_batch_size_and_way_of_sampling(
@@ -322,10 +362,11 @@ def test_packed_layers_of_bfloat16_give_the_logits_of_float32_as_nearly_as_plain
     assert errors[0] < 2 * errors[1]
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 10])
-def test_a_sample_does_not_depend_on_the_batch_it_is_drawn_in(packed, batch_size):
+def test_a_sample_does_not_depend_on_the_batch_it_is_drawn_in(packed, batch_size, kind):
     labels, uniforms = numbers_for(seed=1, count=20)
-    sampler = Sampler(2.0, 4, temperature=0.9, top_k=15)
+    sampler = make_sampler(kind)
     expected = generate(packed, labels, uniforms, sampler)
     batches = zip(labels.split(batch_size), uniforms.split(batch_size), strict=True)
     found = torch.cat([generate(packed, *batch, sampler) for batch in batches])

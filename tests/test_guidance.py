@@ -1,4 +1,4 @@
-"""Guidance: its strength by position, split guidance, and both in the decode loop."""
+"""Guidance: its strength by position, and split guidance. In the decode loop: test_generate.py."""
 
 import math
 
@@ -6,47 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from autoregressive.models import captured
-from autoregressive.models.captured import CapturedSteps
-from autoregressive.models.config import GPTConfig
-from autoregressive.models.generate import generate
-from autoregressive.models.gpt import GPT
 from autoregressive.models.guidance import guide, guide_split, strengths
-from autoregressive.models.random_numbers import random_numbers
-from autoregressive.models.sampler import Sampler, invert_cdf, probabilities
+from autoregressive.models.sampler import Sampler
 
-NUM_TOKENS, NUM_CODES, CLUSTER_SIZE = 9, 20, 5
-# Settings of samplers of every kind.
-KINDS = {
-    "constant": {"cfg_scale": 2.0},
-    "linear": {"cfg_scale": 4.0, "cfg_schedule": "linear"},
-    "linear from below": {"cfg_scale": 2.0, "cfg_schedule": "linear", "cfg_start": 0.5},
-    "power-cosine": {"cfg_scale": 6.0, "cfg_schedule": "power-cosine", "cfg_power": 1.5},
-    "interval": {"cfg_scale": 4.0, "cfg_schedule": "linear", "cfg_interval": 3},
-    "split": {"cfg_scale": 3.0, "cfg_scale_within": 1.2},
-    "split linear": {"cfg_scale": 3.0, "cfg_scale_within": 0.5, "cfg_schedule": "linear"},
-    "inside alone": {"cfg_scale": 1.0, "cfg_scale_within": 2.0, "cfg_interval": 4},
-}
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(1)
-    config = GPTConfig("small", 2, 2, 16, grid=3, vocab_size=NUM_CODES, num_classes=4)
-    model = GPT(config).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model
-
-
-def make_sampler(kind, **settings):
-    return Sampler(temperature=0.9, top_k=15, cluster_size=CLUSTER_SIZE, **KINDS[kind], **settings)
-
-
-def numbers_for(seed, count):
-    """Returns labels (count,) and uniforms (count, 9) for the model."""
-    labels, uniforms = random_numbers(seed, range(count), 4, NUM_TOKENS)
-    return torch.from_numpy(labels), torch.from_numpy(uniforms)
+NUM_TOKENS = 9
 
 
 @pytest.mark.parametrize("schedule, start, end, power, expected", [
@@ -116,79 +79,11 @@ def test_an_interval_cuts_a_schedule_and_does_not_stretch_it():
     assert whole[4].tolist() == [3.0, 1.5]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_cached_generation_equals_generation_by_full_forward(model, kind):
-    labels, uniforms = numbers_for(seed=5, count=3)
-    sampler = make_sampler(kind)
-    null = torch.full_like(labels, 4)
-    expected = torch.empty(3, 0, dtype=torch.int64)
-    for position, (scale, within) in enumerate(sampler.scales(NUM_TOKENS).tolist()):
-        with torch.no_grad():
-            logits = torch.cat([model(expected, label)[:, -1] for label in (labels, null)])
-        if sampler.cfg_scale_within is None:
-            logits = guide(logits, scale)
-        else:
-            logits = guide_split(logits, scale, within, CLUSTER_SIZE)
-        chosen = invert_cdf(probabilities(logits, sampler), uniforms[:, position])
-        expected = torch.cat([expected, chosen[:, None]], dim=1)
-    assert torch.equal(generate(model, labels, uniforms, sampler), expected)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_captured_steps_sample_the_tokens_of_eager_ones(model, monkeypatch, kind):
-    monkeypatch.setattr(captured, "BUCKET", 4)
-    graphs = []
-
-    def capture(function):
-        graphs.append(captured.CalledAgain(function))
-        return graphs[-1]
-
-    steps = CapturedSteps(model, capture)
-    sampler = make_sampler(kind)
-    for seed in range(2):               # the second batch replays
-        labels, uniforms = numbers_for(seed, count=30)
-        expected = generate(model, labels, uniforms, sampler)
-        assert torch.equal(generate(model, labels, uniforms, sampler, steps), expected)
-    # One a bucket, of which there are three, and one more where guidance ends inside a bucket.
-    assert len(graphs) == (4 if sampler.num_guided(NUM_TOKENS) in (5, 6, 7) else 3)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_samples_do_not_depend_on_the_batch(model, kind):
-    labels, uniforms = numbers_for(seed=2, count=12)
-    sampler = make_sampler(kind)
-    whole = generate(model, labels, uniforms, sampler)
-    parts = zip(labels.split(5), uniforms.split(5), strict=True)
-    found = torch.cat([generate(model, *part, sampler) for part in parts])
-    # Of another batch size a float32 product may round differently; no token is near a border here.
-    assert torch.equal(found, whole)
-
-
-@pytest.mark.parametrize("kind", ["split", "split linear"])
-def test_tokens_follow_the_exact_probabilities_of_split_guidance(model, kind):
-    count = 20000
-    sampler = make_sampler(kind)
-    labels = torch.full((count,), 2)
-    uniforms = numbers_for(seed=3, count=count)[1]
-    scales = sampler.scales(NUM_TOKENS)
-
-    def probabilities_after(tokens):
-        labels = [torch.full((len(tokens),), label) for label in (2, 4)]
-        logits = torch.cat([model(tokens, label)[:, -1] for label in labels])
-        guided = guide_split(logits, *scales[tokens.shape[1]], CLUSTER_SIZE)
-        return probabilities(guided, sampler).double()
-
-    with torch.no_grad():
-        first = probabilities_after(torch.empty(1, 0, dtype=torch.int64))[0]            # (V,)
-        both = first[:, None] * probabilities_after(torch.arange(NUM_CODES)[:, None])   # (V, V)
-    parts = zip(labels.split(4000), uniforms.split(4000), strict=True)
-    tokens = torch.cat([generate(model, *part, sampler) for part in parts])
-    pairs = NUM_CODES * tokens[:, 0] + tokens[:, 1]
-    counts = torch.bincount(pairs, minlength=NUM_CODES**2).double()
-    expected = (both / both.sum() * count).flatten()
-    assert counts[expected == 0].sum() == 0
-    common = expected >= 5
-    rest = (counts[~common].sum() - expected[~common].sum()) ** 2 / expected[~common].sum()
-    statistic = ((counts - expected) ** 2 / expected)[common].sum() + rest.nan_to_num()
-    degrees = int(common.sum())
-    assert statistic < degrees + 4 * (2 * degrees) ** 0.5       # chi-square: four deviations
+@pytest.mark.parametrize("scale", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("interval", [-1, 0, 4])
+def test_constant_guidance_is_its_scale_inside_the_interval(scale, interval):
+    expected = []
+    for position in range(NUM_TOKENS):
+        is_guided = scale > 1 and (interval < 0 or position <= interval + 1)
+        expected.append([scale if is_guided else 1.0] * 2)
+    assert Sampler(scale, interval).scales(NUM_TOKENS).tolist() == expected
