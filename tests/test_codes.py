@@ -25,6 +25,7 @@ from autoregressive.runtime.files import mapping_sha256, write_json
 from autoregressive.runtime.lock import hold, lock_of
 from autoregressive.runtime.log import LOGGER
 from autoregressive.train import train_c2i
+from processes import run_here
 
 MANIFEST = {
     "dataset": "test", "num_images": 7, "num_crops": 2, "num_tokens": 9, "grid": 3,
@@ -370,6 +371,14 @@ def test_training_opens_no_older_layout_on_rank_1_and_takes_what_rank_0_sent(tmp
     with pytest.raises(ValueError, match="far enough"):
         train_c2i.main(args, session)
     assert opened[0].store is Rank1.stores[path]
+
+
+def test_flags_are_refused_before_an_older_layout_is_opened(tmp_path, monkeypatch, capsys):
+    write_older(tmp_path / "old", np.zeros((11, 2, 9), np.int64), np.arange(11) % 3)
+    monkeypatch.setattr(opening, "open_older_codes", None)
+    code = run_here("autoregressive/train/train_c2i.py", "--code-path", tmp_path / "old",
+                    "--results-dir", tmp_path, "--min-lr", 1e-5)
+    assert code == 2 and "--min-lr: expected --lr-schedule" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("count", [1, 2, 11])

@@ -105,7 +105,7 @@ def test_without_start_and_least_the_bits_are_those_of_the_older_formula(
     assert rates_of(LearningRate(3e-4, schedule, num_steps, warmup)) == expected
 
 
-def test_shares_of_a_run_are_the_fractions_that_are_meant():
+def test_fractions_of_a_run_are_those_that_are_meant():
     for times in range(1, 6000):
         assert whole_steps(400 / 450, 450 * times) == 400 * times
         assert whole_steps(0.29, 100 * times) == 29 * times         # below it in floats: 28.999...

@@ -158,7 +158,7 @@ def photo_flags(photos, name):
     (("--data-path", "{0}/whole", "--val-path", "{0}/broken"), 1,
      ["3 of 24 images are broken, such as"]),
 ])
-def test_training_goes_on_without_broken_pictures_up_to_a_share(
+def test_training_goes_on_without_broken_pictures_up_to_a_fraction(
         photos, tmp_path, capsys, flags, code, words):
     flags = [str(flag).format(photos) for flag in ("--val-path", photos / "broken", *flags)]
     found = run_here(SCRIPT, *photo_flags(photos, "broken"), "--max-steps", 4,

@@ -30,8 +30,8 @@ def add_optim_args(parser: Parser) -> None:
     group.add_argument("--lr-schedule", default="constant", choices=SCHEDULES,
                        help="what follows the warm-up")
     group.add_argument("--lr-decay-from", type=fraction, default=0.0,
-                       help="share of the run before the learning rate falls; 0: from the end of "
-                            "the warm-up on")
+                       help="fraction of the run before the learning rate falls; 0: from the end "
+                            "of the warm-up on")
     group.add_argument("--min-lr", type=at_least(0.0), default=0.0,
                        help="what the learning rate falls to")
     group.add_argument("--warmup", type=at_least(0), default=0, help="steps of linear warm-up")

@@ -7,12 +7,13 @@ Letters: n steps of the run, k a step, from 0, w steps of warm-up, p progress, 0
            (1 + cos(pi p)) / 2      cosine
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from fractions import Fraction
 
 SCHEDULES = ("constant", "cosine", "linear")
-MAX_DENOMINATOR = 10**6         # of shares that a user means
+MAX_DENOMINATOR = 10**6         # of fractions that a user means
 
 
 def fall(first: float, last: float, schedule: str, progress: float) -> float:
@@ -30,12 +31,12 @@ def fall(first: float, last: float, schedule: str, progress: float) -> float:
     return last + (first - last) * ((1 + math.cos(math.pi * progress)) / 2)
 
 
-def whole_steps(share: float, num_steps: int) -> int:
-    """Returns floor(share * num_steps) of the fraction that a float stands for.
+def whole_steps(fraction: float, num_steps: int) -> int:
+    """Returns floor(fraction * num_steps), of the ratio of integers that the float stands for.
 
     In floats .29 * 100 lies below 29; and .8888889 means 8/9.
     """
-    return math.floor(Fraction(share).limit_denominator(MAX_DENOMINATOR) * num_steps)
+    return math.floor(Fraction(fraction).limit_denominator(MAX_DENOMINATOR) * num_steps)
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class LearningRate:
         schedule: one of SCHEDULES, of the fall.
         num_steps: n, length of the run.
         warmup: w.
-        decay_from: share of the run, 0 to 1, after which it falls; not before the warm-up's end.
+        decay_from: fraction of the run, 0 to 1, after which it falls; not before the warm-up's end.
         least: the rate that it falls to.
     """
 
@@ -58,7 +59,7 @@ class LearningRate:
     decay_from: float = 0.0
     least: float = 0.0
 
-    @property
+    @functools.cached_property          # every step asks for it
     def start(self) -> int:
         """The first step of the fall, the last of the peak."""
         return max(self.warmup, whole_steps(self.decay_from, self.num_steps))

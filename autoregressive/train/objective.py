@@ -20,8 +20,7 @@ from autoregressive.runtime.trainable import ValBatches
 
 LOSSES = ("token_loss", "cluster_loss", "cluster_accuracy")
 CURVES = (*LOSSES, "grad_norm")
-# From features (N, D), head (V, D) and targets (N,), perhaps with lambda_cce, a scalar, to the loss
-# and its statistics (3,), as LOSSES.
+# Of features (N, D), head (V, D), targets (N,) and perhaps lambda_cce: the loss, and LOSSES (3,).
 HeadLoss = Callable[..., tuple[Tensor, Tensor]]
 
 

@@ -142,13 +142,13 @@ def build_trainer(args: Flags, config: GPTConfig, num_steps: int, *, start: GPTF
     optimizer = ModelOptimizer(model, OptimSettings(**args.pick(OptimSettings)), device,
                                uses_scaler=args.mixed_precision == "fp16")
     seed_everything(args.global_seed, 1 + session.rank)     # dropout differs between processes
-    save_pictures = None
+    save = None
     if vq is not None:
-        save_pictures = functools.partial(save_samples, config=config, vq=vq, device=device,
-                                          seed=args.global_seed, class_names=data.class_names)
+        save = functools.partial(save_samples, config=config, vq=vq, device=device,
+                                 seed=args.global_seed, class_names=data.class_names)
     return GPTTrainer(wrapped, optimizer, session, precision=args.mixed_precision,
                       accumulation=args.gradient_accumulation_steps, val_batches=data.val_batches,
-                      save_samples=save_pictures, compiler=compiler)
+                      save_samples=save, compiler=compiler)
 
 
 @torch.inference_mode()
@@ -178,13 +178,14 @@ def log_start(name: str, data: TrainingData, loss: LossSettings, num_parameters:
 def main(args: Flags, session: Session) -> None:
     """Trains a GPT, or continues the run that the same command began."""
     open_logger(session)
+    with checks(session):
+        check_flags(args, session)      # before an older layout, which takes minutes to open
     start_path = on_main(session, find_checkpoint, args.gpt_ckpt) if args.gpt_ckpt else None
     older = on_main(session, open_older_stores, args.code_path, session)
 
     # Open and compare all that the run depends on, before any work.
     with checks(session):
         grid = grid_of(args.image_size, args.downsample_size)
-        check_flags(args, session)
         data = open_data(DataSettings(**args.pick(DataSettings)), grid, session.world_size, older)
         mapping = data.mapping
         vq = open_decoder(args.vq_ckpt, VQConfig(**args.pick(VQConfig)), mapping,
