@@ -115,10 +115,11 @@ def make_good(folder: Path) -> None:
     keep("tokenizer", tokenizer__pt="*/tokenizer.pt", tokenizer_run="*")
     keep("validate", reconstructions__npz="reconstructions.npz")
     for scale in ("1.0", "1.5"):
-        (good / "sweep" / f"cfg-{scale}").mkdir(parents=True)
+        path = good / "sweep/20-samples" / f"cfg-scale-{scale}" / "samples.json"
+        path.parent.mkdir(parents=True)
         record = json.loads((good / "scores.json").read_text())
         record["samples"]["settings"]["cfg_scale"] = float(scale)
-        (good / "sweep" / f"cfg-{scale}" / "samples.json").write_text(json.dumps(record))
+        path.write_text(json.dumps(record))
     dataset = open_dataset("digits", "val")
     for row in range(24):
         path = good / "pictures" / f"class {row % 2}" / f"{row:03d}.png"
@@ -424,4 +425,5 @@ def make_bad_sweeps(good: Path, bad: Path) -> None:
     }
     for name, content in records.items():
         shutil.copytree(good / "sweep", bad / f"sweep-{name}")
-        (bad / f"sweep-{name}" / "cfg-1.5" / "samples.json").write_text(json.dumps(content))
+        path = bad / f"sweep-{name}" / "20-samples/cfg-scale-1.5/samples.json"
+        path.write_text(json.dumps(content))

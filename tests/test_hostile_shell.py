@@ -52,10 +52,11 @@ SHELL = {name: (path, COMMANDS[name][1]) for name, path in {
     "validate": "scripts/tokenizer/val.sh",
 }.items()} | {
     "sweep": ("scripts/autoregressive/sweep_cfg.sh",
-              f"{PIPELINE} --num-fid-samples 20 --per-proc-batch-size 8"),
+              f"{PIPELINE} --per-proc-batch-size 8"),
     "own images": ("scripts/own_images.sh", ""),
 }
-SWEEP = ("REFERENCE=good/reference.npz OUT=new CFG_SCALES='1.0 2.0' "
+SWEEP = ("REFERENCE=good/reference.npz OUT=new CFG_SCALES='1.0 2.0' NUM_SAMPLES=20 "
+         "NUM_FINAL_SAMPLES=0 "
          "EVALUATE='--classifier good/classifier.pt'")
 
 
@@ -154,6 +155,9 @@ ROWS: list[Row] = [
      "", "samples.npz"),
     ("sweep", "CFG_SCALES", SWEEP.replace("1.0 2.0", "large"), "", "--cfg-scale"),
     ("sweep", "CFG_SCALES", SWEEP.replace("1.0 2.0", "2.0 1.0 2.0"), "", sweep_is_right),
+    ("sweep", "CFG_SCHEDULES", f"{SWEEP} CFG_SCHEDULES='linear steep'", "", "--cfg-schedule"),
+    ("sweep", "NUM_FINAL_SAMPLES", SWEEP.replace("=0", "=-1"), "", "--num-fid-samples"),
+    ("sweep", "--top-p", SWEEP, "--top-p 0.9", "values of --top-p in the environment"),
     ("sweep", "EVALUATE", SWEEP.replace("--classifier", "--metrics kid --classifier"), "", "kid"),
     ("sweep", "OUT", SWEEP.replace("OUT=new", "OUT='new/a *'"), "",
      lambda: Path("new/a */sweep.json").stat()),

@@ -212,11 +212,12 @@ def sample_and_say_peak(*flags):
 def test_sweep_ends_with_a_table_by_guidance_and_a_plot(tmp_path, capsys):
     for scale, fid in ((2.0, 3.5), (1.0, 9.0), (3.0, 4.0)):
         record = {"numbers": {"FID": fid, "Recall": 0.5},
-                  "samples": {"settings": {"cfg_scale": scale}}}
-        (tmp_path / f"cfg-{scale}").mkdir()
-        (tmp_path / f"cfg-{scale}" / "samples.json").write_text(json.dumps(record))
+                  "samples": {"settings": {"cfg_scale": scale, "num_fid_samples": 10}}}
+        path = tmp_path / "10-samples" / f"cfg-scale-{scale}" / "samples.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(record))
     assert run_here("scripts/sweep_report.py", tmp_path) == 0
-    assert "lowest FID: 3.5000 at guidance 2" in capsys.readouterr().out
+    assert "lowest FID of 10 samples: 3.5000 at cfg scale 2.0" in capsys.readouterr().out
     table = json.loads((tmp_path / "sweep.json").read_text())
     assert table[0] == {"cfg_scale": 1.0, "FID": 9.0, "Recall": 0.5}
     assert (tmp_path / "sweep.png").stat().st_size > 5000

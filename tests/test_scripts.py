@@ -1,5 +1,6 @@
 """The shell scripts and the reports around them: the caller's paths, one line for every mistake."""
 
+import itertools
 import json
 import os
 import stat
@@ -17,6 +18,7 @@ SHELL = sorted(path.relative_to(ROOT) for path in (ROOT / "scripts").glob("**/*.
 WRAPPERS = [path for path in SHELL if len(path.parts) == 3 and path.name != "sweep_cfg.sh"]
 STUB = """#!/bin/sh
 echo "$(basename "$0") $PWD $*" >>"$CALLS"
+case "$*" in *--best-of*) echo "$BEST" ;; esac
 case "$*" in *sys.prefix*) echo "$CALLS.prefix" ;; *--fail*) exit 2 ;; esac
 for last; do :; done
 case "$*" in *sample_c2i_ddp.py*--cfg-scale*) mkdir -p "$last" && touch "$last/x.npz" ;; esac
@@ -79,20 +81,46 @@ def test_own_images_hands_on_the_callers_paths(caller):
     assert "--num-classes 1 " in gpt and f"--gpt-ckpt {caller}/./out/gpt/000-x" in sample
 
 
-def test_a_sweep_scores_every_npz_and_leaves_reuse_to_the_evaluator(caller):
-    for _ in range(2):
-        (caller.parent / "calls").unlink(missing_ok=True)
-        done, calls = shell(caller, "scripts/autoregressive/sweep_cfg.sh", "--gpt-ckpt", "run",
-                            CFG_SCALES="1.0 2.5", REFERENCE="ref.npz", EVALUATE="--metrics fid")
-        assert done.returncode == 0, done.stderr
-        assert {folder for _, folder, _ in calls} == {str(caller)}
-        words = [words.removeprefix(f"{ROOT}/") for _, _, words in calls]
-        for draw, score, scale in ((words[0], words[1], "1.0"), (words[2], words[3], "2.5")):
-            folder = f"sweep/cfg-{scale}"
-            assert draw.endswith(f"--gpt-ckpt run --cfg-scale {scale} --sample-dir {folder}")
-            assert score == (f"evaluations/c2i/evaluator.py ref.npz {folder}/x.npz "
-                             "--reuse --metrics fid")
-        assert words[4:] == ["scripts/sweep_report.py sweep --reference ref.npz"]
+def sweep(caller, *flags, **environment):
+    """Runs a sweep whose best setting is cfg scale 7; returns what was called after the script."""
+    (caller.parent / "calls").unlink(missing_ok=True)
+    environment = {"REFERENCE": "ref.npz", "BEST": "--cfg-scale 7"} | environment
+    done, calls = shell(caller, "scripts/autoregressive/sweep_cfg.sh", *flags, **environment)
+    assert done.returncode == 0, done.stderr
+    assert {folder for _, folder, _ in calls} == {str(caller)}
+    return [words.partition(f"{ROOT}/")[2] for _, _, words in calls]
+
+
+def test_a_sweep_searches_and_scores_the_best_with_more_samples(caller):
+    for _ in range(2):                              # what is there is left to the called scripts
+        words = sweep(caller, "--gpt-ckpt", "run", CFG_SCALES="1.0 2.5", EVALUATE="--metrics fid")
+        report = "scripts/sweep_report.py sweep --reference ref.npz"
+        settings = [("10000", "--cfg-scale 1.0 --cfg-schedule constant --top-p 1.0"),
+                    ("10000", "--cfg-scale 2.5 --cfg-schedule constant --top-p 1.0"),
+                    ("50000", "--cfg-scale 7")]
+        for (count, flags), draw, evaluate in zip(settings, words[:4:2] + words[5:6],
+                                                  words[1:4:2] + words[6:7], strict=True):
+            folder = f"sweep/{count}-samples/{flags.replace(' --', ' ')[2:].replace(' ', '-')}"
+            assert draw == (f"autoregressive/sample/sample_c2i_ddp.py --gpt-ckpt run {flags} "
+                            f"--num-fid-samples {count} --sample-dir {folder}")
+            assert evaluate == (f"evaluations/c2i/evaluator.py ref.npz {folder}/x.npz "
+                                "--reuse --metrics fid")
+        assert words[4] == f"{report} --best-of 10000" and words[7:] == [report]
+
+
+def test_a_sweep_takes_every_combination_of_its_lists(caller):
+    lists = {"CFG_SCALES": "2 4", "CFG_SCHEDULES": "linear constant", "TOP_PS": "0.9 1.0",
+             "CFG_SCALES_WITHIN": "same 1 3"}
+    words = sweep(caller, NUM_SAMPLES="20", NUM_FINAL_SAMPLES="0", **lists)
+    drawn = [line.partition(" ")[2] for line in words if "sample_c2i_ddp" in line]
+    expected = set()
+    for scale, schedule, top_p, within in itertools.product(*map(str.split, lists.values())):
+        flags = f"--cfg-scale {scale} --cfg-schedule {schedule} --top-p {top_p}"
+        flags += "" if within == "same" else f" --cfg-scale-within {within}"
+        expected.add(f"{flags} --num-fid-samples 20")
+    assert {line.partition(" --sample-dir")[0] for line in drawn} == expected
+    assert len({line.partition("--sample-dir ")[2] for line in drawn}) == len(drawn) == 24
+    assert not any("--best-of" in line for line in words)
 
 
 @pytest.mark.parametrize("script, words, environment, message", [
@@ -106,6 +134,10 @@ def test_a_sweep_scores_every_npz_and_leaves_reuse_to_the_evaluator(caller):
      "sweep_cfg.sh: error: expected REFERENCE=<npz"),
     ("scripts/autoregressive/sweep_cfg.sh", (), {"REFERENCE": "none.npz"},
      "found no file 'none.npz'"),
+    ("scripts/autoregressive/sweep_cfg.sh", ("--cfg-scale=2",), {"REFERENCE": "ref.npz"},
+     "expected the values of --cfg-scale in the environment"),
+    ("scripts/autoregressive/sweep_cfg.sh", ("--top-k", "1", "--num-fid-samples", "9"),
+     {"REFERENCE": "ref.npz"}, "expected the values of --num-fid-samples in the environment"),
     ("scripts/quickstart.sh", ("again",), {},
      "quickstart.sh: error: expected no arguments, got 1"),
 ])
@@ -127,7 +159,8 @@ def write(path, content):
 
 def score(scale=2.0, fid=3.5, reference="one", network="net", **settings):
     return {"numbers": {"FID": fid, "Validation accuracy of the classifier": 0.9},
-            "samples": {"settings": {"cfg_scale": scale, "global_seed": 0} | settings},
+            "samples": {"settings": {"cfg_scale": scale, "global_seed": 0,
+                                     "num_fid_samples": 10} | settings},
             "reference": {"sha256": reference}, "feature_network": {"sha256": network}}
 
 
@@ -146,35 +179,54 @@ def score(scale=2.0, fid=3.5, reference="one", network="net", **settings):
 ])
 def test_a_sweep_of_records_that_do_not_belong_together_is_refused(
         tmp_path, capsys, other, message):
-    write(tmp_path / "cfg-1.0" / "a.json", score(1.0, gpt_sha256="a"))
+    write(tmp_path / "10-samples/a/a.json", score(1.0, gpt_sha256="a"))
     if isinstance(other, dict) and "samples" in other:
         other["samples"]["settings"].setdefault("gpt_sha256", "a")
-    write(tmp_path / "cfg-2.0" / "b.json", other)
+    write(tmp_path / "10-samples/b/b.json", other)
     assert run_here("scripts/sweep_report.py", tmp_path) == 2
     line = capsys.readouterr().err
-    assert "cfg-2.0/b.json: " in line and message in line and len(line.splitlines()) == 1
+    assert "b/b.json: " in line and message in line and len(line.splitlines()) == 1
     assert not (tmp_path / "sweep.json").exists()
 
 
 def test_a_sweep_leaves_out_scores_against_another_reference(tmp_path, capsys):
     np.savez(tmp_path / "ref.npz", arr_0=np.zeros(3))
-    write(tmp_path / "cfg-1.0" / "a.json", score(1.0, 2.0, reference="of another npz"))
+    write(tmp_path / "10-samples/a/a.json", score(1.0, 2.0, reference="of another npz"))
     reference = file_sha256(tmp_path / "ref.npz")
-    write(tmp_path / "cfg-2.0" / "b.json", score(2.0, 4.0, reference=reference))
+    write(tmp_path / "10-samples/b/b.json", score(2.0, 4.0, reference=reference))
     assert run_here("scripts/sweep_report.py", tmp_path, "--reference", tmp_path / "ref.npz") == 0
     printed = capsys.readouterr().out
     assert "left out 1 scores against another reference, such as" in printed
-    assert "lowest FID: 4.0000" in printed
+    assert "lowest FID of 10 samples: 4.0000" in printed
     assert json.loads((tmp_path / "sweep.json").read_text()) == [{"cfg_scale": 2.0, "FID": 4.0}]
 
 
 def test_a_sweep_of_two_seeds_says_which_is_which(tmp_path, capsys):
     for seed, fid in ((0, 4.0), (1, 3.0)):
-        write(tmp_path / "cfg-2.0" / f"{seed}.json", score(2.0, fid, global_seed=seed))
+        write(tmp_path / "10-samples/a" / f"{seed}.json", score(2.0, fid, global_seed=seed))
     assert run_here("scripts/sweep_report.py", tmp_path) == 0
-    assert "lowest FID: 3.0000 at guidance 2, seed 1" in capsys.readouterr().out
+    assert "FID of 10 samples: 3.0000 at cfg scale 2.0, global seed 1" in capsys.readouterr().out
     rows = json.loads((tmp_path / "sweep.json").read_text())
     assert [row["global_seed"] for row in rows] == [0, 1]
+
+
+def test_the_best_of_a_sweep_is_that_of_one_number_of_samples(tmp_path, capsys):
+    linear = {"cfg_schedule": "linear", "cfg_start": 1.1}
+    scores = [score(2.0, 9.0), score(4.0, 5.0, cfg_scale_within=2.5, **linear), score(6.0, 7.0),
+              score(3.0, 4.0, num_fid_samples=50)]
+    for number, content in enumerate(scores):
+        write(tmp_path / "any-samples" / str(number) / "x.json", content)
+    assert run_here("scripts/sweep_report.py", tmp_path, "--best-of", 10) == 0
+    assert capsys.readouterr().out.split() == (
+        "--cfg-schedule linear --cfg-start 1.1 --cfg-power 1.0 --cfg-scale-within 2.5 --top-p 1.0 "
+        "--cfg-scale 4.0").split()
+    assert not (tmp_path / "sweep.json").exists()
+    assert run_here("scripts/sweep_report.py", tmp_path) == 0
+    printed = capsys.readouterr().out
+    assert "FID of 10 samples: 5.0000 at num fid samples 10, cfg schedule linear" in printed
+    assert "FID of 50 samples: 4.0000" in printed
+    assert run_here("scripts/sweep_report.py", tmp_path, "--best-of", 11) == 2
+    assert "expected an FID of 11 samples" in capsys.readouterr().err
 
 
 METRICS = ("Inception Score", "FID", "sFID", "Precision", "Recall", "Label agreement",

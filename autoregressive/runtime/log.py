@@ -5,6 +5,7 @@ import logging
 import re
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:                                   # distributed.py imports thi
     from autoregressive.runtime.distributed import Session
 
 LOGGER = logging.getLogger("iar")
-Points = list[tuple[float, float]]                  # (step, value), in the order of a curve
+Points = list[tuple[float, float]]                  # (x, y), in the order of a curve
 
 
 class MetricsFile:
@@ -127,14 +128,27 @@ def progress(session: "Session", total: int | None, description: str, unit: str,
                 dynamic_ncols=is_watched)
 
 
-def plot_curves(path: str | Path, panels: dict[str, dict[str, Points]], ylabel: str = "loss",
-                xlabel: str = "steps") -> None:
-    """Plots named curves into one PNG.
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes of a plot.
+
+    Attributes:
+        xlabel, ylabel: of the axes.
+        curves: legend -> points.
+    """
+
+    xlabel: str
+    ylabel: str
+    curves: dict[str, Points]
+
+
+def plot_panels(path: str | Path, panels: list[Panel], marker: str = "") -> None:
+    """Plots panels side by side into one PNG.
 
     Args:
         path: the PNG.
-        panels: title of a panel -> legend -> points.
-        ylabel, xlabel: labels of the axes.
+        panels: at least one.
+        marker: matplotlib's name of what stands at every point; "" is nothing.
     """
     import matplotlib  # here: it takes half a second, and only rank 0 plots
 
@@ -144,11 +158,11 @@ def plot_curves(path: str | Path, panels: dict[str, dict[str, Points]], ylabel: 
     size = (5.5 * len(panels), 4)                   # inches
     figure, axes = pyplot.subplots(1, len(panels), figsize=size, squeeze=False,
                                    layout="constrained")
-    for axis, (title, curves) in zip(axes[0], panels.items(), strict=True):
-        for legend, points in curves.items():
+    for axis, panel in zip(axes[0], panels, strict=True):
+        for legend, points in panel.curves.items():
             if points:
-                axis.plot(*zip(*points, strict=True), label=legend)
-        axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
+                axis.plot(*zip(*points, strict=True), marker=marker, label=legend)
+        axis.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
         axis.grid(alpha=0.3)
         axis.legend()
     with atomic_write(path) as file:
@@ -166,10 +180,10 @@ def plot_metrics(path: str | Path, runs: dict[str, Path],
         names: of values in its lines.
     """
     logged = {legend: read_metrics(metrics) for legend, metrics in runs.items()}
-    panels: dict[str, dict[str, Points]] = {}
+    panels = []
     for name in names:
         curves = {}
         for legend, lines in logged.items():
             curves[legend] = [(values["step"], values[name]) for values in lines if name in values]
-        panels[name.replace("_", " ")] = curves
-    plot_curves(path, panels, ylabel="")
+        panels.append(Panel("steps", name.replace("_", " "), curves))
+    plot_panels(path, panels)
