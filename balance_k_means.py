@@ -73,7 +73,8 @@ def build_parser() -> Parser:
     parser.add_argument("--cluster-size", type=at_least(1), default=128,
                         help="codes in every cluster")
     parser.add_argument("--method", default=PUBLISHED_METHOD, choices=METHODS,
-                        help="exact balanced k-means; Algorithm 1 as published; or no structure at "
+                        help="optimal: exact balanced k-means, ours, with tighter clusters than the "
+                             "paper's; greedy: the paper's Algorithm 1; random: no structure at "
                              "all, as a control")
     parser.add_argument("--seed", type=at_least(0), default=42, help="of the starting codes")
     parser.add_argument("--restarts", type=at_least(0), default=0,
@@ -81,7 +82,8 @@ def build_parser() -> Parser:
     parser.add_argument("--keep-best", action="store_true",
                         help="greedy: return its best round, not its last")
     parser.add_argument("--mapping",
-                        help="take this mapping, and write the reordered checkpoint only")
+                        help="take this mapping, such as the one that IAR ships, and write the "
+                             "reordered checkpoint only")
     parser.add_argument("--output-dir",
                         help="where the files go; default: the folder of the checkpoint")
     may_vary(parser.add_argument("--overwrite", action="store_true",

@@ -25,6 +25,7 @@ from autoregressive.models.gpt import GPT
 from autoregressive.models.loading import GPTFile, build_gpt
 from autoregressive.models.packed import can_pack, pack_linears
 from autoregressive.models.random_numbers import random_numbers
+from autoregressive.models.recipes import add_preset_arg
 from autoregressive.models.sampler import Sampler, add_sampler_args
 from autoregressive.runtime.compute import (
     PRECISIONS,
@@ -32,12 +33,11 @@ from autoregressive.runtime.compute import (
     set_up_compiler,
     to_device,
 )
-from autoregressive.runtime.entry import Parser, may_vary, pixels
+from autoregressive.runtime.entry import Parser, pixels
 from autoregressive.runtime.files import weights_sha256
 from autoregressive.runtime.identity import check_codebook, check_recorded
 from autoregressive.runtime.log import LOGGER
 from autoregressive.runtime.pictures import save_grid
-from autoregressive.sample.presets import PRESETS
 from tokenizer.tokenizer_image.encoding import default_batch_size
 from tokenizer.tokenizer_image.images import to_uint8
 from tokenizer.tokenizer_image.loading import default_vq_path, load_vq
@@ -145,8 +145,7 @@ def add_pipeline_args(parser: Parser) -> None:
                        help="pixels of a stored picture's side")
     group.add_argument("--resize", default="bicubic", choices=("bicubic", "antialias"),
                        help="bicubic as published, or with antialiasing")
-    # It may vary, since a preset only sets flags, and those that are given win.
-    may_vary(parser.add_argument("--preset", choices=PRESETS, help="settings of a published row"))
+    add_preset_arg(parser)
 
 
 def device_flags(device: torch.device, defaults: dict[str, object]) -> dict[str, object]:

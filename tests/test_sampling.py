@@ -40,6 +40,8 @@ def folder(tmp_path_factory):
     files = {
         "0000007.pt": {"model": weights, "ema": averaged, "settings": RECORD},
         "bare.pt": weights,
+        "strong.pt": {"model": weights, "settings": RECORD | {"recipe": "strong",
+                                                              "image_size": 16}},
         "average.pt": {"model": averaged, "settings": RECORD},
         "recorded.pt": {"model": weights, "settings": recorded},
         "unguided.pt": {"model": weights, "settings": unguided},
@@ -149,19 +151,28 @@ def test_classes_are_sampled_by_index_and_by_name(folder, tmp_path):
     assert Image.open(tmp_path / "a.png").size == (4 * 68 + 4, 2 * (64 + 15 + 4) + 4)
 
 
-def test_preset_sets_the_flags_that_are_not_given(folder, capsys):
+def test_preset_of_another_model_is_refused(folder, capsys):
     words = ("--preset", "IAR-L-384", "--cfg-scale", 3, "--gpt-ckpt", folder / "0000007.pt")
     assert run_here(SAMPLE, *words, "--cluster-size", 8, "--gpt-model", "GPT-L") == 2
-    text = capsys.readouterr()
-    assert "asked for GPT-L" in text.err
-    assert "the paper reports FID 3.18" in text.out
-    without_filters = text.out.replace(", --top-k 0, --top-p 1.0, --temperature 1.0", "")
-    assert "--cfg-scale 1.75 (guidance of the paper)" in without_filters
+    assert "asked for GPT-L" in capsys.readouterr().err
     assert run_here(SAMPLE, *words) == 2        # the file is of another model: nothing was given
-    error = capsys.readouterr().err
+    printed = capsys.readouterr()
     path = folder / "0000007.pt"
-    assert f"--preset: expected --gpt-model GPT-tiny as in {path}, got GPT-L" in error
-    assert len(error.strip().splitlines()) == 1
+    assert f"--preset: expected --gpt-model GPT-tiny as in {path}, got GPT-L" in printed.err
+    assert len(printed.err.strip().splitlines()) == 1 and not printed.out
+
+
+def test_guidance_follows_the_recipe_of_the_checkpoint_unless_it_is_given(
+        folder, tmp_path, capsys):
+    trained = sample(folder, tmp_path / "trained", name="strong.pt")
+    assert "trained by recipe strong: --cfg-scale 4.5 --cfg-schedule linear" in (
+        capsys.readouterr().out)
+    same = ("--cfg-scale", 4.5, "--cfg-schedule", "linear", "--cfg-start", 1)
+    assert np.array_equal(sample(folder, tmp_path / "given", *same)["arr_0"], trained["arr_0"])
+    constant = sample(folder, tmp_path / "constant", "--cfg-schedule", "constant", "--cfg-scale", 2,
+                      name="strong.pt")
+    plain = sample(folder, tmp_path / "plain", "--cfg-scale", 2)
+    assert np.array_equal(constant["arr_0"], plain["arr_0"])
 
 
 @pytest.mark.parametrize("given, cfg_scale", [(("--cfg-scale", 1.5), 1.5), ((), 2.25)])

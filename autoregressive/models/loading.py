@@ -31,7 +31,7 @@ RECORDED = ("gpt_model", "image_size", "num_classes", "cluster_size")
 # Types of what settings may name.
 KINDS = {"gpt_model": str, "image_size": int, "num_classes": int, "cluster_size": int,
          "vocab_size": int, "grid": int, "class_names": (list, type(None)),
-         "label_dropout": (int, float)}
+         "label_dropout": (int, float), "recipe": (str, type(None))}
 
 
 @dataclass(frozen=True)

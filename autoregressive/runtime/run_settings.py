@@ -109,7 +109,8 @@ class RunSettings:
                              "lower it, or raise --lr")
         if self.warmup and self.warmup_epochs:
             raise ValueError(f"--warmup-epochs: expected no --warmup beside it, got {self.warmup} "
-                             f"steps and {self.warmup_epochs:g} epochs; give one of them")
+                             f"steps and {self.warmup_epochs:g} epochs; give one of them, and 0 "
+                             "for the other")
 
     def num_steps(self, steps_per_epoch: int) -> int:
         """Returns the length of the run."""

@@ -25,6 +25,7 @@ import numpy as np
 
 from autoregressive.models.loading import read_gpt
 from autoregressive.models.random_numbers import random_numbers
+from autoregressive.models.recipes import sampling_flags
 from autoregressive.models.sampler import Sampler
 from autoregressive.pipeline import (
     PipelineSettings,
@@ -37,7 +38,6 @@ from autoregressive.runtime.entry import Flags, Parser, between, check_one_proce
 from autoregressive.runtime.files import check_output
 from autoregressive.runtime.log import LOGGER, open_logger
 from autoregressive.runtime.pictures import save_grid
-from autoregressive.sample.presets import preset_flags
 from tokenizer.tokenizer_image.vq_model import VQConfig
 
 
@@ -88,10 +88,11 @@ def main(args: Flags, session: Session) -> None:
     with checks(session):
         check_one_process(session)
 
-        # What the checkpoint and the preset say about flags that were not given.
+        # What the checkpoint and a preset say about flags that were not given.
         gpt_file = read_gpt(args.gpt_ckpt, args.weights, args.from_fsdp)
         by_device = device_flags(session.device, args.defaults())
-        args.resolve(gpt_file.flags(), gpt_file.path, by_device | preset_flags(args.preset))
+        preset, preset_text = sampling_flags(args.preset, gpt_file.settings)
+        args.resolve(gpt_file.flags(), gpt_file.path, by_device | preset)
 
         # Load the parts, which must belong together, and reserve the place of the PNG.
         pipeline = load_pipeline(gpt_file, PipelineSettings(**args.pick(PipelineSettings)),
@@ -100,6 +101,8 @@ def main(args: Flags, session: Session) -> None:
         classes = read_classes(args.class_ids, args.num_classes, pipeline.class_names)
         check_output(args.output)
         session.hold(args.output)
+    if preset_text:
+        LOGGER.info(preset_text)
 
     labels = np.repeat(classes, args.num_per_class)
     _, uniforms = random_numbers(args.global_seed, range(len(labels)), args.num_classes,

@@ -29,6 +29,7 @@ from torch import Tensor
 from autoregressive.data.codes import code_dtype
 from autoregressive.models.loading import read_gpt
 from autoregressive.models.random_numbers import random_numbers
+from autoregressive.models.recipes import sampling_flags
 from autoregressive.models.sampler import Sampler
 from autoregressive.pipeline import (
     Pipeline,
@@ -55,7 +56,6 @@ from autoregressive.runtime.log import LOGGER, open_logger, progress
 from autoregressive.runtime.pictures import save_grid
 from autoregressive.runtime.rows import BackgroundWriter, RowWriter
 from autoregressive.sample.labels import labels_in_turn, parse_labels
-from autoregressive.sample.presets import preset_flags
 from tokenizer.tokenizer_image.vq_model import VQConfig
 
 NUM_SHOWN = 64                          # pictures in the PNG beside the npz
@@ -173,10 +173,11 @@ def main(args: Flags, session: Session) -> None:
     open_logger(session)
     gpt_path = on_main(session, find_checkpoint, args.gpt_ckpt) if args.gpt_ckpt else None
     with checks(session):
-        # What the checkpoint and the preset say about flags that were not given.
+        # What the checkpoint and a preset say about flags that were not given.
         gpt_file = read_gpt(gpt_path, args.weights, args.from_fsdp)
         by_device = device_flags(session.device, args.defaults())
-        args.resolve(gpt_file.flags(), gpt_file.path, by_device | preset_flags(args.preset))
+        preset, preset_text = sampling_flags(args.preset, gpt_file.settings)
+        args.resolve(gpt_file.flags(), gpt_file.path, by_device | preset)
         classes = parse_labels(args.labels, args.num_classes)
 
         # Load the parts, which must belong together.
@@ -203,6 +204,8 @@ def main(args: Flags, session: Session) -> None:
     if is_finished:
         LOGGER.info("%s is finished", path)
         return
+    if preset_text:
+        LOGGER.info(preset_text)
 
     make_missing(rows, pipeline, args, classes, session)
 

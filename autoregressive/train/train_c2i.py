@@ -38,6 +38,7 @@ from autoregressive.models.config import (
 from autoregressive.models.gpt import GPT
 from autoregressive.models.loading import GPTFile
 from autoregressive.models.loss_settings import LossSettings, add_loss_args, build_head_loss
+from autoregressive.models.recipes import add_recipe_arg, log_recipe, training_flags
 from autoregressive.models.start import StartSettings, add_start_args, check_start, read_start
 from autoregressive.pipeline import open_decoder, save_samples
 from autoregressive.runtime.checkpoint import find_checkpoint, load_strictly
@@ -76,6 +77,7 @@ def build_parser() -> Parser:
     """Returns the parser of this script's command line."""
     parser = Parser("Train a GPT on codes with the token loss and the cluster loss.")
     add_code_args(parser, several=True)
+    add_recipe_arg(parser)
     add_gpt_args(parser)
     add_vq_args(parser)
     add_optim_args(parser)
@@ -106,7 +108,7 @@ def check_flags(args: Flags, session: Session) -> None:
 def checkpoint_settings(args: Flags, data: TrainingData) -> dict[str, Any]:
     """Returns what a reader of a checkpoint must know of it."""
     names = ("gpt_model", "vocab_size", "num_classes", "image_size", "cluster_size", "lambda_cce",
-             "lambda_schedule", "lambda_end", "global_batch_size", "ema", "ema_warmup")
+             "lambda_schedule", "lambda_end", "recipe", "global_batch_size", "ema", "ema_warmup")
     return {name: getattr(args, name) for name in names} | data.checkpoint_settings()
 
 
@@ -178,6 +180,7 @@ def log_start(name: str, data: TrainingData, loss: LossSettings, num_parameters:
 def main(args: Flags, session: Session) -> None:
     """Trains a GPT, or continues the run that the same command began."""
     open_logger(session)
+    args.resolve({}, "", training_flags(args.recipe))
     with checks(session):
         check_flags(args, session)      # before an older layout, which takes minutes to open
     start_path = on_main(session, find_checkpoint, args.gpt_ckpt) if args.gpt_ckpt else None
@@ -232,6 +235,7 @@ def main(args: Flags, session: Session) -> None:
     training.resume(start, can_start)
     if session.is_main and vq:
         save_first_rows(folder.path / "data.png", data, vq)
+    log_recipe(args.recipe, args.gpt_model, args.image_size, data.store.codes.shape[1])
     log_start(config.name, data, loss, num_parameters, num_steps)
     training.train()
     training.finish()
