@@ -73,9 +73,8 @@ def build_parser() -> Parser:
     parser.add_argument("--cluster-size", type=at_least(1), default=128,
                         help="codes in every cluster")
     parser.add_argument("--method", default=PUBLISHED_METHOD, choices=METHODS,
-                        help="optimal: exact balanced k-means, ours, with tighter clusters than the "
-                             "paper's; greedy: the paper's Algorithm 1; random: no structure at "
-                             "all, as a control")
+                        help="optimal: exact balanced k-means, ours, of tighter clusters; greedy: "
+                             "the paper's Algorithm 1; random: no structure at all, as a control")
     parser.add_argument("--seed", type=at_least(0), default=42, help="of the starting codes")
     parser.add_argument("--restarts", type=at_least(0), default=0,
                         help="further starts, with the seeds that follow; best wins")
