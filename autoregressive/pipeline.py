@@ -10,7 +10,7 @@ Letters: B pictures, T tokens, P pixels, M pictures decoded together, b <= M of 
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +22,11 @@ from autoregressive.models.captured import CapturedSteps, compile_decoding
 from autoregressive.models.config import GPTConfig, add_gpt_args, gpt_config, grid_of
 from autoregressive.models.generate import Steps, generate
 from autoregressive.models.gpt import GPT
-from autoregressive.models.loading import GPTFile, build_gpt
+from autoregressive.models.guidance_free import choose_beta, fold_beta, is_guidance_free
+from autoregressive.models.loading import GPTFile, build_gpt, check_fitting
 from autoregressive.models.packed import can_pack, pack_linears
 from autoregressive.models.random_numbers import random_numbers
-from autoregressive.models.recipes import add_preset_arg
+from autoregressive.models.recipes import add_preset_arg, sampling_flags
 from autoregressive.models.sampler import Sampler, add_sampler_args
 from autoregressive.runtime.compute import (
     PRECISIONS,
@@ -33,17 +34,16 @@ from autoregressive.runtime.compute import (
     set_up_compiler,
     to_device,
 )
-from autoregressive.runtime.entry import Parser, pixels
+from autoregressive.runtime.entry import Flags, Parser, fraction_above_0, pixels
 from autoregressive.runtime.files import weights_sha256
 from autoregressive.runtime.identity import check_codebook, check_recorded
 from autoregressive.runtime.log import LOGGER
 from autoregressive.runtime.pictures import save_grid
-from tokenizer.tokenizer_image.encoding import default_batch_size
+from tokenizer.tokenizer_image.decoding import decoder_batch_size, place_decoder
 from tokenizer.tokenizer_image.images import to_uint8
 from tokenizer.tokenizer_image.loading import default_vq_path, load_vq
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel, add_vq_args
 
-MOST_DECODED = 32               # pictures decoded together
 NUM_SAMPLED = 8                 # pictures that a training samples from its model
 SHOWN_GUIDANCE = 2.0            # strength of the guidance of these
 
@@ -64,6 +64,7 @@ class PipelineSettings:
     vq_ckpt: str | None
     compile: bool
     compile_errors: str
+    beta: float | None
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,9 @@ def add_pipeline_args(parser: Parser) -> None:
                        help="pixels of a stored picture's side")
     group.add_argument("--resize", default="bicubic", choices=("bicubic", "antialias"),
                        help="bicubic as published, or with antialiasing")
+    group.add_argument("--beta", type=fraction_above_0,
+                       help="strength of guidance of a GPT trained guidance-free, 1 being none; "
+                            "default: 1 / --cfg-scale")
     add_preset_arg(parser)
 
 
@@ -160,6 +164,33 @@ def device_flags(device: torch.device, defaults: dict[str, object]) -> dict[str,
     # matches its images at 20 to 30 dB.
     values = {"compile": is_gpu, "vq_precision": "bf16" if is_gpu else "none"}
     return {name: value for name, value in values.items() if defaults[name] is None}
+
+
+def settle_flags(args: Flags, file: GPTFile, device: torch.device) -> list[str]:
+    """Sets flags of add_pipeline_args that were not given: by the checkpoint, a preset, the device.
+
+    Args:
+        args: in place.
+        file: the GPT's.
+        device: where pictures are sampled.
+
+    Returns:
+        lines for the log that say what was set.
+
+    Raises:
+        ValueError: the preset is of another model, or the guidance does not fit the GPT.
+    """
+    is_free = is_guidance_free(file.state)
+    preset, text = sampling_flags(args.preset, {} if is_free else file.settings)
+    args.resolve(file.flags(), file.path, device_flags(device, args.defaults()) | preset)
+    lines = [text] if text else []
+    beta = choose_beta(args.beta, is_free, Sampler(**args.pick(Sampler)))
+    if beta is not None:
+        lines.append(f"trained guidance-free: one pass at --beta {beta:g}, "
+                     f"{'as given' if args.beta else f'1 / --cfg-scale {args.cfg_scale:g}'}")
+        args.beta = beta
+        args.cfg_scale = 1.0
+    return lines
 
 
 def load_decoder(path: str | Path, config: VQConfig, codebook_sha256: str | None,
@@ -194,41 +225,6 @@ def open_decoder(vq_ckpt: str | None, config: VQConfig, mapping: Mapping,
     return vq
 
 
-def place_decoder(vq: VQModel, dtype: torch.dtype, device: torch.device, compiled: bool) -> None:
-    """Moves a VQ model to a device, its decoder in a dtype; the codebook stays float32.
-
-    Args:
-        vq: VQModel, in place.
-        dtype: of the decoder.
-        device: where to decode.
-        compiled: whether the decoder is to be compiled.
-    """
-    vq.to(device)
-    for part in (vq.post_quant_conv, vq.decoder):
-        part.to(dtype, memory_format=torch.channels_last)
-    if compiled:
-        vq.decoder.compile()
-
-
-def check_fitting(file: GPTFile, settings: PipelineSettings, is_guided: bool) -> None:
-    """Raises ValueError if a GPT's file contradicts the settings, or the need of a null label."""
-    recorded = file.settings
-    check_recorded("--cluster-size", settings.cluster_size, recorded.get("cluster_size"), file.path)
-    class_names = recorded.get("class_names")
-    if class_names is not None and len(class_names) != settings.num_classes:
-        raise ValueError(f"{file.path}: expected class_names of {settings.num_classes} classes, "
-                         f"found {len(class_names)}; take another checkpoint of the run")
-    if is_guided and recorded.get("label_dropout") == 0:
-        raise ValueError(f"--cfg-scale: expected at most 1 for {file.path}, which was trained "
-                         "without label dropout and knows no null label; leave guidance out")
-
-
-def decoder_batch_size(vq_model: str, image_size: int, dtype: torch.dtype,
-                       device: torch.device) -> int:
-    """Returns how many pictures of `image_size` pixels a VQ decoder is given together."""
-    return min(MOST_DECODED, default_batch_size(vq_model, image_size, dtype, device))
-
-
 def load_pipeline(file: GPTFile, settings: PipelineSettings, sampler: Sampler, vq_config: VQConfig,
                   device: torch.device) -> Pipeline:
     """Loads what the settings describe, after comparing them with each other and with the files.
@@ -248,8 +244,11 @@ def load_pipeline(file: GPTFile, settings: PipelineSettings, sampler: Sampler, v
     config = gpt_config(settings.gpt_model,
                         grid=grid_of(settings.image_size, settings.downsample_size),
                         vocab_size=vq_config.codebook_size, num_classes=settings.num_classes)
+    if settings.beta is not None:
+        file = replace(file, state=fold_beta(file.state, settings.beta))
     gpt = build_gpt(file, config)
-    check_fitting(file, settings, is_guided=sampler.num_guided(config.num_tokens) > 0)
+    check_fitting(file, settings.cluster_size, settings.num_classes,
+                  is_guided=sampler.num_guided(config.num_tokens) > 0)
     vq_path = settings.vq_ckpt or default_vq_path(settings.cluster_size)
     vq, vq_hashes = load_decoder(vq_path, vq_config, file.settings.get("codebook_sha256"),
                                  file.path)
@@ -289,8 +288,11 @@ def save_samples(path: Path, weights: dict[str, Tensor], *, config: GPTConfig, v
         seed: of labels and uniforms.
         class_names: list of the names of all classes, or None.
     """
+    sampler = Sampler(cfg_scale=1.0 if config.guidance_free else SHOWN_GUIDANCE)
+    weights = fold_beta(weights, 1 / SHOWN_GUIDANCE)
+    config = replace(config, guidance_free=False)
     gpt = build_gpt(GPTFile(path, weights, {"grid": config.grid}, {}), config).to(device)
-    pipeline = Pipeline(gpt, vq.to(device), Sampler(cfg_scale=SHOWN_GUIDANCE),
+    pipeline = Pipeline(gpt, vq.to(device), sampler,
                         image_size=config.grid * vq.downsampling, decode_batch_size=NUM_SAMPLED,
                         class_names=class_names)
     labels, uniforms = random_numbers(seed, range(NUM_SAMPLED), config.num_classes,

@@ -388,11 +388,11 @@ def test_speed_leaves_out_what_it_is_paused_for(monkeypatch):
     now = 0.0
     monkeypatch.setattr(speed.time, "perf_counter", lambda: now)
     speedometer = speed.Speedometer(torch.device("cpu"), 1, tokens=4)
-    speedometer.add(6)
+    speedometer.add(6, step=0)
     now = 2.0
     with speedometer.paused():
         now = 100.0
-    speedometer.add(6)
+    speedometer.add(6, step=0)
     now = 102.0
     rates = speedometer.read()
     assert rates["images_per_second"] == 3 and rates["tokens_per_second"] == 12

@@ -588,7 +588,7 @@ def test_flops_are_six_a_weight_and_those_of_causal_attention():
     multiplied = sum(p.numel() for name, p in model.named_parameters() if "embedding" not in name)
     # Products of q with k and of p with v, forward and back.
     attention = config.num_layers * 3 * 2 * 2 * config.width * config.num_tokens / 2
-    assert config.flops_per_token(num_weights) == 6 * multiplied + attention
+    assert config.flops_per_image(num_weights) == 16 * (6 * multiplied + attention)
 
 
 @pytest.mark.parametrize("world_size, batch_size", [(1, 5), (2, 4), (3, 3), (6, None)])
@@ -596,7 +596,7 @@ def test_validation_gives_every_process_as_many_of_its_5_images(folder, world_si
     settings = DataSettings(code_path=[folder / "codes"], mapping_path=folder / "mapping.pt",
                             vocab_size=64, codebook_size=64, num_classes=3, image_size=16,
                             cluster_size=8, global_batch_size=24, gradient_accumulation_steps=2,
-                            val_every=1, val_share=0.1, global_seed=0)
+                            val_every=1, val_share=0.1, global_seed=0, guidance_free=False)
     if batch_size is None:
         words = "--val-share: expected at least one validation image for each of 6 "
         with pytest.raises(ValueError, match=words):

@@ -21,6 +21,7 @@ from autoregressive.runtime.loader import BatchOrder
 CROP = 1
 LABEL_DROPOUT = 2
 VAL = 3
+BETA = 4
 
 
 def split_store(store: CodeStore, fraction: float, seed: int) -> tuple[CodeStore, CodeStore]:
@@ -47,7 +48,8 @@ class TokenBatches(Dataset):
 
     An epoch visits every image once, in an order of its own, and draws one of its stored crops: of
     several stores combined first the store, then the crop. The last incomplete batch is dropped.
-    Labels become the null label with probability `label_dropout`.
+    Labels become the null label with probability `label_dropout`. For guidance-free training every
+    image has a number beta of its own in each epoch, uniform in [0, 1).
 
     Attributes:
         store: CodeStore.
@@ -56,6 +58,7 @@ class TokenBatches(Dataset):
         seed: the run's seed.
         num_classes: the null label.
         label_dropout: probability of dropping a label; 0 in validation.
+        draws_betas: whether batches hold betas.
         order: BatchOrder of the images that did not fail.
         per_epoch: batches of an epoch.
     """
@@ -66,6 +69,7 @@ class TokenBatches(Dataset):
     seed: int
     num_classes: int
     label_dropout: float
+    draws_betas: bool = False
 
     def __post_init__(self) -> None:
         """Raises ValueError if the store has fewer images than a batch, or labels out of range."""
@@ -85,7 +89,7 @@ class TokenBatches(Dataset):
         _, chosen = self.order.rows(step)
         return self.store.rows[chosen]
 
-    def __getitem__(self, key: tuple[int, range]) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, key: tuple[int, range]) -> tuple[Tensor, ...]:
         """Returns a part of the batch of a step.
 
         Args:
@@ -93,7 +97,8 @@ class TokenBatches(Dataset):
                 0 .. batch_size - 1.
 
         Returns:
-            tokens (B, T) int64 and labels (B,) int64 tensors on the CPU.
+            tokens (B, T) int64 and labels (B,) int64 tensors on the CPU; betas (B,) float32, too,
+            if they are drawn.
 
         Raises:
             ValueError: a code is out of range.
@@ -101,7 +106,7 @@ class TokenBatches(Dataset):
         step, part = key
         epoch, chosen = self.order.rows(step, part)
         if epoch != self._epoch:
-            self._choose_crops_and_drops(epoch)
+            self._draw_epoch(epoch)
         rows = self.store.rows[chosen]
         codes = self.store.codes[rows, self._crops[chosen]]                         # (B, T)
         if codes.max() >= len(self.mapping) or codes.min() < 0:
@@ -109,14 +114,16 @@ class TokenBatches(Dataset):
                              f"found {codes.min()} .. {codes.max()} in rows {rows.tolist()}; look "
                              "at it with scripts/autoregressive/check_codes.sh")
         labels = np.where(self._drops[chosen], self.num_classes, self.store.labels[rows])
-        return torch.from_numpy(self.mapping[codes]), torch.from_numpy(labels)
+        batch = torch.from_numpy(self.mapping[codes]), torch.from_numpy(labels)
+        return (*batch, torch.from_numpy(self._betas[chosen])) if self.draws_betas else batch
 
-    def _choose_crops_and_drops(self, epoch: int) -> None:
-        """Draws a crop of every image of an epoch, and whether its label is dropped."""
+    def _draw_epoch(self, epoch: int) -> None:
+        """Draws a crop of every image of an epoch, whether its label is dropped, and its beta."""
         count = len(self.store.rows)
         crops = self.store.crops_to_draw
         places = keyed_random(self.seed, epoch, CROP).integers(len(crops), size=count)
         self._crops = crops[places]
         uniforms = keyed_random(self.seed, epoch, LABEL_DROPOUT).random(count)
         self._drops = uniforms < self.label_dropout
+        self._betas = keyed_random(self.seed, epoch, BETA).random(count, dtype=np.float32)
         self._epoch = epoch

@@ -40,6 +40,7 @@ class DataSettings:
         val_every: steps between two validations; 0 holds out nothing.
         val_share: fraction of the images to validate with.
         global_seed: the run's seed.
+        guidance_free: whether batches hold betas.
     """
 
     code_path: list[str]
@@ -54,6 +55,7 @@ class DataSettings:
     val_every: int
     val_share: float
     global_seed: int
+    guidance_free: bool
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,8 @@ def open_data(settings: DataSettings, grid: int, world_size: int,
     training, val = split_store(store, val_share, settings.global_seed)
     common = {"seed": settings.global_seed, "num_classes": settings.num_classes}
     batches = TokenBatches(training, mapping.tokens, settings.global_batch_size,
-                           label_dropout=LABEL_DROPOUT, **common)
+                           label_dropout=LABEL_DROPOUT, draws_betas=settings.guidance_free,
+                           **common)
     val_batches = None
     if settings.val_every:
         batch_size = _val_batch_size(settings, len(val.rows), world_size)

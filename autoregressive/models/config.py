@@ -25,6 +25,7 @@ class GPTConfig:
         token_dropout: on the input embeddings, the condition included.
         drop_path: rate of the last layer, to which it rises linearly from 0; above 0 it turns
             `dropout` off.
+        guidance_free: whether beta is an input, as guidance_free.py says.
     """
 
     name: str
@@ -38,6 +39,7 @@ class GPTConfig:
     dropout: float = 0.1
     token_dropout: float = 0.1
     drop_path: float = 0.0
+    guidance_free: bool = False
 
     @property
     def head_dim(self) -> int:
@@ -60,18 +62,22 @@ class GPTConfig:
         two_thirds = 2 * 4 * self.width // 3
         return -(-two_thirds // 256) * 256
 
-    def flops_per_token(self, num_parameters: int) -> int:
-        """Returns the floating-point operations of forward and backward for one token.
+    def flops_per_image(self, num_parameters: int, patch: int = 1) -> int:
+        """Returns the floating-point operations of training on one image.
 
-        Six for every weight that is multiplied (the token embedding is only looked up), and those
-        of causal attention: 6 * layers * width * T, half of the full matrix.
+        For every position six for every weight that is multiplied (the token embedding is only
+        looked up), and those of causal attention: 6 * layers * width * positions, half of the full
+        matrix. A guidance-free model runs forward once more, which is a third.
 
         Args:
             num_parameters: of the model.
+            patch: side of a position in tokens.
         """
         looked_up = (self.vocab_size + self.num_classes + 1) * self.width
-        attention = 6 * self.num_layers * self.width * self.num_tokens
-        return 6 * (num_parameters - looked_up) + attention
+        positions = self.num_tokens // patch**2
+        attention = 6 * self.num_layers * self.width * positions
+        flops = positions * (6 * (num_parameters - looked_up) + attention)
+        return 4 * flops // 3 if self.guidance_free else flops
 
 
 class GPTSize(NamedTuple):

@@ -13,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from autoregressive.models.cache import DecodePosition, KVCache
 from autoregressive.models.config import GPTConfig
+from autoregressive.models.guidance_free import BetaEmbedding
+from autoregressive.models.patches import patch_table, split_patches
 from autoregressive.models.rope import apply_rotary, rotary_table
 
 
@@ -187,6 +189,8 @@ class GPT(nn.Module):
             table = rotary_table(config.grid, config.head_dim)      # (1 + T, head_dim / 2, 2)
         self.register_buffer("rotary", table, persistent=False)
         self.reset_parameters()
+        # Last, so that the names and first weights of the rest are those of an ordinary GPT.
+        self.t_embedder = BetaEmbedding(config.width) if config.guidance_free else None
 
     def reset_parameters(self) -> None:
         """Fills the weights: normal(0, 0.02), the head with zeros; the norms keep their ones."""
@@ -200,23 +204,44 @@ class GPT(nn.Module):
             parameter.data = parameter.data.to(dtype)
         return self
 
-    def features(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """Runs the transformer over the condition and the tokens.
+    def features(self, tokens: Tensor, labels: Tensor, betas: Tensor | None = None,
+                 patch: int = 1) -> Tensor:
+        """Runs the transformer over the condition and the tokens, or over patches of them.
 
         Args:
-            tokens: (B, n) int64 in 0 .. V - 1, n < T in training (the last one is no input).
+            tokens: (B, n) int64 in 0 .. V - 1, n < T in training (the last one is no input); all
+                (B, T) if they are taken by patches, whose last is no input.
             labels: (B,) int64 in 0 .. num_classes, the last being the null label.
+            betas: (B,) float32 in 0 .. 1, of a guidance-free GPT; None is 1.
+            patch: side of a patch in tokens.
 
         Returns:
-            (B, n + 1, D): row i predicts token i.
+            (B, n + 1, D): row i predicts token i, or the tokens of patch i.
         """
         condition = self.cls_embedding(labels)                      # (B, 1, D)
-        x = torch.cat([condition, self.tok_embeddings(tokens)], dim=1)      # (B, n + 1, D)
+        if self.t_embedder is not None:
+            betas = torch.ones_like(labels, dtype=torch.float32) if betas is None else betas
+            condition = condition + self.t_embedder(betas)[:, None]
+        x = self.tok_embeddings(tokens)                             # (B, n, D)
+        table = self.rotary
+        if patch > 1:
+            x = split_patches(x, self.config.grid, patch).mean(2)[:, :-1]
+            table = patch_table(table, self.config.grid, patch)
+        x = torch.cat([condition, x], dim=1)                        # (B, n + 1, D)
         x = F.dropout(x, self.config.token_dropout, self.training)
-        table = self.rotary[:x.shape[1]]                            # (n + 1, head_dim / 2, 2)
+        table = table[:x.shape[1]]                                  # (n + 1, head_dim / 2, 2)
         for number, layer in enumerate(self.layers):
             x = layer(x, table, *self.draw_kept(number, x))         # (B, n + 1, D)
         return self.norm(x)
+
+    def targets(self, tokens: Tensor, patch: int = 1) -> Tensor:
+        """Returns what the rows of features predict, (B, T / M, M) of M = patch * patch tokens.
+
+        Args:
+            tokens: (B, T).
+            patch: side of a patch in tokens.
+        """
+        return split_patches(tokens, self.config.grid, patch)
 
     def draw_kept(self, number: int, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Draws which samples of x (B, T, D) keep the two branches of a layer: drop path.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from autoregressive.models.config import GPT_MODELS, GPTConfig
 from autoregressive.models.gpt import GPT
+from autoregressive.models.guidance_free import is_guidance_free
 from autoregressive.runtime.checkpoint import (
     OPTIMIZER_KINDS,
     find_checkpoint,
@@ -21,6 +22,7 @@ from autoregressive.runtime.checkpoint import (
     read_checkpoint,
 )
 from autoregressive.runtime.files import check_kinds
+from autoregressive.runtime.identity import check_recorded
 from autoregressive.runtime.log import LOGGER
 
 PUBLIC_MATRICES = ("attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w3",
@@ -124,6 +126,19 @@ def build_gpt(file: GPTFile, config: GPTConfig) -> GPT:
     return model.eval().requires_grad_(False)
 
 
+def check_fitting(file: GPTFile, cluster_size: int, num_classes: int, *, is_guided: bool) -> None:
+    """Raises ValueError if a file contradicts the flags, or the need of a null label."""
+    recorded = file.settings
+    check_recorded("--cluster-size", cluster_size, recorded.get("cluster_size"), file.path)
+    class_names = recorded.get("class_names")
+    if class_names is not None and len(class_names) != num_classes:
+        raise ValueError(f"{file.path}: expected class_names of {num_classes} classes, found "
+                         f"{len(class_names)}; take another checkpoint of the run")
+    if is_guided and recorded.get("label_dropout") == 0:
+        raise ValueError(f"--cfg-scale: expected at most 1 for {file.path}, which was trained "
+                         "without label dropout and knows no null label; leave guidance out")
+
+
 def describe_gpt(state: dict[str, Tensor]) -> str:
     """Says in words which GPT a state dict holds: size, codes, classes; "" if it is none."""
     labels_name = "cls_embedding.embedding_table.weight"
@@ -137,7 +152,8 @@ def describe_gpt(state: dict[str, Tensor]) -> str:
             described = name
             break
     num_classes = len(state[labels_name]) - 1
-    return f"the file holds {described} with {vocab_size} codes and {num_classes} classes"
+    trained = ", trained guidance-free" if is_guidance_free(state) else ""
+    return f"the file holds {described} with {vocab_size} codes and {num_classes} classes{trained}"
 
 
 def move_rows_to_tokens(state: dict[str, Tensor], mapping: np.ndarray,

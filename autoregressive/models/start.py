@@ -13,6 +13,7 @@ import torch
 
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import GPT
+from autoregressive.models.guidance_free import is_guidance_free
 from autoregressive.models.loading import (
     GPTFile,
     describe_gpt,
@@ -70,7 +71,8 @@ def read_start(path: Path | None, config: GPTConfig, settings: StartSettings, *,
         mapping_sha256: its hash.
 
     Returns:
-        GPTFile whose `state` is over tokens; if the weights alone are taken, its `payload` is empty
+        GPTFile whose `state` is over tokens, that of an ordinary GPT perhaps though the model is
+        guidance-free; if the weights alone are taken, its `payload` is empty
         and it does not continue. None without a path.
 
     Raises:
@@ -80,7 +82,10 @@ def read_start(path: Path | None, config: GPTConfig, settings: StartSettings, *,
         return None
     file = read_gpt(path)
     _check_tokens(file, mapping_path, mapping_sha256, settings.init_from_original)
-    starts_anew = settings.weights_only or settings.init_from_original
+    is_ordinary = config.guidance_free and not is_guidance_free(file.state)
+    if is_ordinary:
+        LOGGER.info("%s: an ordinary GPT, whose weights alone are trained guidance-free", file.path)
+    starts_anew = settings.weights_only or settings.init_from_original or is_ordinary
     payload = {}
     if file.continues and not starts_anew:
         moments = name_moments(file.payload["optimizer"], file.state, file.path)
@@ -94,6 +99,8 @@ def read_start(path: Path | None, config: GPTConfig, settings: StartSettings, *,
     state = file.state
     if settings.init_from_original:
         state = move_rows_to_tokens(state, tokens, file.path)
+    if is_ordinary:
+        config = dataclasses.replace(config, guidance_free=False)
     with torch.device("meta"):
         check_weights(GPT(config), state, file.path, describe_gpt(state))
     return dataclasses.replace(file, state=state, payload=payload)

@@ -1,6 +1,6 @@
 """How a training run is asked for: its flags, what they must agree with, the folder it is in."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from autoregressive.runtime.entry import Parser, at_least, flag_of, may_vary, on
 from autoregressive.runtime.files import check_writable_folder
 from autoregressive.runtime.identity import RunFolder, find_run_folder
 from autoregressive.runtime.lock import hold
-from autoregressive.runtime.schedules import LearningRate, whole_steps
+from autoregressive.runtime.schedules import LearningRate, StagedRate, whole_steps
 
 FIND_SECONDS = 60               # that a start waits for another one that looks for its run folder
 
@@ -116,11 +116,22 @@ class RunSettings:
         """Returns the length of the run."""
         return self.max_steps or self.epochs * steps_per_epoch
 
-    def learning_rate(self, steps_per_epoch: int) -> LearningRate:
-        """Returns the learning rate over the run."""
+    def learning_rate(self, steps_per_epoch: int,
+                      stage_ends: Sequence[int] = ()) -> LearningRate | StagedRate:
+        """Returns the learning rate over the run.
+
+        Args:
+            steps_per_epoch: of the data.
+            stage_ends: the step before which each stage of the run ends, if it has several; the
+                rate then begins anew with each, warm-up and fall included.
+        """
         warmup = self.warmup or whole_steps(self.warmup_epochs, steps_per_epoch)
-        return LearningRate(self.lr, self.lr_schedule, self.num_steps(steps_per_epoch), warmup,
-                            decay_from=self.lr_decay_from, least=self.min_lr)
+        ends = tuple(stage_ends) or (self.num_steps(steps_per_epoch),)
+        rates = []
+        for first, end in zip((0, *ends), ends, strict=False):
+            rates.append(LearningRate(self.lr, self.lr_schedule, end - first, warmup,
+                                      decay_from=self.lr_decay_from, least=self.min_lr))
+        return rates[0] if len(rates) == 1 else StagedRate(tuple(rates), ends)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ Letters: n steps of the run, k a step, from 0, w steps of warm-up, p progress, 0
            (1 + cos(pi p)) / 2      cosine
 """
 
+import bisect
 import functools
 import math
 from dataclasses import dataclass
@@ -72,3 +73,22 @@ class LearningRate:
             return self.peak
         progress = (step - self.start) / (self.num_steps - self.start)
         return fall(self.peak, self.least, self.schedule, progress)
+
+
+@dataclass(frozen=True)
+class StagedRate:
+    """A learning rate that begins anew with each stage of a run.
+
+    Attributes:
+        rates: of each stage, over its own steps.
+        ends: the step before which each stage ends, ascending.
+    """
+
+    rates: tuple[LearningRate, ...]
+    ends: tuple[int, ...]
+
+    def at(self, step: int) -> float:
+        """Returns the rate of a step, 0 .. ends[-1] - 1."""
+        stage = bisect.bisect_right(self.ends, step)
+        first = self.ends[stage - 1] if stage else 0
+        return self.rates[stage].at(step - first)

@@ -4,7 +4,7 @@ import contextlib
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -26,21 +26,22 @@ class Speedometer:
     """Rates of a training since the last reading."""
 
     def __init__(self, device: torch.device, world_size: int, tokens: int = 0,
-                 flops: float = 0) -> None:
+                 flops_at: Callable[[int], float] | None = None) -> None:
         """
         Args:
             device: of this process.
             world_size: processes, of equal devices.
             tokens: of an image; 0 if they are not counted.
-            flops: floating-point operations of a step for one token.
+            flops_at: floating-point operations of a step, from 0, for one image.
         """
         self._device = device
         self._tokens = tokens
-        self._flops = flops
+        self._flops_at = flops_at
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         peaks = [peak for gpu, peak in PEAK_TFLOPS.items() if gpu in name]
-        self._peak = peaks[0] * 1e12 * world_size if peaks and flops else None
+        self._peak = peaks[0] * 1e12 * world_size if peaks and flops_at else None
         self._images = 0
+        self._flops = 0.0
         self._started = time.perf_counter()
 
     @contextlib.contextmanager
@@ -53,9 +54,11 @@ class Speedometer:
         yield
         self._started += time.perf_counter() - began
 
-    def add(self, num_images: int) -> None:
-        """Counts images, of all processes together."""
+    def add(self, num_images: int, step: int) -> None:
+        """Counts the images of a step, from 0, of all processes together."""
         self._images += num_images
+        if self._peak:
+            self._flops += num_images * self._flops_at(step)
 
     def read(self) -> dict[str, float]:
         """Returns the rates since the last reading, and starts anew.
@@ -66,8 +69,11 @@ class Speedometer:
             known.
         """
         now = time.perf_counter()
-        images_per_second = self._images / (now - self._started)
+        seconds = now - self._started
+        images_per_second = self._images / seconds
+        flops_per_second = self._flops / seconds
         self._images = 0
+        self._flops = 0.0
         self._started = now
         tokens_per_second = images_per_second * self._tokens
         rates = {"images_per_second": images_per_second,
@@ -75,5 +81,5 @@ class Speedometer:
         if self._tokens:
             rates["tokens_per_second"] = tokens_per_second
         if self._peak:
-            rates["mfu"] = tokens_per_second * self._flops / self._peak
+            rates["mfu"] = flops_per_second / self._peak
         return rates

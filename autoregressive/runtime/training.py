@@ -65,6 +65,7 @@ class TrainingRun:
         curves: values of the metrics that are plotted; the first two stand beside the progress bar.
         result: values of the metrics that the end of the run records.
         pictures_every: steps between two pictures of what it has learned; 0 is never.
+        stage_ends: the step before which each stage ends; () if there is one.
         num_steps: length of the run.
         steps: how many were applied.
     """
@@ -80,6 +81,7 @@ class TrainingRun:
     curves: tuple[str, ...]
     result: tuple[str, ...]
     pictures_every: int = 0
+    stage_ends: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         self.num_steps = self.settings.num_steps(self.batches.per_epoch)
@@ -170,12 +172,12 @@ class TrainingRun:
         self._log = RunLog(self.folder, session, self.curves, steps=first, num_steps=self.num_steps,
                            batch_size=batch_size)
 
-        learning_rate = settings.learning_rate(self.batches.per_epoch)
+        learning_rate = settings.learning_rate(self.batches.per_epoch, self.stage_ends)
         for step, batch in enumerate(batches, first):
             lr = learning_rate.at(step)
             self.trainable.step(step, batch, lr)
             self.steps = step + 1
-            self.speed.add(batch_size)
+            self.speed.add(batch_size, step)
             self._log.advance()
             if step == first:
                 peak = peak_memory_mib(session.device)

@@ -29,14 +29,13 @@ from torch import Tensor
 from autoregressive.data.codes import code_dtype
 from autoregressive.models.loading import read_gpt
 from autoregressive.models.random_numbers import random_numbers
-from autoregressive.models.recipes import sampling_flags
 from autoregressive.models.sampler import Sampler
 from autoregressive.pipeline import (
     Pipeline,
     PipelineSettings,
     add_pipeline_args,
-    device_flags,
     load_pipeline,
+    settle_flags,
 )
 from autoregressive.runtime.checkpoint import find_checkpoint
 from autoregressive.runtime.distributed import Session
@@ -86,7 +85,7 @@ def run_name(args: Flags, gpt_path: Path) -> str:
             f"-size-{args.image_size_eval}-{args.vq_model}-topk-{args.top_k}-topp-{args.top_p}"
             f"-temperature-{args.temperature}-cfg-{args.cfg_scale}-seed-{args.global_seed}")
     for flag in ("weights", "labels", "resize", "cfg_interval", "greedy", "cfg_schedule",
-                 "cfg_start", "cfg_power", "cfg_scale_within"):
+                 "cfg_start", "cfg_power", "cfg_scale_within", "beta"):
         value = getattr(args, flag)
         if value != args.defaults()[flag]:
             name += f"-{flag.replace('_', '-')}-{value}"
@@ -175,9 +174,7 @@ def main(args: Flags, session: Session) -> None:
     with checks(session):
         # What the checkpoint and a preset say about flags that were not given.
         gpt_file = read_gpt(gpt_path, args.weights, args.from_fsdp)
-        by_device = device_flags(session.device, args.defaults())
-        preset, preset_text = sampling_flags(args.preset, gpt_file.settings)
-        args.resolve(gpt_file.flags(), gpt_file.path, by_device | preset)
+        settled = settle_flags(args, gpt_file, session.device)
         classes = parse_labels(args.labels, args.num_classes)
 
         # Load the parts, which must belong together.
@@ -204,8 +201,8 @@ def main(args: Flags, session: Session) -> None:
     if is_finished:
         LOGGER.info("%s is finished", path)
         return
-    if preset_text:
-        LOGGER.info(preset_text)
+    for line in settled:
+        LOGGER.info(line)
 
     make_missing(rows, pipeline, args, classes, session)
 

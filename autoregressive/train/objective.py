@@ -1,6 +1,7 @@
 """What is optimised when a GPT is trained, and one step of it.
 
-Letters: B batch, T tokens, D width, V codes, N = B * T rows.
+Letters: B batch, T tokens, D width, V codes, M tokens of a patch (1 but in stages of patches),
+n = T / M rows of an image, N = B * n rows.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,8 @@ from autoregressive.runtime.trainable import ValBatches
 
 LOSSES = ("token_loss", "cluster_loss", "cluster_accuracy")
 CURVES = (*LOSSES, "grad_norm")
-# Of features (N, D), head (V, D), targets (N,) and perhaps lambda_cce: the loss, and LOSSES (3,).
+# Of features (N, D), head (V, D), targets (N, M), perhaps lambda_cce, and fixed features (N, D) in
+# guidance-free training: the loss, and LOSSES (3,).
 HeadLoss = Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -31,35 +33,71 @@ class Objective(nn.Module):
     """
 
     def __init__(self, model: nn.Module, head_loss: HeadLoss,
-                 lambda_at: Callable[[int], float] | None = None) -> None:
-        """`lambda_at` gives lambda of a step if it changes; else it is None, and in `head_loss`."""
+                 lambda_at: Callable[[int], float] | None = None,
+                 patch_at: Callable[[int], int] = lambda step: 1) -> None:
+        """
+        Args:
+            model: a GPT.
+            head_loss: HeadLoss.
+            lambda_at: gives lambda of a step if it changes; else it is None, and in `head_loss`.
+            patch_at: gives the side of the patches of a step, in tokens.
+        """
         super().__init__()
         self.model = model
         self.head_loss = head_loss
         self.lambda_at = lambda_at
+        self.patch_at = patch_at
+        self.patch = patch_at(0)
         # A tensor: for a float that changes the loss would be compiled again.
         lambda_cce = torch.tensor(lambda_at(0)) if lambda_at else None
         self.register_buffer("lambda_cce", lambda_cce, persistent=False)
 
     def set_step(self, step: int) -> None:
-        """Sets lambda to that of a step, from 0; does not wait for the device."""
+        """Sets lambda and patches to those of a step, from 0; does not wait for the device."""
+        self.patch = self.patch_at(step)
         if self.lambda_at:
             self.lambda_cce.fill_(self.lambda_at(step))
 
-    def forward(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Computes the loss of a batch.
+    def forward(self, tokens: Tensor, labels: Tensor,
+                betas: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Computes the loss of a batch; in validation always that of single tokens.
 
         Args:
             tokens: (B, T) int64.
             labels: (B,) int64, the null label where it was dropped.
+            betas: (B,) float32 in guidance-free training, else None.
 
         Returns:
             the loss, token + lambda * cluster (scalar, float32), and LOSSES as a detached (3,).
         """
-        features = self.model.features(tokens[:, :-1], labels)      # (B, T, D)
+        patch = self.patch if self.training else 1
+        inputs = tokens[:, :-1] if patch == 1 else tokens
+        options = {} if self.lambda_cce is None else {"lambda_cce": self.lambda_cce}
+        if betas is None:
+            features = self.model.features(inputs, labels, patch=patch)     # (B, n, D)
+        else:
+            features, fixed = self._mix(inputs, labels, betas, patch)
+            options["fixed"] = fixed.flatten(0, 1)                  # (N, D)
         head = self.model.output.weight                             # (V, D)
-        weights = {} if self.lambda_cce is None else {"lambda_cce": self.lambda_cce}
-        return self.head_loss(features.flatten(0, 1), head, tokens.flatten(), **weights)
+        targets = self.model.targets(tokens, patch).flatten(0, 1)   # (N, M)
+        return self.head_loss(features.flatten(0, 1), head, targets, **options)
+
+    def _mix(self, inputs: Tensor, labels: Tensor, betas: Tensor,
+             patch: int) -> tuple[Tensor, Tensor]:
+        """Returns beta * cond and (1 - beta) * uncond features (B, n, D), as in guidance_free.py.
+
+        The second pass, of the null label, has neither dropout nor gradient. An image whose label
+        was dropped is fed with beta 1, and mixed by its own.
+        """
+        null = torch.full_like(labels, self.model.config.num_classes)
+        with torch.no_grad():
+            self.model.eval()
+            uncond = self.model.features(inputs, null, patch=patch)
+            self.model.train()
+        fed = torch.where(labels == null, 1.0, betas)
+        cond = self.model.features(inputs, labels, fed, patch)
+        share = betas[:, None, None]
+        return share * cond, (1 - share) * uncond
 
 
 @dataclass(eq=False)
@@ -93,17 +131,16 @@ class GPTTrainer:
         names = (*CURVES, "lambda_cce") if self.objective.lambda_at else CURVES
         self.meter = Meter(names, self.session.device)
 
-    def step(self, step: int, batch: tuple[Tensor, Tensor], lr: float) -> None:
+    def step(self, step: int, batch: tuple[Tensor, ...], lr: float) -> None:
         """Applies a step from this process's part of the batch.
 
         Args:
             step: its number, from 0.
-            batch: tokens (B, T) and labels (B,) int64, on the CPU.
+            batch: tokens (B, T) and labels (B,) int64, perhaps betas (B,) float32, on the CPU.
             lr: learning rate.
         """
-        tokens, labels = (tensor.to(self.session.device, non_blocking=True) for tensor in batch)
-        micro_batches = zip(tokens.chunk(self.accumulation), labels.chunk(self.accumulation),
-                            strict=True)
+        on_device = [tensor.to(self.session.device, non_blocking=True) for tensor in batch]
+        micro_batches = zip(*(tensor.chunk(self.accumulation) for tensor in on_device), strict=True)
         losses = torch.zeros(len(LOSSES), device=self.session.device)
         self.objective.set_step(step)
         for number, micro_batch in enumerate(micro_batches, start=1):
@@ -119,7 +156,8 @@ class GPTTrainer:
             values.append(self.objective.lambda_cce)
         self.meter.add(step, torch.stack(values), is_bad)
         if self.compiler:
-            self.compiler.report(forwards=self.accumulation)
+            passes = 2 if len(batch) == 3 else 1        # guidance-free: that of the null label, too
+            self.compiler.report(forwards=self.accumulation * passes)
             self.compiler = None
 
     @torch.no_grad()

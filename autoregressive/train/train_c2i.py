@@ -36,8 +36,15 @@ from autoregressive.models.config import (
     grid_of,
 )
 from autoregressive.models.gpt import GPT
+from autoregressive.models.guidance_free import embedding_of
 from autoregressive.models.loading import GPTFile
 from autoregressive.models.loss_settings import LossSettings, add_loss_args, build_head_loss
+from autoregressive.models.patches import (
+    StageSettings,
+    add_stage_args,
+    describe_stages,
+    patch_at,
+)
 from autoregressive.models.recipes import add_recipe_arg, log_recipe, training_flags
 from autoregressive.models.start import StartSettings, add_start_args, check_start, read_start
 from autoregressive.pipeline import open_decoder, save_samples
@@ -89,6 +96,10 @@ def build_parser() -> Parser:
     group = parser.add_argument_group("loss and regularisation")
     add_loss_args(group)
     add_regularisation_args(group)
+    group.add_argument("--guidance-free", action="store_true",
+                       help="train a model that is sampled in one pass, the strength of guidance "
+                            "being one of its inputs (GFT)")
+    add_stage_args(group)
     add_start_args(group)
     add_memory_args(parser)
     return parser
@@ -108,12 +119,14 @@ def check_flags(args: Flags, session: Session) -> None:
 def checkpoint_settings(args: Flags, data: TrainingData) -> dict[str, Any]:
     """Returns what a reader of a checkpoint must know of it."""
     names = ("gpt_model", "vocab_size", "num_classes", "image_size", "cluster_size", "lambda_cce",
-             "lambda_schedule", "lambda_end", "recipe", "global_batch_size", "ema", "ema_warmup")
+             "lambda_schedule", "lambda_end", "recipe", "guidance_free", "patch_level",
+             "global_batch_size", "ema", "ema_warmup")
     return {name: getattr(args, name) for name in names} | data.checkpoint_settings()
 
 
-def build_trainer(args: Flags, config: GPTConfig, num_steps: int, *, start: GPTFile | None,
-                  data: TrainingData, vq: VQModel | None, session: Session) -> GPTTrainer:
+def build_trainer(args: Flags, config: GPTConfig, stage_ends: tuple[int, ...], *,
+                  start: GPTFile | None, data: TrainingData, vq: VQModel | None,
+                  session: Session) -> GPTTrainer:
     """Builds the model and everything that trains it."""
     device = session.device
 
@@ -124,7 +137,8 @@ def build_trainer(args: Flags, config: GPTConfig, num_steps: int, *, start: GPTF
     with place:
         model = GPT(config)
     if start and place.type != "meta":
-        load_strictly(model, start.state, start.path)
+        # An ordinary GPT has no embedding of beta: that of the new model stays.
+        load_strictly(model, embedding_of(model.state_dict()) | start.state, start.path)
 
     # Compile what takes the time: every block, and the loss.
     loss = LossSettings(**args.pick(LossSettings))
@@ -138,7 +152,8 @@ def build_trainer(args: Flags, config: GPTConfig, num_steps: int, *, start: GPTF
         compiler = BlockCompiler(model.layers)
 
     # Divide the work among processes; from here on the model is on its device.
-    objective = Objective(model, head_loss, loss.lambda_over(num_steps))
+    objective = Objective(model, head_loss, loss.lambda_over(stage_ends[-1]),
+                          functools.partial(patch_at, ends=stage_ends))
     wrapped = wrap_for_training(objective, session, args.parallel, model.layers,
                                 PRECISIONS[args.mixed_precision])
     optimizer = ModelOptimizer(model, OptimSettings(**args.pick(OptimSettings)), device,
@@ -157,7 +172,7 @@ def build_trainer(args: Flags, config: GPTConfig, num_steps: int, *, start: GPTF
 def save_first_rows(path: Path, data: TrainingData, vq: VQModel) -> None:
     """Saves what the first batch of the training data looks like when its tokens are decoded."""
     batches = data.batches
-    tokens, labels = batches[0, range(min(NUM_SHOWN, batches.batch_size))]
+    tokens, labels, *_ = batches[0, range(min(NUM_SHOWN, batches.batch_size))]
     names = data.class_names or [f"class {label}" for label in range(batches.num_classes)]
     names = [*names, "no label"]                            # of the null label
     save_grid(path, to_uint8(vq.decode_codes(tokens, data.store.grid)), columns=4,
@@ -165,7 +180,7 @@ def save_first_rows(path: Path, data: TrainingData, vq: VQModel) -> None:
 
 
 def log_start(name: str, data: TrainingData, loss: LossSettings, num_parameters: int,
-              num_steps: int) -> None:
+              stage_ends: tuple[int, ...]) -> None:
     """Says in the log what is trained, on what, for how long, and where its losses begin."""
     store = data.store
     LOGGER.info("%s, %.1fM parameters; %s", name, num_parameters / 1e6, data.describe())
@@ -174,7 +189,10 @@ def log_start(name: str, data: TrainingData, loss: LossSettings, num_parameters:
         LOGGER.warning("%d images of %s could not be read and are left out", num_failed, store.path)
     if loss.vocab_size == 16384:
         LOGGER.info("ImageNet models end with a token loss of 7 to 8, which is normal")
-    LOGGER.info("%d steps of %d images, %s", num_steps, data.batches.batch_size, loss.describe())
+    LOGGER.info("%d steps of %d images, %s", stage_ends[-1], data.batches.batch_size,
+                loss.describe())
+    if len(stage_ends) > 1:
+        LOGGER.info("stages: %s", describe_stages(stage_ends))
 
 
 def main(args: Flags, session: Session) -> None:
@@ -195,13 +213,17 @@ def main(args: Flags, session: Session) -> None:
                           args.cluster_size)
         config = gpt_config(args.gpt_model, grid=grid, vocab_size=args.vocab_size,
                             num_classes=args.num_classes, dropout=args.dropout_p,
-                            token_dropout=args.token_dropout_p, drop_path=args.drop_path_rate)
+                            token_dropout=args.token_dropout_p, drop_path=args.drop_path_rate,
+                            guidance_free=args.guidance_free)
+        stages = StageSettings(**args.pick(StageSettings))
+        stages.check(grid)
         start = read_start(start_path, config, StartSettings(**args.pick(StartSettings)),
                            tokens=mapping.tokens, mapping_path=mapping.path,
                            mapping_sha256=mapping.hashes["mapping_sha256"])
         loss = LossSettings(**args.pick(LossSettings))
         settings = RunSettings(**args.pick(RunSettings))
         num_steps = settings.num_steps(data.batches.per_epoch)
+        stage_ends = stages.ends(args.epochs, args.max_steps, data.batches.per_epoch)
         identity = args.identity() | data.identity()
         # Weights alone are part of the identity. A checkpoint to go on from is not: its run may
         # have a newer one when the same command is given again.
@@ -209,7 +231,8 @@ def main(args: Flags, session: Session) -> None:
             identity["start_sha256"] = weights_sha256(start.state)
 
     # Find the run that this command continues, or begin one.
-    name = f"{args.gpt_model}-lambda={loss.lambda_text}-cluster_size={args.cluster_size}"
+    kind = "-guidance-free" if args.guidance_free else ""
+    name = f"{args.gpt_model}-lambda={loss.lambda_text}{kind}-cluster_size={args.cluster_size}"
     can_start = functools.partial(check_start, start, num_steps, needs_ema=args.ema,
                                   needs_scaler=args.mixed_precision == "fp16")
     request = RunRequest(args.results_dir, name, identity, config=args.plain() | identity,
@@ -221,13 +244,16 @@ def main(args: Flags, session: Session) -> None:
 
     # Build what is trained, and the loop that trains it.
     set_up_gpu(args.tf32, args.cudnn_attention)
-    trainer = build_trainer(args, config, num_steps, start=start, data=data, vq=vq, session=session)
+    trainer = build_trainer(args, config, stage_ends, start=start, data=data, vq=vq,
+                            session=session)
     num_parameters = sum(parameter.numel() for parameter in trainer.optimizer.model.parameters())
     speed = Speedometer(session.device, session.world_size, config.num_tokens,
-                        config.flops_per_token(num_parameters))
+                        lambda step: config.flops_per_image(num_parameters,
+                                                            patch_at(step, stage_ends)))
     training = TrainingRun(folder, trainer, data.batches, settings, session, speed=speed,
                            checkpoint_settings=checkpoint_settings(args, data), result=RESULT,
-                           curves=CURVES, pictures_every=args.validation_step)
+                           curves=CURVES, pictures_every=args.validation_step,
+                           stage_ends=stage_ends)
 
     # Look at the data once more, load the newest checkpoint, and train.
     with checks(session):
@@ -236,7 +262,7 @@ def main(args: Flags, session: Session) -> None:
     if session.is_main and vq:
         save_first_rows(folder.path / "data.png", data, vq)
     log_recipe(args.recipe, args.gpt_model, args.image_size, data.store.codes.shape[1])
-    log_start(config.name, data, loss, num_parameters, num_steps)
+    log_start(config.name, data, loss, num_parameters, stage_ends)
     training.train()
     training.finish()
 

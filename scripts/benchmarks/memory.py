@@ -25,7 +25,7 @@ from autoregressive.models.captured import CapturedSteps, compile_decoding
 from autoregressive.models.config import GPT_MODELS, gpt_config
 from autoregressive.models.gpt import GPT
 from autoregressive.models.sampler import Sampler
-from autoregressive.pipeline import Pipeline, decoder_batch_size, place_decoder
+from autoregressive.pipeline import Pipeline
 from autoregressive.runtime.compute import set_up_compiler
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.entry import Flags, Parser, at_least, checks, run
@@ -41,6 +41,7 @@ from scripts.benchmarks.turns import (
     benchmark_parser,
     write_random_codes,
 )
+from tokenizer.tokenizer_image.decoding import decoder_batch_size, place_decoder
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 
 TRAIN = Path(__file__).resolve().parents[2] / "autoregressive" / "train" / "train_c2i.py"

@@ -41,7 +41,7 @@ from autoregressive.models.gpt import GPT
 from autoregressive.models.guidance import guide
 from autoregressive.models.packed import can_pack, pack_linears
 from autoregressive.models.sampler import Sampler
-from autoregressive.pipeline import Pipeline, decoder_batch_size, place_decoder
+from autoregressive.pipeline import Pipeline
 from autoregressive.runtime.compute import PRECISIONS, set_up_compiler
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.entry import Flags, Parser, run
@@ -58,6 +58,7 @@ from scripts.benchmarks.turns import (
     compare,
     timed,
 )
+from tokenizer.tokenizer_image.decoding import decoder_batch_size, place_decoder
 from tokenizer.tokenizer_image.vq_model import VQ_MODELS, VQConfig, VQModel
 
 SAMPLER = Sampler(cfg_scale=2.0)

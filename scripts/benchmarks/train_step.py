@@ -132,13 +132,14 @@ def compare_steps(args: Flags, name: str, grid: int, session: Session, title: st
     def measure(loss_of):
         start_memory = reset_peak(device)
         clock(device)                               # waits for what came before
-        speed = Speedometer(device, 1, config.num_tokens, config.flops_per_token(num_parameters))
+        speed = Speedometer(device, 1, config.num_tokens,
+                            lambda step: config.flops_per_image(num_parameters))
         for step in range(STEPS[device.type]):
             trainers[loss_of].step(step, batch, 1e-4)
             if loss_of is published_loss:
                 for value in trainers[loss_of].meter.sums[:3]:
                     value.item()
-            speed.add(args.batch_size)
+            speed.add(args.batch_size, step)
         clock(device)
         rates = speed.read()
         del rates["memory_mib"]                     # of both trainers
