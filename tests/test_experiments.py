@@ -117,6 +117,10 @@ def test_differences_are_paired_by_seed():
     ({"seeds": None}, "expected seeds as list"),
     ({"seeds": [1, 2, 1]}, "expected different whole numbers as seeds"),
     ({"arms": {"lambda0": {"train": ""}}}, "arm lambda0: expected sample as str, found none"),
+    ({"arms": {"lambda0": {"train": "", "sample": "", "seeds": [3, 3]}}},
+     "arm lambda0: expected different whole numbers as seeds, got [3, 3]"),
+    ({"arms": {"lambda0": {"train": "", "sample": "", "seeds": 1}}},
+     "arm lambda0: expected seeds as list"),
     ({"train": "--code-path {works}/codes"},
      "expected the names work, data, samples in {}, found 'works'"),
     ({"guidance": {"scales": [1]}}, "guidance: expected num_samples as int"),
@@ -127,6 +131,15 @@ def test_a_wrong_plan_is_one_line(tmp_path, capsys, change, words):
     assert run_here(RUN, tmp_path / "experiment.json", "--work", tmp_path / "work") == 2
     error = capsys.readouterr().err
     assert words in error and len(error.splitlines()) == 1
+
+
+def test_an_arm_may_have_seeds_of_its_own(tmp_path):
+    arms = PLAN["arms"] | {"few": {"train": "", "sample": "", "seeds": [1]}}
+    write_json(tmp_path / "experiment.json", PLAN | {"arms": arms})
+    experiment = Experiment(tmp_path / "experiment.json", tmp_path / "work", None)
+    assert experiment.runs == [Run("lambda0", 0), Run("lambda1", 0), Run("lambda0", 1),
+                               Run("lambda1", 1), Run("few", 1)]
+    assert experiment.first("few") == Run("few", 1)
 
 
 def start_harness(folder):

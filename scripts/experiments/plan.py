@@ -3,8 +3,9 @@
     {"prepare": [{"STEP": "command", ...}, ...],    made once, group after group; a step is the path
                                                     of what it makes
      "train": "flags", "sample": "flags", "evaluate": "arguments",
-     "arms": {"ARM": {"train": "flags", "sample": "flags"}, ...}, "baseline": "ARM",
-     "seeds": [0, 1, ...],
+     "arms": {"ARM": {"train": "flags", "sample": "flags", "seeds": [0, ...]}, ...},
+     "baseline": "ARM",
+     "seeds": [0, 1, ...],                          of arms that name none
      "guidance": {"scales": [1.0, ...], "num_samples": 2000, "seed": 1000},
      "num_samples": 10000, "sampling_seed": 0,
      "columns": {"NUMBER": "title", ...},
@@ -27,7 +28,7 @@ from autoregressive.runtime.files import check_kinds, file_sha256, read_json
 KINDS = {"prepare": list, "train": str, "sample": str, "evaluate": str, "arms": dict,
          "baseline": str, "seeds": list, "guidance": dict, "num_samples": int, "sampling_seed": int,
          "columns": dict, "floors": dict}
-ARM_KINDS = {"train": str, "sample": str}
+ARM_KINDS = {"train": str, "sample": str, "seeds": list}
 GUIDANCE_KINDS = {"scales": list, "num_samples": int, "seed": int}
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = "autoregressive/train/train_c2i.py"
@@ -94,14 +95,17 @@ class Experiment:
         baseline = self.plan["baseline"]
         if baseline not in arms:
             raise ValueError(f"{path}: expected a baseline among {', '.join(arms)}, got {baseline}")
+        _check_seeds(path, seeds)
         for name, arm in arms.items():
+            if isinstance(arm, dict):
+                arm.setdefault("seeds", seeds)
             check_kinds(arm if isinstance(arm, dict) else {}, ARM_KINDS, f"{path}, arm {name}")
-        are_different = len(set(seeds)) == len(seeds)
-        if not seeds or not are_different or not all(isinstance(seed, int) for seed in seeds):
-            raise ValueError(f"{path}: expected different whole numbers as seeds, got {seeds}")
+            _check_seeds(f"{path}, arm {name}", arm["seeds"])
         check_kinds(self.plan["guidance"], GUIDANCE_KINDS, f"{path}, guidance")
         self.work = work or ROOT / "results/experiments" / path.absolute().parent.name
-        self.runs = [Run(arm, seed) for seed in seeds for arm in arms]
+        by_seed = dict.fromkeys([seed for arm in arms.values() for seed in arm["seeds"]])
+        self.runs = [Run(name, seed) for seed in by_seed for name, arm in arms.items()
+                     if seed in arm["seeds"]]
         self._results = path.parent / "results"
         self._data = data
         self._check_commands()
@@ -145,7 +149,7 @@ class Experiment:
 
     def first(self, arm: str) -> Run:
         """Returns the run that chooses the guidance of an arm."""
-        return Run(arm, self.plan["seeds"][0])
+        return Run(arm, self.plan["arms"][arm]["seeds"][0])
 
     def result(self, run: Run) -> Path:
         """Returns where the result of a run is kept."""
@@ -211,6 +215,13 @@ class Experiment:
         """Returns the folder of samples."""
         name = f"samples-{samples.num_samples}-seed{samples.seed}-cfg-{samples.scale:g}"
         return self.folder(samples.run) / name
+
+
+def _check_seeds(where: str | Path, seeds: list[Any]) -> None:
+    """Raises ValueError unless seeds are different whole numbers."""
+    are_different = len(set(map(repr, seeds))) == len(seeds)
+    if not seeds or not are_different or not all(isinstance(seed, int) for seed in seeds):
+        raise ValueError(f"{where}: expected different whole numbers as seeds, got {seeds}")
 
 
 def sha256_of(path: Path) -> str:
