@@ -8,7 +8,7 @@ import logging
 import pytest
 import torch
 import torch.distributed as dist
-from torch._dynamo.testing import CompileCounter
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 from autoregressive.models import gpt
 from autoregressive.models.captured import BUCKET, CapturedSteps, compile_decoding
@@ -166,6 +166,15 @@ def test_every_bucket_of_24_by_24_tokens_has_its_compiled_step():
     found = generate(compiled, labels, uniforms, Sampler(2.0), CapturedSteps(compiled))
     assert torch.equal(found, generate(model, labels, uniforms, Sampler(2.0), CapturedSteps(model)))
     assert counter.frame_count == num_tokens // BUCKET == 9
+
+
+def test_a_compiled_step_has_no_product_of_matrices_that_would_copy_the_cache_to_float32():
+    model = GPT(GPTConfig("small", 2, 2, 16, grid=3, vocab_size=24, num_classes=5)).eval()
+    backend = CompileCounterWithBackend("eager")
+    compile_decoding(model.cast(torch.bfloat16), backend)
+    uniforms = torch.rand(2, 9, dtype=torch.float64)
+    generate(model, torch.tensor([0, 4]), uniforms, Sampler(2.0), CapturedSteps(model))
+    assert [graph.code.count("matmul") for graph in backend.graphs] == [0]
 
 
 def first_step(monkeypatch, errors, backend):

@@ -5,6 +5,8 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autoregressive.models.cache import DecodePosition
 from autoregressive.models.cluster_loss import fused_head_loss, plain_head_loss
@@ -195,6 +197,31 @@ def test_grouped_heads_equal_repeated_key_and_value_heads():
     load_strictly(full, state, "test")
     tokens, labels = torch.randint(12, (5, 3)), torch.randint(3, (5,))
     assert torch.allclose(grouped(tokens, labels), full(tokens, labels), atol=1e-6)
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("position", [1, 16, 64, 255])
+def test_attention_to_a_bfloat16_cache_rounds_no_more_than_the_math_kernel(position, is_compiled):
+    torch.manual_seed(position)
+    model = GPT(GPTConfig("small", 1, 6, 48, grid=16, vocab_size=24, num_classes=3, num_kv_heads=2))
+    attention = model.cast(torch.bfloat16).layers[0].attention.requires_grad_(False)
+    torch.nn.init.normal_(attention.wqkv.weight, std=0.3)
+    torch.nn.init.eye_(attention.wo.weight)
+    decode = attention.decode
+    if is_compiled:
+        decode = torch.compile(decode, backend="eager", dynamic=False)
+    x = torch.randn(25, 1, 48).bfloat16()
+    keys, values = torch.randn(2, 25, 2, 256, 8).bfloat16()
+    table = model.rotary[position:position + 1]
+    at = DecodePosition.in_bucket(torch.tensor([position]), length=256)
+
+    found = decode(x, table, at, keys, values)                      # writes to the cache, too
+    read = [attention.project(x, table)[0], keys[:, :, :position + 1], values[:, :, :position + 1]]
+    exact = F.scaled_dot_product_attention(*(part.double() for part in read), enable_gqa=True)
+    with sdpa_kernel(SDPBackend.MATH):                              # as the published code does
+        expected = F.scaled_dot_product_attention(*read, enable_gqa=True)
+    error = (found.double() - exact.flatten(1)[:, None]).norm()
+    assert error < 1.05 * (expected.double() - exact).norm()
 
 
 def test_later_tokens_do_not_change_earlier_logits(tiny, numbers):

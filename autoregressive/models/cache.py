@@ -1,4 +1,4 @@
-"""The key-value cache of decoding, and the place in it where a step stands.
+"""The key-value cache of decoding, products with it, and the place in it where a step stands.
 
 Letters: B batch, G key-value heads, L length of the cache.
 """
@@ -65,3 +65,21 @@ class KVCache:
         """Returns a cache that shares the first `count` rows with this one."""
         return KVCache(keys=[keys[:count] for keys in self.keys],
                        values=[values[:count] for values in self.values])
+
+
+def multiply_in_float32(rows: Tensor, cached: Tensor) -> Tensor:
+    """Returns rows @ cached, computed and returned in float32.
+
+    Scores and probabilities rounded to bfloat16 give attention up to five times the error.
+
+    Args:
+        rows: (..., R, S).
+        cached: (..., S, N), of the cache.
+
+    Returns:
+        (..., R, N).
+    """
+    if torch.compiler.is_compiling():
+        # A compiler fuses this, but would put a float32 copy of the cache before a matrix product.
+        return (rows.float()[..., None] * cached.float()[..., None, :, :]).sum(-2)
+    return rows.float() @ cached.float()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from autoregressive.models.cache import DecodePosition, KVCache
+from autoregressive.models.cache import DecodePosition, KVCache, multiply_in_float32
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.guidance_free import BetaEmbedding
 from autoregressive.models.patches import patch_table, split_patches
@@ -86,11 +86,11 @@ class Attention(nn.Module):
         read_keys = keys[:, :, :at.length]                          # (B, G, length, head_dim)
         read_values = values[:, :, :at.length]
         q = q.reshape(len(x), self.kv_heads, -1, self.head_dim)     # (B, G, H/G, head_dim)
-        scores = q @ read_keys.transpose(-2, -1) * self.head_dim ** -0.5    # (B, G, H/G, length)
+        scores = multiply_in_float32(q, read_keys.mT) * self.head_dim ** -0.5  # (B, G, H/G, length)
         if at.hidden is not None:
             scores = scores.masked_fill(at.hidden, -torch.inf)
-        y = scores.float().softmax(-1).type_as(q) @ read_values     # (B, G, H/G, head_dim)
-        return self.wo(y.reshape(len(x), 1, -1))                    # (B, 1, D)
+        y = multiply_in_float32(scores.softmax(-1), read_values)    # (B, G, H/G, head_dim)
+        return self.wo(y.type_as(x).reshape(len(x), 1, -1))         # (B, 1, D)
 
 
 class FeedForward(nn.Module):
