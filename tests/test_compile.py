@@ -106,6 +106,28 @@ def test_the_loss_is_not_compiled_again_while_lambda_changes(head_loss):
     assert trainer.meter.sums[-1] == 1 + 7 / 8 + 6 / 8 + 5 / 8 + 4 / 8
 
 
+@pytest.mark.parametrize("guidance_free", [False, True])
+def test_stages_and_passes_have_a_graph_of_all_blocks_each_and_no_more(guidance_free):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig("small", NUM_LAYERS, 2, 16, grid=4, vocab_size=24, num_classes=5,
+                          guidance_free=guidance_free))
+    counter = CompileCounter()
+    head_loss = functools.partial(fused_head_loss, cluster_size=4, lambda_cce=1.0, rows_at_once=100)
+    compiled_loss = torch.compile(head_loss, backend=counter, dynamic=False)
+    objective = Objective(model, compiled_loss, patch_at=lambda step: 2 if step < 3 else 1)
+    compiler = BlockCompiler(model.layers, "eager")
+    trainer = GPTTrainer(objective, ModelOptimizer(model, OptimSettings(lr=1e-3), CPU), ALONE,
+                         "none", accumulation=2)
+    data = (torch.randint(24, (4, 16)), torch.randint(6, (4,)), torch.rand(4))
+    found = []
+    for step in range(6):
+        trainer.step(step, data if guidance_free else data[:2], 1e-3)
+        found.append((compiler.graphs, counter.frame_count))
+    passes = 2 if guidance_free else 1
+    assert found == [(passes, 1)] * 3 + [(2 * passes, 2)] * 3
+    assert compiler.calls == 6 * 2 * passes * NUM_LAYERS
+
+
 def test_recomputing_a_block_keeps_less():
     sizes = []
     for recomputes in (False, True):

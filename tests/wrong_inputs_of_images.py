@@ -20,6 +20,8 @@ WRONG_INPUTS: dict[str, list[Row]] = {
         ("--num-fid-samples", "--num-fid-samples 0",
          "--num-fid-samples: expected at least 1, got 0"),
         ("--image-size-eval", f"--image-size-eval {HUGE}", "--image-size-eval"),
+        ("--beta", "--beta 0.5", "--beta: expected a GPT trained guidance-free"),
+        ("--beta", "--beta 1.5", "--beta: expected a fraction above 0, at most 1"),
         ("--top-p", "--top-p nan", "--top-p"),
         ("--top-k", "--top-k 65", "--top-k: expected 0 (off) to 64"),
         ("--sample-dir", "--sample-dir good/vq.pt", "vq.pt: expected a writable folder"),

@@ -111,7 +111,7 @@ class BlockCompiler:
         self.graphs = 0
         self.calls = 0
         for block in self._blocks:
-            block.compile(backend=self._compile)
+            block.compile(backend=self._compile, dynamic=False)
 
     def _compile(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         """Is a backend of torch.compile: compiles a graph to a function that counts its calls."""

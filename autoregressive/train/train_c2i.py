@@ -148,7 +148,7 @@ def build_trainer(args: Flags, config: GPTConfig, stage_ends: tuple[int, ...], *
     compiler = None
     wants_compiled = device.type == "cuda" and not args.no_compile
     if wants_compiled and set_up_compiler(device, args.compile_errors):
-        head_loss = torch.compile(head_loss)
+        head_loss = torch.compile(head_loss, dynamic=False)
         compiler = BlockCompiler(model.layers)
 
     # Divide the work among processes; from here on the model is on its device.
