@@ -184,12 +184,11 @@ def settle_flags(args: Flags, file: GPTFile, device: torch.device) -> list[str]:
     preset, text = sampling_flags(args.preset, {} if is_free else file.settings)
     args.resolve(file.flags(), file.path, device_flags(device, args.defaults()) | preset)
     lines = [text] if text else []
-    beta = choose_beta(args.beta, is_free, Sampler(**args.pick(Sampler)))
-    if beta is not None:
-        lines.append(f"trained guidance-free: one pass at --beta {beta:g}, "
-                     f"{'as given' if args.beta else f'1 / --cfg-scale {args.cfg_scale:g}'}")
-        args.beta = beta
-        args.cfg_scale = 1.0
+    args.beta = choose_beta(args.beta, is_free, Sampler(**args.pick(Sampler)))
+    if args.beta is not None:
+        args.cfg_scale = 1 / args.beta
+        lines.append(f"trained guidance-free: one pass at --beta {args.beta:g}, which stands for "
+                     f"--cfg-scale {args.cfg_scale:g}")
     return lines
 
 
@@ -246,6 +245,7 @@ def load_pipeline(file: GPTFile, settings: PipelineSettings, sampler: Sampler, v
                         vocab_size=vq_config.codebook_size, num_classes=settings.num_classes)
     if settings.beta is not None:
         file = replace(file, state=fold_beta(file.state, settings.beta))
+        sampler = replace(sampler, cfg_scale=1.0)
     gpt = build_gpt(file, config)
     check_fitting(file, settings.cluster_size, settings.num_classes,
                   is_guided=sampler.num_guided(config.num_tokens) > 0)
@@ -292,9 +292,8 @@ def save_samples(path: Path, weights: dict[str, Tensor], *, config: GPTConfig, v
     weights = fold_beta(weights, 1 / SHOWN_GUIDANCE)
     config = replace(config, guidance_free=False)
     gpt = build_gpt(GPTFile(path, weights, {"grid": config.grid}, {}), config).to(device)
-    pipeline = Pipeline(gpt, vq.to(device), sampler,
-                        image_size=config.grid * vq.downsampling, decode_batch_size=NUM_SAMPLED,
-                        class_names=class_names)
+    pipeline = Pipeline(gpt, vq.to(device), sampler, image_size=config.grid * vq.downsampling,
+                        decode_batch_size=NUM_SAMPLED, class_names=class_names)
     labels, uniforms = random_numbers(seed, range(NUM_SAMPLED), config.num_classes,
                                       config.num_tokens)
     save_grid(path, pipeline.sample(labels, uniforms), columns=4,

@@ -27,7 +27,8 @@ from autoregressive.runtime.identity import find_difference
 from autoregressive.runtime.log import LOGGER, Panel, open_logger, plot_panels
 
 # What may differ within one sweep: a column of the table each, if it does.
-SWEPT = ("cfg_schedule", "cfg_start", "cfg_power", "cfg_scale_within", "top_p", "cfg_scale")
+SWEPT = ("cfg_schedule", "cfg_start", "cfg_power", "cfg_scale_within", "beta", "top_p",
+         "cfg_scale")
 COLUMNS = ("num_fid_samples", *SWEPT, "global_seed")
 MAY_DIFFER = {*COLUMNS, "device", "torch"}
 CONSTANT = "Validation accuracy of the classifier"

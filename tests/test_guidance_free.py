@@ -292,21 +292,23 @@ def test_a_guidance_free_checkpoint_is_sampled_in_one_pass_at_its_beta(
     checkpoints, = free_run.glob("*/checkpoints")
     assert run_here(SAMPLE, *sample_flags(folder, checkpoints, tmp_path / "a", "--cfg-scale",
                                           2)) == 0
-    assert "one pass at --beta 0.5, 1 / --cfg-scale 2" in capsys.readouterr().out
+    assert "one pass at --beta 0.5, which stands for --cfg-scale 2" in capsys.readouterr().out
     assert run_here(SAMPLE, *sample_flags(folder, checkpoints, tmp_path / "b", "--beta", 0.5)) == 0
     name, arrays = arrays_of(tmp_path / "a")
     same_name, same = arrays_of(tmp_path / "b")
-    assert name == same_name and "-cfg-1.0-" in name and name.endswith("-beta-0.5.npz")
+    assert name == same_name and "-cfg-2.0-" in name and name.endswith("-beta-0.5.npz")
     assert np.array_equal(arrays["tokens"], same["tokens"])
     assert json.loads(str(arrays["settings"]))["beta"] == 0.5
     # The folded weights, as an ordinary checkpoint, give the same.
     saved = last_checkpoint(free_run)
     save_checkpoint(tmp_path / "folded.pt", {"model": fold_beta(saved["model"], 0.5),
                                              "settings": saved["settings"]})
-    folded = ("--cfg-scale", 1)
-    assert run_here(SAMPLE, *sample_flags(folder, tmp_path / "folded.pt", tmp_path / "c",
-                                          *folded)) == 0
-    assert np.array_equal(arrays_of(tmp_path / "c")[1]["tokens"], arrays["tokens"])
+    # So does a published file, which is known by the names of its weights.
+    save_checkpoint(tmp_path / "published.pt", {"model": saved["model"]})
+    for name, scale in (("folded", 1), ("published", 2)):
+        assert run_here(SAMPLE, *sample_flags(folder, tmp_path / f"{name}.pt", tmp_path / name,
+                                              "--cfg-scale", scale)) == 0
+        assert np.array_equal(arrays_of(tmp_path / name)[1]["tokens"], arrays["tokens"])
 
 
 @pytest.mark.parametrize("more, words", [
