@@ -15,7 +15,9 @@ from conftest import ROOT
 from processes import run_here
 
 SHELL = sorted(path.relative_to(ROOT) for path in (ROOT / "scripts").glob("**/*.sh"))
-WRAPPERS = [path for path in SHELL if len(path.parts) == 3 and path.name != "sweep_cfg.sh"]
+OF_SEVERAL_STEPS = {"sweep_cfg.sh", "guidance.sh"}
+WRAPPERS = [path for path in SHELL
+            if len(path.parts) == 3 and path.name not in OF_SEVERAL_STEPS]
 STUB = """#!/bin/sh
 echo "$(basename "$0") $PWD $*" >>"$CALLS"
 case "$*" in *--best-of*) echo "$BEST" ;; esac
@@ -123,6 +125,24 @@ def test_a_sweep_takes_every_combination_of_its_lists(caller):
     assert not any("--best-of" in line for line in words)
 
 
+def test_a_comparison_of_guidance_scores_each_way_at_its_best_with_unused_seeds(caller):
+    script = "scripts/experiments/guidance.sh"
+    done, calls = shell(caller, script, "--gpt-ckpt", "run", OUT="out", REFERENCE="ref.npz",
+                        EVALUATE="--metrics fid", BEST="--cfg-scale 7")
+    assert done.returncode == 0, done.stderr
+    words = [words.partition(f"{ROOT}/")[2] for _, _, words in calls]
+    drawn = [line for line in words if "sample_c2i_ddp" in line]
+    searched = [line for line in drawn if "--num-fid-samples 2000 " in line]
+    assert len(searched) == 7 + 7 + 6 + 6 + 5 * 4
+    assert all("--global-seed 1000" in line for line in searched)
+    scored = [line.partition("--gpt-ckpt run ")[2] for line in drawn if line not in searched]
+    assert scored == [
+        f"--cfg-scale 7 --global-seed {seed} --num-fid-samples 10000 --sample-dir "
+        f"out/{way}/scored/{seed}"
+        for way in ("constant", "linear", "power-cosine", "split") for seed in (1, 2, 3)]
+    assert words[-1] == "scripts/experiments/guidance_report.py out"
+
+
 @pytest.mark.parametrize("script, words, environment, message", [
     ("scripts/own_images.sh", ("in",), {},
      "own_images.sh: error: expected TRAIN VAL OUT, got 1 arguments"),
@@ -138,6 +158,8 @@ def test_a_sweep_takes_every_combination_of_its_lists(caller):
      "expected the values of --cfg-scale in the environment"),
     ("scripts/autoregressive/sweep_cfg.sh", ("--top-k", "1", "--num-fid-samples", "9"),
      {"REFERENCE": "ref.npz"}, "expected the values of --num-fid-samples in the environment"),
+    ("scripts/experiments/guidance.sh", (), {"REFERENCE": "ref.npz"},
+     "guidance.sh: error: expected OUT=<folder> and REFERENCE=<npz"),
     ("scripts/quickstart.sh", ("again",), {},
      "quickstart.sh: error: expected no arguments, got 1"),
 ])
@@ -227,6 +249,33 @@ def test_the_best_of_a_sweep_is_that_of_one_number_of_samples(tmp_path, capsys):
     assert "FID of 50 samples: 4.0000" in printed
     assert run_here("scripts/sweep_report.py", tmp_path, "--best-of", 11) == 2
     assert "expected an FID of 11 samples" in capsys.readouterr().err
+
+
+def test_ways_of_guidance_are_compared_seed_by_seed(tmp_path, capsys):
+    def write_record(path, way, seed, fid, scale):
+        numbers = {"FID": fid, "Precision": 0.5, "Recall": 0.25, "Label agreement": 0.75}
+        settings = {"cfg_scale": scale, "cfg_schedule": "constant", "cfg_start": 1.0,
+                    "cfg_power": 1.0, "cfg_scale_within": 3.0 if way == "split" else None,
+                    "global_seed": seed, "num_fid_samples": 10}
+        write(tmp_path / way / path / "x.json", {"numbers": numbers,
+                                                 "samples": {"settings": settings}})
+
+    report = "scripts/experiments/guidance_report.py"
+    for gain, way in enumerate(("constant", "linear", "power-cosine", "split")):
+        assert run_here(report, tmp_path) == 2
+        assert f"{way}: expected scores of guidance.sh" in capsys.readouterr().err
+        for scale in (1.0, 2.0):
+            write_record(f"2000-samples/{scale}", way, 1000, 9 - scale, scale)
+        for seed in (1, 2, 3):                      # seeds differ by more than ways do
+            write_record(f"scored/{seed}", way, seed, 10.0 * seed - gain, 2.0)
+    assert run_here(report, tmp_path) == 0
+    printed = capsys.readouterr().out
+    tail = "0.5000 ± 0.0000 | 0.2500 ± 0.0000 | 0.7500 ± 0.0000 |"
+    assert f"| split | 2.0 | 3.0 |  | 17.0000 ± 24.8414 | {tail} -3.0000 ± 0.0000 |" in printed
+    table = json.loads((tmp_path / "guidance.json").read_text())
+    assert [row["cfg_scale"] for row in table["linear"]["searched"]] == [1.0, 2.0]
+    assert [row["global_seed"] for row in table["linear"]["scored"]] == [1, 2, 3]
+    assert (tmp_path / "guidance.png").stat().st_size > 5000
 
 
 METRICS = ("Inception Score", "FID", "sFID", "Precision", "Recall", "Label agreement",

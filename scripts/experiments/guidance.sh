@@ -6,8 +6,12 @@
 # Flags go to sample_c2i_ddp.py. A second call makes what is missing.
 set -euo pipefail
 root=$(CDPATH="" cd "$(dirname "$0")/../.." && pwd)      # paths are the caller's
-out=${OUT:?expected OUT, the folder of the results}
-reference=${REFERENCE:?expected REFERENCE, the npz of the reference}
+out=${OUT:-}
+reference=${REFERENCE:-}
+if [ -z "$out" ] || [ ! -f "$reference" ]; then
+    echo "guidance.sh: error: expected OUT=<folder> and REFERENCE=<npz of the reference>, got '$out' and '$reference'" >&2
+    exit 2
+fi
 flags=("$@")
 
 # Searches for the scales of one way: its name, then flags that all its samples share.

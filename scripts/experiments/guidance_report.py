@@ -52,9 +52,13 @@ def read_way(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def print_table(ways: dict[str, dict[str, list[dict[str, Any]]]]) -> None:
-    """Prints, in Markdown, each way at the scales that it chose: means and 95 % intervals."""
-    print("| guidance | scale | within | power | " + " | ".join(TITLES) + " |")
-    print("|---" * (4 + len(TITLES)) + "|")
+    """Prints, in Markdown, each way at the scales that it chose: means and 95 % intervals.
+
+    The last column is the difference to constant guidance, seed by seed.
+    """
+    print("| guidance | scale | within | power | " + " | ".join(TITLES) + " | FID minus constant |")
+    print("|---" * (5 + len(TITLES)) + "|")
+    constant = {row["global_seed"]: row["FID"] for row in ways["constant"]["scored"]}
     for way, found in ways.items():
         chosen = found["scored"][0]
         within = chosen["cfg_scale_within"] or ""
@@ -63,6 +67,10 @@ def print_table(ways: dict[str, dict[str, list[dict[str, Any]]]]) -> None:
         for title in TITLES:
             mean, half = interval([row[title] for row in found["scored"]])
             cells.append(f"{mean:.4f} ± {half:.4f}")
+        if way != "constant":
+            mean, half = interval([row["FID"] - constant[row["global_seed"]]
+                                   for row in found["scored"]])
+            cells.append(f"{mean:+.4f} ± {half:.4f}")
         print("| " + " | ".join(map(str, cells)) + " |")
 
 
