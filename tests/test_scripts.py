@@ -133,7 +133,7 @@ def test_a_comparison_of_guidance_scores_each_way_at_its_best_with_unused_seeds(
     words = [words.partition(f"{ROOT}/")[2] for _, _, words in calls]
     drawn = [line for line in words if "sample_c2i_ddp" in line]
     searched = [line for line in drawn if "--num-fid-samples 2000 " in line]
-    assert len(searched) == 7 + 7 + 6 + 6 + 5 * 4
+    assert len(searched) == 5 + 5 + 4 + 4 + 4 * 4
     assert all("--global-seed 1000" in line for line in searched)
     scored = [line.partition("--gpt-ckpt run ")[2] for line in drawn if line not in searched]
     assert scored == [

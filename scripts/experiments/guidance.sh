@@ -21,11 +21,11 @@ search() {
     OUT="$out/$way" REFERENCE="$reference" NUM_SAMPLES=2000 NUM_FINAL_SAMPLES=0 \
         bash "$root/scripts/autoregressive/sweep_cfg.sh" ${flags[@]+"${flags[@]}"} --global-seed 1000 "$@"
 }
-CFG_SCALES="1 1.25 1.5 1.75 2 2.5 3" search constant
-CFG_SCHEDULES=linear CFG_SCALES="1.25 1.5 2 2.5 3 4 5" search linear
-CFG_SCHEDULES=power-cosine CFG_SCALES="1.25 1.5 2 3 4 6" search power-cosine
-CFG_SCHEDULES=power-cosine CFG_SCALES="1.5 2 3 4 6 8" search power-cosine --cfg-power 2
-CFG_SCALES="1 1.25 1.5 2 2.5" CFG_SCALES_WITHIN="1 1.25 1.5 2" search split
+CFG_SCALES="1 1.25 1.5 1.75 2" search constant
+CFG_SCHEDULES=linear CFG_SCALES="1.5 2 2.5 3 4" search linear
+CFG_SCHEDULES=power-cosine CFG_SCALES="1.5 2 3 4" search power-cosine
+CFG_SCHEDULES=power-cosine CFG_SCALES="2 3 4 6" search power-cosine --cfg-power 2
+CFG_SCALES="1 1.25 1.5 2" CFG_SCALES_WITHIN="1 1.25 1.5 2" search split
 
 for way in constant linear power-cosine split; do
     best=$(python "$root/scripts/sweep_report.py" "$out/$way" --reference "$reference" --best-of 2000)
