@@ -25,7 +25,7 @@ import numpy as np
 
 from autoregressive.models.loading import read_gpt
 from autoregressive.models.random_numbers import random_numbers
-from autoregressive.models.recipes import sampling_flags
+from autoregressive.models.recipes import log_sampling, sampling_flags
 from autoregressive.models.sampler import Sampler
 from autoregressive.pipeline import (
     PipelineSettings,
@@ -91,7 +91,7 @@ def main(args: Flags, session: Session) -> None:
         # What the checkpoint and a preset say about flags that were not given.
         gpt_file = read_gpt(args.gpt_ckpt, args.weights, args.from_fsdp)
         by_device = device_flags(session.device, args.defaults())
-        preset, preset_text = sampling_flags(args.preset, gpt_file.settings)
+        preset = sampling_flags(args.preset, gpt_file.settings)
         args.resolve(gpt_file.flags(), gpt_file.path, by_device | preset)
 
         # Load the parts, which must belong together, and reserve the place of the PNG.
@@ -101,8 +101,7 @@ def main(args: Flags, session: Session) -> None:
         classes = read_classes(args.class_ids, args.num_classes, pipeline.class_names)
         check_output(args.output)
         session.hold(args.output)
-    if preset_text:
-        LOGGER.info(preset_text)
+    log_sampling(args.preset, gpt_file.settings, args.plain())
 
     labels = np.repeat(classes, args.num_per_class)
     _, uniforms = random_numbers(args.global_seed, range(len(labels)), args.num_classes,

@@ -29,7 +29,7 @@ from torch import Tensor
 from autoregressive.data.codes import code_dtype
 from autoregressive.models.loading import read_gpt
 from autoregressive.models.random_numbers import random_numbers
-from autoregressive.models.recipes import sampling_flags
+from autoregressive.models.recipes import log_sampling, sampling_flags
 from autoregressive.models.sampler import Sampler
 from autoregressive.pipeline import (
     Pipeline,
@@ -176,7 +176,7 @@ def main(args: Flags, session: Session) -> None:
         # What the checkpoint and a preset say about flags that were not given.
         gpt_file = read_gpt(gpt_path, args.weights, args.from_fsdp)
         by_device = device_flags(session.device, args.defaults())
-        preset, preset_text = sampling_flags(args.preset, gpt_file.settings)
+        preset = sampling_flags(args.preset, gpt_file.settings)
         args.resolve(gpt_file.flags(), gpt_file.path, by_device | preset)
         classes = parse_labels(args.labels, args.num_classes)
 
@@ -204,8 +204,7 @@ def main(args: Flags, session: Session) -> None:
     if is_finished:
         LOGGER.info("%s is finished", path)
         return
-    if preset_text:
-        LOGGER.info(preset_text)
+    log_sampling(args.preset, gpt_file.settings, args.plain())
 
     make_missing(rows, pipeline, args, classes, session)
 
