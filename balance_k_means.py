@@ -51,7 +51,7 @@ from tokenizer.clustering import (
 from tokenizer.codebook_picture import plot_codebooks
 from tokenizer.reordering import (
     CODEBOOK,
-    PUBLISHED_METHOD,
+    DEFAULT_METHOD,
     build_record,
     check_mapping_file,
     check_reordered_file,
@@ -72,7 +72,7 @@ def build_parser() -> Parser:
                         help="checkpoint with the codebook")
     parser.add_argument("--cluster-size", type=at_least(1), default=128,
                         help="codes in every cluster")
-    parser.add_argument("--method", default=PUBLISHED_METHOD, choices=METHODS,
+    parser.add_argument("--method", default=DEFAULT_METHOD, choices=METHODS,
                         help="optimal: exact balanced k-means, ours, of tighter clusters; greedy: "
                              "the paper's Algorithm 1; random: no structure at all, as a control")
     parser.add_argument("--seed", type=at_least(0), default=42, help="of the starting codes")
@@ -151,7 +151,7 @@ def read_given_mapping(args: Flags, codebook: Tensor) -> Mapping:
             raise ValueError(f"{args.mapping}: expected a mapping with "
                              f"{find_difference(known, mapping.hashes, [key])}; name the "
                              "checkpoint and the --cluster-size that it was made with")
-    if mapping.hashes.get("method", PUBLISHED_METHOD) not in METHODS:
+    if mapping.hashes.get("method", DEFAULT_METHOD) not in METHODS:
         raise ValueError(f"{args.mapping}.json: expected method {' or '.join(METHODS)}, found "
                          f"{mapping.hashes['method']}; run balance_k_means.py again")
     if "original_codebook_sha256" not in mapping.hashes:

@@ -166,7 +166,7 @@ def device_flags(device: torch.device, defaults: dict[str, object]) -> dict[str,
     return {name: value for name, value in values.items() if defaults[name] is None}
 
 
-def settle_flags(args: Flags, file: GPTFile, device: torch.device) -> list[str]:
+def settle_flags(args: Flags, file: GPTFile, device: torch.device) -> None:
     """Sets flags of add_pipeline_args that were not given: by the checkpoint, a preset, the device.
 
     Args:
@@ -174,22 +174,15 @@ def settle_flags(args: Flags, file: GPTFile, device: torch.device) -> list[str]:
         file: the GPT's.
         device: where pictures are sampled.
 
-    Returns:
-        lines for the log that say what was set.
-
     Raises:
         ValueError: the preset is of another model, or the guidance does not fit the GPT.
     """
     is_free = is_guidance_free(file.state)
-    preset, text = sampling_flags(args.preset, {} if is_free else file.settings)
+    preset = sampling_flags(args.preset, {} if is_free else file.settings)
     args.resolve(file.flags(), file.path, device_flags(device, args.defaults()) | preset)
-    lines = [text] if text else []
     args.beta = choose_beta(args.beta, is_free, Sampler(**args.pick(Sampler)))
-    if args.beta is not None:
-        args.cfg_scale = 1 / args.beta
-        lines.append(f"trained guidance-free: one pass at --beta {args.beta:g}, which stands for "
-                     f"--cfg-scale {args.cfg_scale:g}")
-    return lines
+    if is_free:
+        args.cfg_scale = 1 / args.beta              # what it stands for
 
 
 def load_decoder(path: str | Path, config: VQConfig, codebook_sha256: str | None,

@@ -147,8 +147,8 @@ def check_is_plotted(output: str = "new/check.png") -> None:
 
 def table_is_right() -> None:
     table = json.loads(Path("good/sweep/sweep.json").read_text())
-    assert [row["cfg_scale"] for row in table] == [1.0, 1.5]
-    assert table[0]["FID"] == table[1]["FID"]
+    first, second = table["scores"]
+    assert (first["cfg_scale"], second["cfg_scale"]) == (1.0, 1.5) and first["FID"] == second["FID"]
 
 
 # The flag or kind of file that looks wrong, flags, and a check of the result.

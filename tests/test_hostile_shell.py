@@ -67,8 +67,8 @@ def tokenizer_is_there() -> None:
 
 def sweep_is_right(scales: tuple[float, ...] = (1.0, 2.0)) -> None:
     table = json.loads(Path("new/sweep.json").read_text())
-    assert [row["cfg_scale"] for row in table] == list(scales)
-    assert all(np.isfinite(row["FID"]) for row in table)
+    assert [row["cfg_scale"] for row in table["scores"]] == list(scales)
+    assert all(np.isfinite(row["FID"]) for row in table["scores"])
 
 
 def own_images_are_sampled() -> None:
@@ -153,11 +153,12 @@ ROWS: list[Row] = [
     ("sweep", "REFERENCE", "REFERENCE=good OUT=new", "", "REFERENCE"),
     ("sweep", "REFERENCE", SWEEP.replace("reference.npz", "samples.npz").replace("1.0 2.0", "1.0"),
      "", "samples.npz"),
-    ("sweep", "CFG_SCALES", SWEEP.replace("1.0 2.0", "large"), "", "--cfg-scale"),
+    ("sweep", "CFG_SCALES", SWEEP.replace("1.0 2.0", "large"), "", "numbers in the lists"),
     ("sweep", "CFG_SCALES", SWEEP.replace("1.0 2.0", "2.0 1.0 2.0"), "", sweep_is_right),
-    ("sweep", "CFG_SCHEDULES", f"{SWEEP} CFG_SCHEDULES='linear steep'", "", "--cfg-schedule"),
-    ("sweep", "NUM_FINAL_SAMPLES", SWEEP.replace("=0", "=-1"), "", "--num-fid-samples"),
-    ("sweep", "--top-p", SWEEP, "--top-p 0.9", "values of --top-p in the environment"),
+    ("sweep", "CFG_SCHEDULES", f"{SWEEP} CFG_SCHEDULES='linear steep'", "",
+     "in CFG_SCHEDULES, got 'steep'"),
+    ("sweep", "NUM_FINAL_SAMPLES", SWEEP.replace("=0", "=-1"), "", "expected NUM_FINAL_SAMPLES"),
+    ("sweep", "--top-p", SWEEP, "--top-p 0.9", "expected no --top-p, but a variable"),
     ("sweep", "EVALUATE", SWEEP.replace("--classifier", "--metrics kid --classifier"), "", "kid"),
     ("sweep", "OUT", SWEEP.replace("OUT=new", "OUT='new/a *'"), "",
      lambda: Path("new/a */sweep.json").stat()),

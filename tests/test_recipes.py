@@ -1,5 +1,6 @@
 """Recipes and presets: their flags and numbers are those of tests/fixtures/published.md."""
 
+import logging
 import re
 from fractions import Fraction
 
@@ -10,6 +11,7 @@ from autoregressive.models.recipes import (
     PRESETS,
     RECIPES,
     find_guidance,
+    log_sampling,
     published_numbers,
     read_published,
     sampling_flags,
@@ -18,10 +20,11 @@ from autoregressive.models.sampler import Sampler
 from autoregressive.runtime.checkpoint import read_checkpoint
 from autoregressive.runtime.entry import flag_of
 from autoregressive.runtime.files import read_json
+from autoregressive.runtime.log import LOGGER
 from autoregressive.train import train_c2i
 from conftest import FIXTURES
 from processes import run_here
-from small_runs import TRAIN, flags, train, write_data
+from small_runs import TRAIN, flags, train, write_data, write_store
 
 NUMBERS = ("FID", "IS", "precision", "recall")
 
@@ -80,8 +83,8 @@ def test_training_flags_are_those_of_the_papers(recipe):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_sets_a_sampler_and_says_the_published_numbers(preset):
-    sets, text = sampling_flags(preset, {"recipe": "strong"})
+def test_a_preset_sets_a_sampler_and_says_the_published_numbers(preset, caplog):
+    sets = sampling_flags(preset, {"recipe": "strong"})
     title, size, pixels = preset.split("-")
     assert sets["gpt_model"] == f"GPT-{size}" and sets["image_size"] == int(pixels)
     sampler = Sampler(**{name: value for name, value in sets.items() if hasattr(Sampler, name)})
@@ -91,6 +94,10 @@ def test_a_preset_sets_a_sampler_and_says_the_published_numbers(preset):
     else:
         assert (scales == sets["cfg_scale"]).all()
     recipe = PRESETS[preset][0]
+    with caplog.at_level(logging.INFO, logger="iar"):
+        LOGGER.propagate = True
+        log_sampling(preset, {"recipe": recipe}, sets)
+    text, = caplog.messages
     assert text.startswith(f"{preset}: --gpt-model GPT-{size} --image-size {pixels} ")
     assert text.endswith(published_numbers(recipe, size, int(pixels)))
 
@@ -100,9 +107,9 @@ def test_published_numbers_name_every_length_of_training():
         "published: FID 3.18, IS 234.8, precision 0.82, recall 0.53 after 300 epochs; "
         "FID 4.35, IS 197.2, precision 0.81, recall 0.51 after 50 epochs")
     assert published_numbers("strong", "XL", 256) == (
-        "published (without the cluster loss): FID 2.12 after 450 epochs")
+        "published (at lambda 0): FID 2.12 after 450 epochs")
     assert published_numbers("strong", "B", 384) == (
-        "published (without the cluster loss): nothing for GPT-B at 384 pixels")
+        "published (at lambda 0): nothing for GPT-B at 384 pixels")
 
 
 @pytest.mark.parametrize("recorded, expected", [
@@ -117,8 +124,7 @@ def test_published_numbers_name_every_length_of_training():
      {"cfg_scale": 4.5, "cfg_schedule": "linear", "cfg_start": 1.0}),
 ])
 def test_guidance_of_a_recorded_recipe_is_the_default_of_sampling(recorded, expected):
-    sets, text = sampling_flags(None, recorded)
-    assert sets == expected and bool(text) == bool(expected)
+    assert sampling_flags(None, recorded) == expected
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +137,8 @@ def folder(tmp_path_factory):
 def test_a_recipe_sets_what_is_not_given_and_is_recorded(folder, tmp_path, capsys):
     train(folder, tmp_path, "--recipe", "strong", "--weight-decay", 0.05, "--max-steps", 2)
     printed = capsys.readouterr().out
-    assert "recipe strong: --epochs 450 --global-batch-size 256 --lr 0.0001" in printed
+    assert "recipe strong: --epochs 450 --global-batch-size 8 --lr 0.0001" in printed
+    assert "--weight-decay 0.05" in printed         # what is used, not what the recipe would set
     assert "nothing for GPT-tiny at 16 pixels" in printed and "expected codes" not in printed
     run, = tmp_path.iterdir()
     config = read_json(run / "config.json")
@@ -139,18 +146,18 @@ def test_a_recipe_sets_what_is_not_given_and_is_recorded(folder, tmp_path, capsy
     assert config["lr_schedule"] == "cosine" and config["max_grad_norm"] == 3
     saved = read_checkpoint(run / "checkpoints" / "0000002.pt")
     assert saved["settings"]["recipe"] == "strong"
-    # The same flags without the recipe are the same run.
-    words = [word for name, value in RECIPES["strong"].training.items()
-             if name not in ("epochs", "weight_decay", "global_batch_size")
-             for word in (flag_of(name), value)]
-    train(folder, tmp_path, *words, "--max-steps", 2)
-    assert "is finished" in capsys.readouterr().out and len(list(tmp_path.iterdir())) == 1
+    assert config["recipe"] == "strong"
 
 
 def test_a_recipe_says_that_codes_were_extracted_otherwise(folder, tmp_path, capsys):
     train(folder, tmp_path, "--recipe", "iar", "--max-steps", 1)
-    assert ("recipe iar: expected codes extracted with --ten-crop (10 crops of an image), found 2 "
-            "crops") in capsys.readouterr().out
+    message = "recipe iar: expected codes extracted with --ten-crop, 10 crops of an image, found 2"
+    assert f"{message}\n" in capsys.readouterr().out
+    write_store(folder / "more", np.arange(50) % 3, seed=1)
+    train(folder, tmp_path, "--recipe", "iar", "--max-steps", 1, "--code-path", folder / "more")
+    assert f"{message} and 2\n" in capsys.readouterr().out
+    train(folder, tmp_path, "--recipe", "strong", "--max-steps", 1, "--code-path", folder / "more")
+    assert "expected codes" not in capsys.readouterr().out
 
 
 def test_a_recipe_of_a_warm_up_in_epochs_says_how_to_give_steps(folder, tmp_path, capsys):

@@ -74,7 +74,7 @@ MAY_VARY = {
     "autoregressive/train/extract_codes_c2i.py": {
         "batch_size", "num_workers", "no_compile", "compile_errors", "max_failures", "overwrite"},
     "autoregressive/train/train_c2i.py": RUN | {
-        "recipe", "validation_step", "parallel", "no_compile", "compile_errors", "cudnn_attention",
+        "validation_step", "parallel", "no_compile", "compile_errors", "cudnn_attention",
         "checkpoint_activations", "loss_mib"},
     "autoregressive/sample/sample_c2i_ddp.py": {"preset", "sample_dir", "compile_errors"},
     "autoregressive/sample/sample_c2i.py": {"preset", "compile_errors"},

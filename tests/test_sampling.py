@@ -165,8 +165,14 @@ def test_preset_of_another_model_is_refused(folder, capsys):
 def test_guidance_follows_the_recipe_of_the_checkpoint_unless_it_is_given(
         folder, tmp_path, capsys):
     trained = sample(folder, tmp_path / "trained", name="strong.pt")
-    assert "trained by recipe strong: --cfg-scale 4.5 --cfg-schedule linear" in (
+    assert "trained by recipe strong, so: --cfg-scale 4.5 --cfg-schedule linear" in (
         capsys.readouterr().out)
+    sample(folder, tmp_path / "preset", "--preset", "IAR-B-256", "--gpt-model", "GPT-tiny",
+           name="strong.pt")
+    printed = capsys.readouterr().out
+    assert "IAR-B-256: --gpt-model GPT-tiny --image-size 16" in printed
+    assert "published: nothing for GPT-tiny at 16 pixels" in printed
+    assert "--preset IAR-B-256: the checkpoint was trained by recipe strong" in printed
     same = ("--cfg-scale", 4.5, "--cfg-schedule", "linear", "--cfg-start", 1)
     assert np.array_equal(sample(folder, tmp_path / "given", *same)["arr_0"], trained["arr_0"])
     constant = sample(folder, tmp_path / "constant", "--cfg-schedule", "constant", "--cfg-scale", 2,
@@ -223,14 +229,18 @@ def sample_and_say_peak(*flags):
 def test_sweep_ends_with_a_table_by_guidance_and_a_plot(tmp_path, capsys):
     for scale, fid in ((2.0, 3.5), (1.0, 9.0), (3.0, 4.0)):
         record = {"numbers": {"FID": fid, "Recall": 0.5},
-                  "samples": {"settings": {"cfg_scale": scale, "num_fid_samples": 10}}}
+                  "samples": {"settings": {"cfg_scale": scale, "num_fid_samples": 10,
+                                           "global_seed": 3}}}
         path = tmp_path / "10-samples" / f"cfg-scale-{scale}" / "samples.json"
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps(record))
     assert run_here("scripts/sweep_report.py", tmp_path) == 0
-    assert "lowest FID of 10 samples: 3.5000 at cfg scale 2.0" in capsys.readouterr().out
+    assert "lowest FID of 10 samples of seed 3: 3.5000 at scale 2.0" in capsys.readouterr().out
     table = json.loads((tmp_path / "sweep.json").read_text())
-    assert table[0] == {"cfg_scale": 1.0, "FID": 9.0, "Recall": 0.5}
+    settings = {"num_fid_samples": 10, "cfg_scale": 1.0, "cfg_schedule": "constant", "top_p": 1.0,
+                "cfg_scale_within": None, "cfg_start": 1.0, "cfg_power": 1.0, "beta": None,
+                "global_seed": 3}
+    assert table["scores"][0] == settings | {"FID": 9.0, "Recall": 0.5}
     assert (tmp_path / "sweep.png").stat().st_size > 5000
     assert run_here("scripts/sweep_report.py", tmp_path / "empty") == 2
 

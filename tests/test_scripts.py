@@ -13,6 +13,8 @@ import torch
 from autoregressive.runtime.files import file_sha256
 from conftest import ROOT
 from processes import run_here
+from scripts.scores import SETTINGS, Score
+from scripts.sweep_report import columns_of, panels_of
 
 SHELL = sorted(path.relative_to(ROOT) for path in (ROOT / "scripts").glob("**/*.sh"))
 OF_SEVERAL_STEPS = {"sweep_cfg.sh", "guidance.sh"}
@@ -93,28 +95,43 @@ def sweep(caller, *flags, **environment):
     return [words.partition(f"{ROOT}/")[2] for _, _, words in calls]
 
 
+REPORT = "scripts/sweep_report.py sweep --reference ref.npz"
+
+
 def test_a_sweep_searches_and_scores_the_best_with_more_samples(caller):
     for _ in range(2):                              # what is there is left to the called scripts
-        words = sweep(caller, "--gpt-ckpt", "run", CFG_SCALES="1.0 2.5", EVALUATE="--metrics fid")
-        report = "scripts/sweep_report.py sweep --reference ref.npz"
-        settings = [("10000", "--cfg-scale 1.0 --cfg-schedule constant --top-p 1.0"),
-                    ("10000", "--cfg-scale 2.5 --cfg-schedule constant --top-p 1.0"),
+        words = sweep(caller, "--gpt-ckpt", "run", CFG_SCALES="1.0 2.50", EVALUATE="--metrics fid")
+        assert words.pop(-5) == f"{REPORT} --best-of 10000 --seed 0"
+        assert words.pop() == REPORT
+        settings = [("10000", "--cfg-scale 1"), ("10000", "--cfg-scale 2.5"),
                     ("50000", "--cfg-scale 7")]
-        for (count, flags), draw, evaluate in zip(settings, words[:4:2] + words[5:6],
-                                                  words[1:4:2] + words[6:7], strict=True):
-            folder = f"sweep/{count}-samples/{flags.replace(' --', ' ')[2:].replace(' ', '-')}"
+        for number, (count, flags) in enumerate(settings):
+            draw, evaluate, report = words[3 * number:][:3]
+            folder = f"sweep/{count}-samples/{flags[2:].replace(' ', '-')}"
             assert draw == (f"autoregressive/sample/sample_c2i_ddp.py --gpt-ckpt run {flags} "
                             f"--num-fid-samples {count} --sample-dir {folder}")
             assert evaluate == (f"evaluations/c2i/evaluator.py ref.npz {folder}/x.npz "
                                 "--reuse --metrics fid")
-        assert words[4] == f"{report} --best-of 10000" and words[7:] == [report]
+            assert report == REPORT                 # so far
+        assert len(words) == 9
+
+
+@pytest.mark.parametrize("flags", [("--global-seed", 5), ("--top-k", 3, "--global-seed=5")])
+def test_a_sweep_chooses_among_scores_of_its_own_seed(caller, flags):
+    words = sweep(caller, *map(str, flags), CFG_SCALES="1")
+    assert f"{REPORT} --best-of 10000 --seed 5" in words
+
+
+def drawn_by(words):
+    """Returns the flags of every call of the sampler, from the scale on."""
+    return [line.partition(" ")[2] for line in words if "sample_c2i_ddp" in line]
 
 
 def test_a_sweep_takes_every_combination_of_its_lists(caller):
-    lists = {"CFG_SCALES": "2 4", "CFG_SCHEDULES": "linear constant", "TOP_PS": "0.9 1.0",
+    lists = {"CFG_SCALES": "2 4", "CFG_SCHEDULES": "linear constant", "TOP_PS": "0.9 1",
              "CFG_SCALES_WITHIN": "same 1 3"}
     words = sweep(caller, NUM_SAMPLES="20", NUM_FINAL_SAMPLES="0", **lists)
-    drawn = [line.partition(" ")[2] for line in words if "sample_c2i_ddp" in line]
+    drawn = drawn_by(words)
     expected = set()
     for scale, schedule, top_p, within in itertools.product(*map(str.split, lists.values())):
         flags = f"--cfg-scale {scale} --cfg-schedule {schedule} --top-p {top_p}"
@@ -125,6 +142,15 @@ def test_a_sweep_takes_every_combination_of_its_lists(caller):
     assert not any("--best-of" in line for line in words)
 
 
+def test_start_and_power_are_given_to_the_schedules_that_have_them(caller):
+    words = sweep(caller, NUM_FINAL_SAMPLES="0", CFG_SCALES="2", CFG_START="1.1", CFG_POWER="2",
+                  CFG_SCHEDULES="constant linear power-cosine")
+    assert [line.partition(" --num-fid")[0] for line in drawn_by(words)] == [
+        "--cfg-scale 2 --cfg-schedule constant",
+        "--cfg-scale 2 --cfg-schedule linear --cfg-start 1.1",
+        "--cfg-scale 2 --cfg-schedule power-cosine --cfg-start 1.1 --cfg-power 2"]
+
+
 def test_a_comparison_of_guidance_scores_each_way_at_its_best_with_unused_seeds(caller):
     script = "scripts/experiments/guidance.sh"
     done, calls = shell(caller, script, "--gpt-ckpt", "run", OUT="out", REFERENCE="ref.npz",
@@ -133,12 +159,13 @@ def test_a_comparison_of_guidance_scores_each_way_at_its_best_with_unused_seeds(
     words = [words.partition(f"{ROOT}/")[2] for _, _, words in calls]
     drawn = [line for line in words if "sample_c2i_ddp" in line]
     searched = [line for line in drawn if "--num-fid-samples 2000 " in line]
-    assert len(searched) == 7 + 7 + 6 + 6 + 5 * 4
+    assert len(searched) == 5 + 5 + 4 + 4 + 4 * 4
+    assert sum("--cfg-power 2" in line for line in searched) == 4
     assert all("--global-seed 1000" in line for line in searched)
     scored = [line.partition("--gpt-ckpt run ")[2] for line in drawn if line not in searched]
     assert scored == [
         f"--cfg-scale 7 --global-seed {seed} --num-fid-samples 10000 --sample-dir "
-        f"out/{way}/scored/{seed}"
+        f"out/{way}/10000-samples/seed-{seed}"
         for way in ("constant", "linear", "power-cosine", "split") for seed in (1, 2, 3)]
     assert words[-1] == "scripts/experiments/guidance_report.py out"
 
@@ -155,9 +182,17 @@ def test_a_comparison_of_guidance_scores_each_way_at_its_best_with_unused_seeds(
     ("scripts/autoregressive/sweep_cfg.sh", (), {"REFERENCE": "none.npz"},
      "found no file 'none.npz'"),
     ("scripts/autoregressive/sweep_cfg.sh", ("--cfg-scale=2",), {"REFERENCE": "ref.npz"},
-     "expected the values of --cfg-scale in the environment"),
+     "expected no --cfg-scale, but a variable for it"),
     ("scripts/autoregressive/sweep_cfg.sh", ("--top-k", "1", "--num-fid-samples", "9"),
-     {"REFERENCE": "ref.npz"}, "expected the values of --num-fid-samples in the environment"),
+     {"REFERENCE": "ref.npz"}, "expected no --num-fid-samples, but a variable for it"),
+    *(("scripts/autoregressive/sweep_cfg.sh", (), {"REFERENCE": "ref.npz"} | wrong, message)
+      for wrong, message in (
+          ({"NUM_SAMPLES": "0"}, "expected NUM_SAMPLES above 0, got '0'"),
+          ({"NUM_FINAL_SAMPLES": "abc"}, "expected NUM_FINAL_SAMPLES of 0 or more, got 'abc'"),
+          ({"EVALUATE": "--metrics is,sfi"}, "expected fid among the --metrics"),
+          ({"TOP_PS": "0.9 most"}, "expected numbers in the lists, got 'most'"),
+          ({"CFG_SCALES": "same"}, "expected numbers in the lists, got 'same'"),
+          ({"CFG_SCHEDULES": "linear steep"}, "in CFG_SCHEDULES, got 'steep'"))),
     ("scripts/experiments/guidance.sh", (), {"REFERENCE": "ref.npz"},
      "guidance.sh: error: expected OUT=<folder> and REFERENCE=<npz"),
     ("scripts/quickstart.sh", ("again",), {},
@@ -197,6 +232,7 @@ def score(scale=2.0, fid=3.5, reference="one", network="net", **settings):
      "expected a score with metrics ['FID'], found one with ['Recall']"),
     (score(reference="two"), "expected a score with reference 'one', found one with 'two'"),
     (score(network="other"), "expected a score with feature_network 'net'"),
+    (score(cfg_schedule=["x"]), "expected a number or a word as cfg_schedule, found ['x']"),
     (score(gpt_sha256="b"), "expected a score with gpt_sha256 'a', found one with 'b'"),
 ])
 def test_a_sweep_of_records_that_do_not_belong_together_is_refused(
@@ -219,36 +255,51 @@ def test_a_sweep_leaves_out_scores_against_another_reference(tmp_path, capsys):
     assert run_here("scripts/sweep_report.py", tmp_path, "--reference", tmp_path / "ref.npz") == 0
     printed = capsys.readouterr().out
     assert "left out 1 scores against another reference, such as" in printed
-    assert "lowest FID of 10 samples: 4.0000" in printed
-    assert json.loads((tmp_path / "sweep.json").read_text()) == [{"cfg_scale": 2.0, "FID": 4.0}]
+    assert "lowest FID of 10 samples of seed 0: 4.0000" in printed
+    row, = json.loads((tmp_path / "sweep.json").read_text())["scores"]
+    assert (row["cfg_scale"], row["FID"]) == (2.0, 4.0)
 
 
-def test_a_sweep_of_two_seeds_says_which_is_which(tmp_path, capsys):
-    for seed, fid in ((0, 4.0), (1, 3.0)):
-        write(tmp_path / "10-samples/a" / f"{seed}.json", score(2.0, fid, global_seed=seed))
-    assert run_here("scripts/sweep_report.py", tmp_path) == 0
-    assert "FID of 10 samples: 3.0000 at cfg scale 2.0, global seed 1" in capsys.readouterr().out
-    rows = json.loads((tmp_path / "sweep.json").read_text())
-    assert [row["global_seed"] for row in rows] == [0, 1]
-
-
-def test_the_best_of_a_sweep_is_that_of_one_number_of_samples(tmp_path, capsys):
-    linear = {"cfg_schedule": "linear", "cfg_start": 1.1}
+def test_a_sweep_chooses_the_best_of_one_number_of_samples_and_one_seed(tmp_path, capsys):
+    linear = {"cfg_schedule": "linear", "cfg_start": 1.1, "global_seed": 1}
     scores = [score(2.0, 9.0), score(4.0, 5.0, cfg_scale_within=2.5, **linear), score(6.0, 7.0),
               score(3.0, 4.0, num_fid_samples=50)]
     for number, content in enumerate(scores):
         write(tmp_path / "any-samples" / str(number) / "x.json", content)
-    assert run_here("scripts/sweep_report.py", tmp_path, "--best-of", 10) == 0
-    assert capsys.readouterr().out.split() == (
-        "--cfg-schedule linear --cfg-start 1.1 --cfg-power 1.0 --cfg-scale-within 2.5 --top-p 1.0 "
-        "--cfg-scale 4.0").split()
+    best = ("scripts/sweep_report.py", tmp_path, "--best-of", 10)
+    assert run_here(*best) == 0
+    assert capsys.readouterr().out == "--cfg-scale 6 --cfg-schedule constant --top-p 1\n"
+    assert run_here(*best, "--seed", 1) == 0
+    assert capsys.readouterr().out == ("--cfg-scale 4 --cfg-schedule linear --top-p 1 "
+                                       "--cfg-scale-within 2.5 --cfg-start 1.1\n")
     assert not (tmp_path / "sweep.json").exists()
     assert run_here("scripts/sweep_report.py", tmp_path) == 0
     printed = capsys.readouterr().out
-    assert "FID of 10 samples: 5.0000 at num fid samples 10, cfg schedule linear" in printed
-    assert "FID of 50 samples: 4.0000" in printed
-    assert run_here("scripts/sweep_report.py", tmp_path, "--best-of", 11) == 2
-    assert "expected an FID of 11 samples" in capsys.readouterr().err
+    assert "FID of 10 samples of seed 0: 7.0000 at scale 6.0, constant" in printed
+    assert "FID of 10 samples of seed 1: 5.0000 at scale 4.0, linear, within 2.5" in printed
+    assert "FID of 50 samples of seed 0: 4.0000" in printed
+    rows = json.loads((tmp_path / "sweep.json").read_text())["scores"]
+    assert [row["global_seed"] for row in rows] == [0, 1, 0, 0]
+    assert run_here(*best, "--seed", 2) == 2
+    assert "expected an FID of 10 samples of seed 2" in capsys.readouterr().err
+
+
+def test_a_sweep_plots_what_is_asked_for_and_joins_what_differs_in_the_scale_alone():
+    def of(scale, **settings):
+        numbers = {"FID": scale, "sFID": 1.0, "Inception Score": 2.0, "Precision": 0.5,
+                   "Recall": scale / 10}
+        known = dict.fromkeys(SETTINGS) | {"cfg_scale": scale, "num_fid_samples": 10}
+        return Score(None, known | settings, numbers, {})
+
+    scores = [of(1.0, cfg_schedule="linear"), of(2.0, cfg_schedule="linear"),
+              of(1.5, cfg_schedule="constant"), of(2.0, cfg_schedule="linear", num_fid_samples=50)]
+    panels = panels_of(scores, columns_of(scores))
+    assert [(panel.xlabel, panel.ylabel) for panel in panels] == [
+        ("scale", "FID"), ("scale", "Inception Score"), ("Precision", "Recall")]
+    assert panels[0].curves == {"samples 10, linear": [(1.0, 1.0), (2.0, 2.0)],
+                                "samples 10, constant": [(1.5, 1.5)],
+                                "samples 50, linear": [(2.0, 2.0)]}
+    assert panels[2].curves["samples 10, linear"] == [(0.5, 0.1), (0.5, 0.2)]
 
 
 def test_ways_of_guidance_are_compared_seed_by_seed(tmp_path, capsys):
@@ -256,7 +307,7 @@ def test_ways_of_guidance_are_compared_seed_by_seed(tmp_path, capsys):
         numbers = {"FID": fid, "Precision": 0.5, "Recall": 0.25, "Label agreement": 0.75}
         settings = {"cfg_scale": scale, "cfg_schedule": "constant", "cfg_start": 1.0,
                     "cfg_power": 1.0, "cfg_scale_within": 3.0 if way == "split" else None,
-                    "global_seed": seed, "num_fid_samples": 10}
+                    "top_p": 1.0, "global_seed": seed, "num_fid_samples": 10}
         write(tmp_path / way / path / "x.json", {"numbers": numbers,
                                                  "samples": {"settings": settings}})
 
@@ -267,15 +318,19 @@ def test_ways_of_guidance_are_compared_seed_by_seed(tmp_path, capsys):
         for scale in (1.0, 2.0):
             write_record(f"2000-samples/{scale}", way, 1000, 9 - scale, scale)
         for seed in (1, 2, 3):                      # seeds differ by more than ways do
-            write_record(f"scored/{seed}", way, seed, 10.0 * seed - gain, 2.0)
+            write_record(f"10000-samples/{seed}", way, seed, 10.0 * seed - gain, 2.0)
     assert run_here(report, tmp_path) == 0
     printed = capsys.readouterr().out
     tail = "0.5000 ± 0.0000 | 0.2500 ± 0.0000 | 0.7500 ± 0.0000 |"
-    assert f"| split | 2.0 | 3.0 |  | 17.0000 ± 24.8414 | {tail} -3.0000 ± 0.0000 |" in printed
+    flags = "`--cfg-scale 2 --cfg-schedule constant --top-p 1 --cfg-scale-within 3`"
+    assert f"| split | {flags} | 17.0000 ± 24.8414 | {tail} -3.0000 ± 0.0000 |" in printed
     table = json.loads((tmp_path / "guidance.json").read_text())
-    assert [row["cfg_scale"] for row in table["linear"]["searched"]] == [1.0, 2.0]
-    assert [row["global_seed"] for row in table["linear"]["scored"]] == [1, 2, 3]
+    assert [row["cfg_scale"] for row in table["linear"]] == [1.0, 2.0, 2.0, 2.0, 2.0]
+    assert [row["global_seed"] for row in table["linear"]] == [1000, 1000, 1, 2, 3]
     assert (tmp_path / "guidance.png").stat().st_size > 5000
+    write_record("10000-samples/old", "split", 1, 3.0, 1.0)
+    assert run_here(report, tmp_path) == 2
+    assert "expected scores of one setting" in capsys.readouterr().err
 
 
 METRICS = ("Inception Score", "FID", "sFID", "Precision", "Recall", "Label agreement",

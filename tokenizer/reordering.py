@@ -18,7 +18,7 @@ from autoregressive.runtime.identity import find_difference
 
 CODEBOOK = "quantize.embedding.weight"
 WEIGHTS = (*STATE_KEYS, "ema")      # parts of a checkpoint that may hold the codebook
-PUBLISHED_METHOD = "optimal"        # its files carry the published names
+DEFAULT_METHOD = "optimal"          # its files carry the published names
 HASHES = ("codebook_sha256", "mapping_sha256", "original_codebook_sha256")
 
 
@@ -69,7 +69,7 @@ def name_outputs(vq_ckpt: str, output_dir: str | None, cluster_size: int,
     """Returns where files go; the published method, or an unknown one, has the published names."""
     folder = Path(output_dir or Path(vq_ckpt).parent)
     suffix = f"kmeans+nearest-cluster_size={cluster_size}"
-    if method not in (None, PUBLISHED_METHOD):
+    if method not in (None, DEFAULT_METHOD):
         suffix += f"-{method}"
     mapping = folder / f"mapping-{suffix}.pt"
     return Outputs(

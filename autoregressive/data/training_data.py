@@ -79,6 +79,12 @@ class TrainingData:
         """Names of all classes; None if they are not known."""
         return self.store.manifest["class_names"]
 
+    @property
+    def num_crops(self) -> list[int]:
+        """Crops of an image in each of the stores."""
+        codes = self.store.codes
+        return getattr(codes, "num_crops", [codes.shape[1]])
+
     def describe(self) -> str:
         """Returns what there is to train on, for the log."""
         _, num_crops, num_tokens = self.store.codes.shape

@@ -9,7 +9,6 @@ A recipe sets flags of train_c2i.py, and the guidance of the sampling scripts. F
 win.
 """
 
-import argparse
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +55,7 @@ strong    XXL   256     450     2.01  -      -          -
 
 @dataclass(frozen=True)
 class Recipe:
-    """How models are trained and sampled.
+    """How models are trained; find_guidance says how they are sampled.
 
     Attributes:
         title: how names of presets begin.
@@ -79,7 +78,7 @@ IAR_TRAINING = {
 RECIPES = {
     "iar": Recipe("IAR", IAR_TRAINING, 10, "with --ten-crop"),
     "llamagen": Recipe("LlamaGen", IAR_TRAINING | {"lambda_cce": 0.0}, 10, "with --ten-crop"),
-    # Published without the cluster loss. A baseline is --lambda-cce 0.
+    # Published for lambda 0. Here it is 1 unless --lambda-cce says otherwise.
     "strong": Recipe("strong", IAR_TRAINING | {
         "epochs": 450, "lr_schedule": "cosine", "lr_decay_from": 400 / 450, "min_lr": 1e-5,
         "warmup_epochs": 50.0, "weight_decay": 0.02, "max_grad_norm": 3.0},
@@ -118,7 +117,7 @@ def published_numbers(recipe: str, size: str, pixels: int) -> str:
                        if row[name] != "-"]
             texts.append(f"{', '.join(numbers)} after {row['epochs']} epochs")
     found = "; ".join(texts) or f"nothing for GPT-{size} at {pixels} pixels"
-    without = " (without the cluster loss)" if recipe == "strong" else ""
+    without = " (at lambda 0)" if recipe == "strong" else ""
     return f"published{without}: {found}"
 
 
@@ -144,15 +143,15 @@ def _as_flags(values: dict[str, Any]) -> str:
     return " ".join(words)
 
 
-def add_recipe_arg(group: argparse._ActionsContainer) -> None:
+def add_recipe_arg(parser: Parser) -> None:
     """Declares the recipe of a training."""
-    # It may vary, since a recipe only sets flags, and those that are given win.
-    may_vary(group.add_argument("--recipe", choices=RECIPES,
-                                help="settings of published trainings; flags that are given win"))
+    parser.add_argument("--recipe", choices=RECIPES,
+                        help="settings of published trainings; flags that are given win")
 
 
 def add_preset_arg(parser: Parser) -> None:
     """Declares the preset of the sampling scripts."""
+    # It may vary, since a preset only sets flags, and those that are given win.
     may_vary(parser.add_argument("--preset", choices=PRESETS,
                                  help="settings of a published row: recipe, size, pixels"))
 
@@ -162,47 +161,69 @@ def training_flags(recipe: str | None) -> dict[str, Any]:
     return RECIPES[recipe].training if recipe else {}
 
 
-def log_recipe(name: str | None, gpt_model: str, image_size: int, num_crops: int) -> None:
-    """Says in the log what a recipe has set, what was published for it, and what does not fit it.
+def log_recipe(name: str | None, values: dict[str, Any], num_crops: list[int]) -> None:
+    """Says in the log what a recipe stands for, what was published, and what does not fit it.
 
     Args:
         name: of the recipe; None is none.
-        gpt_model, image_size: flags.
-        num_crops: of an image in the codes.
+        values: of all flags, as they are used.
+        num_crops: of an image in each store of codes.
     """
     if name is None:
         return
     recipe = RECIPES[name]
-    LOGGER.info("recipe %s: %s; %s", name, _as_flags(recipe.training),
-                published_numbers(name, gpt_model.removeprefix("GPT-"), image_size))
-    if num_crops != recipe.num_crops:
-        LOGGER.warning("recipe %s: expected codes extracted %s (%d crops of an image), found %d "
-                       "crops", name, recipe.extraction, recipe.num_crops, num_crops)
+    used = {flag: values[flag] for flag in recipe.training}
+    LOGGER.info("recipe %s: %s; %s", name, _as_flags(used), _published_for(name, values))
+    if set(num_crops) != {recipe.num_crops}:
+        LOGGER.warning("recipe %s: expected codes extracted %s, %d crops of an image, found %s",
+                       name, recipe.extraction, recipe.num_crops, " and ".join(map(str, num_crops)))
 
 
-def sampling_flags(preset: str | None, recorded: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """Returns the flags that a preset or a recorded recipe sets, and says what they are.
+def sampling_flags(preset: str | None, recorded: dict[str, Any]) -> dict[str, Any]:
+    """Returns the flags that a preset sets, or without one the guidance of a recorded recipe.
 
     Args:
-        preset: one of PRESETS; without one the guidance of a recorded recipe counts.
+        preset: one of PRESETS, or None.
         recorded: settings of the checkpoint.
-
-    Returns:
-        flags and a line for the log; no flags and "" if there is neither.
     """
-    if preset is None:
-        recipe = recorded.get("recipe")
-        if recipe not in RECIPES or not {"gpt_model", "image_size"} <= recorded.keys():
-            return {}, ""
-        size = recorded["gpt_model"].removeprefix("GPT-")
-        flags, source = find_guidance(recipe, size, recorded["image_size"])
-        if not flags:
-            return {}, ""
-        return flags, f"trained by recipe {recipe}: {_as_flags(flags)} (guidance: {source})"
-    recipe, size, pixels = PRESETS[preset]
-    guidance, source = find_guidance(recipe, size, pixels)
-    flags = {"gpt_model": f"GPT-{size}", "image_size": pixels, "image_size_eval": 256,
-             "downsample_size": 16, "cluster_size": 128, "top_k": 0, "top_p": 1.0,
-             "temperature": 1.0, **guidance}
-    numbers = published_numbers(recipe, size, pixels)
-    return flags, f"{preset}: {_as_flags(flags)} (guidance: {source}); {numbers}"
+    if preset:
+        recipe, size, pixels = PRESETS[preset]
+        guidance, _ = find_guidance(recipe, size, pixels)
+        return {"gpt_model": f"GPT-{size}", "image_size": pixels, "image_size_eval": 256,
+                "downsample_size": 16, "cluster_size": 128, "top_k": 0, "top_p": 1.0,
+                "temperature": 1.0, **guidance}
+    recipe = recorded.get("recipe")
+    if recipe not in RECIPES or not {"gpt_model", "image_size"} <= recorded.keys():
+        return {}
+    size = recorded["gpt_model"].removeprefix("GPT-")
+    guidance, _ = find_guidance(recipe, size, recorded["image_size"])
+    return guidance
+
+
+def log_sampling(preset: str | None, recorded: dict[str, Any], values: dict[str, Any]) -> None:
+    """Says in the log what sampling_flags stands for, and what was published for a preset.
+
+    Args:
+        preset, recorded: as for sampling_flags.
+        values: of all flags, as they are used.
+    """
+    is_free = values.get("beta") is not None
+    used = {flag: values[flag] for flag in sampling_flags(preset, {} if is_free else recorded)}
+    trained_by = recorded.get("recipe")
+    if is_free:
+        LOGGER.info("trained guidance-free: one pass at --beta %g, which stands for --cfg-scale "
+                    "%g", values["beta"], values["cfg_scale"])
+    if preset:
+        recipe, size, pixels = PRESETS[preset]
+        _, source = find_guidance(recipe, size, pixels)
+        LOGGER.info("%s: %s (best guidance: %s); %s", preset, _as_flags(used), source,
+                    _published_for(recipe, values))
+        if trained_by not in (None, recipe):
+            LOGGER.warning("--preset %s: the checkpoint was trained by recipe %s", preset,
+                           trained_by)
+    elif used:
+        LOGGER.info("trained by recipe %s, so: %s", trained_by, _as_flags(used))
+
+
+def _published_for(recipe: str, values: dict[str, Any]) -> str:
+    return published_numbers(recipe, values["gpt_model"].removeprefix("GPT-"), values["image_size"])

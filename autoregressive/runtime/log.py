@@ -155,16 +155,21 @@ def plot_panels(path: str | Path, panels: list[Panel], marker: str = "") -> None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    size = (5.5 * len(panels), 4)                   # inches
+    legends = dict.fromkeys(legend for panel in panels for legend in panel.curves)
+    size = (5.5 * len(panels), 4 + 0.2 * -(-len(legends) // len(panels)))       # inches
     figure, axes = pyplot.subplots(1, len(panels), figsize=size, squeeze=False,
                                    layout="constrained")
+    colors = {legend: f"C{number}" for number, legend in enumerate(legends)}
+    lines = {}
     for axis, panel in zip(axes[0], panels, strict=True):
         for legend, points in panel.curves.items():
             if points:
-                axis.plot(*zip(*points, strict=True), marker=marker, label=legend)
+                lines[legend], = axis.plot(*zip(*points, strict=True), marker=marker,
+                                           color=colors[legend])
         axis.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
         axis.grid(alpha=0.3)
-        axis.legend()
+    # Below the panels, where it hides nothing.
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(panels))
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=110)
     pyplot.close(figure)

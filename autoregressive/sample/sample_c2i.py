@@ -25,6 +25,7 @@ import numpy as np
 
 from autoregressive.models.loading import read_gpt
 from autoregressive.models.random_numbers import random_numbers
+from autoregressive.models.recipes import log_sampling
 from autoregressive.models.sampler import Sampler
 from autoregressive.pipeline import (
     PipelineSettings,
@@ -89,7 +90,7 @@ def main(args: Flags, session: Session) -> None:
 
         # What the checkpoint and a preset say about flags that were not given.
         gpt_file = read_gpt(args.gpt_ckpt, args.weights, args.from_fsdp)
-        settled = settle_flags(args, gpt_file, session.device)
+        settle_flags(args, gpt_file, session.device)
 
         # Load the parts, which must belong together, and reserve the place of the PNG.
         pipeline = load_pipeline(gpt_file, PipelineSettings(**args.pick(PipelineSettings)),
@@ -98,8 +99,7 @@ def main(args: Flags, session: Session) -> None:
         classes = read_classes(args.class_ids, args.num_classes, pipeline.class_names)
         check_output(args.output)
         session.hold(args.output)
-    for line in settled:
-        LOGGER.info(line)
+    log_sampling(args.preset, gpt_file.settings, args.plain())
 
     labels = np.repeat(classes, args.num_per_class)
     _, uniforms = random_numbers(args.global_seed, range(len(labels)), args.num_classes,

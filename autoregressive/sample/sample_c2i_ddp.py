@@ -29,6 +29,7 @@ from torch import Tensor
 from autoregressive.data.codes import code_dtype
 from autoregressive.models.loading import read_gpt
 from autoregressive.models.random_numbers import random_numbers
+from autoregressive.models.recipes import log_sampling
 from autoregressive.models.sampler import Sampler
 from autoregressive.pipeline import (
     Pipeline,
@@ -174,7 +175,7 @@ def main(args: Flags, session: Session) -> None:
     with checks(session):
         # What the checkpoint and a preset say about flags that were not given.
         gpt_file = read_gpt(gpt_path, args.weights, args.from_fsdp)
-        settled = settle_flags(args, gpt_file, session.device)
+        settle_flags(args, gpt_file, session.device)
         classes = parse_labels(args.labels, args.num_classes)
 
         # Load the parts, which must belong together.
@@ -201,8 +202,7 @@ def main(args: Flags, session: Session) -> None:
     if is_finished:
         LOGGER.info("%s is finished", path)
         return
-    for line in settled:
-        LOGGER.info(line)
+    log_sampling(args.preset, gpt_file.settings, args.plain())
 
     make_missing(rows, pipeline, args, classes, session)
 

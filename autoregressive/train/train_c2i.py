@@ -261,7 +261,7 @@ def main(args: Flags, session: Session) -> None:
     training.resume(start, can_start)
     if session.is_main and vq:
         save_first_rows(folder.path / "data.png", data, vq)
-    log_recipe(args.recipe, args.gpt_model, args.image_size, data.store.codes.shape[1])
+    log_recipe(args.recipe, args.plain(), data.num_crops)
     log_start(config.name, data, loss, num_parameters, stage_ends)
     training.train()
     training.finish()

@@ -13,30 +13,31 @@ if [ -z "$out" ] || [ ! -f "$reference" ]; then
     exit 2
 fi
 flags=("$@")
+unset CFG_START CFG_POWER TOP_PS CFG_SCALES_WITHIN
 
-# Searches for the scales of one way: its name, then flags that all its samples share.
+# Searches for the scales of one way; the lists stand in the environment.
 search() {
-    local way=$1
-    shift
-    OUT="$out/$way" REFERENCE="$reference" NUM_SAMPLES=2000 NUM_FINAL_SAMPLES=0 \
-        bash "$root/scripts/autoregressive/sweep_cfg.sh" ${flags[@]+"${flags[@]}"} --global-seed 1000 "$@"
+    OUT="$out/$1" REFERENCE="$reference" NUM_SAMPLES=2000 NUM_FINAL_SAMPLES=0 \
+        bash "$root/scripts/autoregressive/sweep_cfg.sh" ${flags[@]+"${flags[@]}"} --global-seed 1000
 }
-CFG_SCALES="1 1.25 1.5 1.75 2 2.5 3" search constant
-CFG_SCHEDULES=linear CFG_SCALES="1.25 1.5 2 2.5 3 4 5" search linear
-CFG_SCHEDULES=power-cosine CFG_SCALES="1.25 1.5 2 3 4 6" search power-cosine
-CFG_SCHEDULES=power-cosine CFG_SCALES="1.5 2 3 4 6 8" search power-cosine --cfg-power 2
-CFG_SCALES="1 1.25 1.5 2 2.5" CFG_SCALES_WITHIN="1 1.25 1.5 2" search split
+CFG_SCHEDULES=constant CFG_SCALES="1 1.25 1.5 1.75 2" search constant
+CFG_SCHEDULES=linear CFG_SCALES="1.5 2 2.5 3 4" search linear
+CFG_SCHEDULES=power-cosine CFG_SCALES="1.5 2 3 4" search power-cosine
+CFG_SCHEDULES=power-cosine CFG_SCALES="2 3 4 6" CFG_POWER=2 search power-cosine
+CFG_SCHEDULES=constant CFG_SCALES="1 1.25 1.5 2" CFG_SCALES_WITHIN="1 1.25 1.5 2" search split
 
 for way in constant linear power-cosine split; do
-    best=$(python "$root/scripts/sweep_report.py" "$out/$way" --reference "$reference" --best-of 2000)
+    best=$(python "$root/scripts/sweep_report.py" "$out/$way" --reference "$reference" --best-of 2000 --seed 1000)
     for seed in 1 2 3; do
         echo "== $way, seed $seed: $best"
-        folder="$out/$way/scored/$seed"
+        folder="$out/$way/10000-samples/seed-$seed"
         # shellcheck disable=SC2086
         python "$root/autoregressive/sample/sample_c2i_ddp.py" ${flags[@]+"${flags[@]}"} $best \
             --global-seed "$seed" --num-fid-samples 10000 --sample-dir "$folder"
-        # shellcheck disable=SC2086
-        python "$root/evaluations/c2i/evaluator.py" "$reference" "$folder"/*.npz --reuse ${EVALUATE:-}
+        for samples in "$folder"/*.npz; do
+            # shellcheck disable=SC2086
+            python "$root/evaluations/c2i/evaluator.py" "$reference" "$samples" --reuse ${EVALUATE:-}
+        done
     done
 done
 exec python "$root/scripts/experiments/guidance_report.py" "$out"

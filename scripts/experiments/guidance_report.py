@@ -10,17 +10,15 @@ if __name__ == "__main__":
     # The repository root instead of this folder.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from typing import Any
-
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.entry import Flags, Parser, checks, run
-from autoregressive.runtime.files import check_output, read_json, write_json
+from autoregressive.runtime.files import check_output, write_json
 from autoregressive.runtime.log import Panel, plot_panels
 from scripts.experiments.table import interval
+from scripts.scores import Score, read_scores
 
 WAYS = ("constant", "linear", "power-cosine", "split")
 TITLES = ("FID", "Precision", "Recall", "Label agreement")
-SETTINGS = ("cfg_scale", "cfg_schedule", "cfg_start", "cfg_power", "cfg_scale_within")
 
 
 def build_parser() -> Parser:
@@ -30,79 +28,86 @@ def build_parser() -> Parser:
     return parser
 
 
-def read_scores(paths: list[Path]) -> list[dict[str, Any]]:
-    """Returns the settings and the numbers of records of the evaluator, by guidance and seed."""
-    rows = []
-    for path in paths:
-        record = read_json(path, {"numbers": dict, "samples": dict})
-        settings = record["samples"]["settings"]
-        row = {name: settings[name] for name in (*SETTINGS, "global_seed", "num_fid_samples")}
-        rows.append(row | {title: record["numbers"][title] for title in TITLES})
-    return sorted(rows, key=lambda row: (row["cfg_scale"], row["global_seed"]))
+def read_ways(folder: Path) -> dict[str, tuple[list[Score], list[Score]]]:
+    """Returns, of every way, the scores of the search and those at the scales that it chose.
 
-
-def read_way(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Returns what was searched and what was scored of one way. Raises ValueError if it lacks any.
+    Raises:
+        ValueError: there are none of a way, or they cannot be compared.
     """
-    found = {"searched": read_scores(sorted(folder.glob("2000-samples/*/*.json"))),
-             "scored": read_scores(sorted(folder.glob("scored/*/*.json")))}
-    if not found["searched"] or not found["scored"]:
-        raise ValueError(f"{folder}: expected scores of guidance.sh, found none; run it to its end")
-    return found
+    read_scores(folder.glob("*/*-samples/*/*.json"))        # all of one model and reference
+    ways = {}
+    for way in WAYS:
+        searched = read_scores((folder / way).glob("2000-samples/*/*.json"))
+        scored = read_scores((folder / way).glob("10000-samples/*/*.json"))
+        if not searched or not scored:
+            raise ValueError(f"{folder / way}: expected scores of guidance.sh, found none; run it "
+                             "to its end")
+        if len({score.flags() for score in scored}) > 1:
+            raise ValueError(f"{folder / way}/10000-samples: expected scores of one setting, found "
+                             "several; remove those that are not of the last search")
+        ways[way] = (searched, scored)
+    return ways
 
 
-def print_table(ways: dict[str, dict[str, list[dict[str, Any]]]]) -> None:
+def print_table(ways: dict[str, tuple[list[Score], list[Score]]], titles: list[str]) -> None:
     """Prints, in Markdown, each way at the scales that it chose: means and 95 % intervals.
 
     The last column is the difference to constant guidance, seed by seed.
     """
-    print("| guidance | scale | within | power | " + " | ".join(TITLES) + " | FID minus constant |")
-    print("|---" * (5 + len(TITLES)) + "|")
-    constant = {row["global_seed"]: row["FID"] for row in ways["constant"]["scored"]}
-    for way, found in ways.items():
-        chosen = found["scored"][0]
-        within = chosen["cfg_scale_within"] or ""
-        power = chosen["cfg_power"] if chosen["cfg_schedule"] == "power-cosine" else ""
-        cells = [way, chosen["cfg_scale"], within, power]
-        for title in TITLES:
-            mean, half = interval([row[title] for row in found["scored"]])
+    print(f"| guidance | flags | {' | '.join(titles)} | FID minus constant |")
+    print("|---" * (3 + len(titles)) + "|")
+    constant = {score.settings["global_seed"]: score.numbers["FID"]
+                for score in ways["constant"][1]}
+    for way, (_, scored) in ways.items():
+        cells = [way, f"`{scored[0].flags()}`"]
+        for title in titles:
+            mean, half = interval([score.numbers[title] for score in scored])
             cells.append(f"{mean:.4f} ± {half:.4f}")
-        if way != "constant":
-            mean, half = interval([row["FID"] - constant[row["global_seed"]]
-                                   for row in found["scored"]])
-            cells.append(f"{mean:+.4f} ± {half:.4f}")
-        print("| " + " | ".join(map(str, cells)) + " |")
+        differences = [score.numbers["FID"] - constant[score.settings["global_seed"]]
+                       for score in scored]
+        mean, half = interval(differences)
+        cells.append("" if way == "constant" else f"{mean:+.4f} ± {half:.4f}")
+        print(f"| {' | '.join(cells)} |")
 
 
-def panels_of(ways: dict[str, dict[str, list[dict[str, Any]]]]) -> list[Panel]:
-    """Returns FID and label agreement against the scale, and against each other."""
-    curves: dict[str, list[dict[str, Any]]] = {}
-    for way, found in ways.items():
-        for row in found["searched"]:
+def panels_of(ways: dict[str, tuple[list[Score], list[Score]]], titles: list[str]) -> list[Panel]:
+    """Returns the FID of the search against the scale; if it is known, label agreement, too."""
+    axes = [("scale", "FID")]
+    if "Label agreement" in titles:
+        axes += [("scale", "Label agreement"), ("Label agreement", "FID")]
+    curves: dict[str, list[Score]] = {}
+    for way, (searched, _) in ways.items():
+        for score in searched:
             legend = way
             if way == "power-cosine":
-                legend += f", power {row['cfg_power']:g}"
+                legend += f", power {score.settings['cfg_power']:g}"
             if way == "split":
-                legend += f", within {row['cfg_scale_within']:g}"
-            curves.setdefault(legend, []).append(row)
+                legend += f", within {score.settings['cfg_scale_within']:g}"
+            curves.setdefault(legend, []).append(score)
     panels = []
-    for xlabel, ylabel in (("cfg_scale", "FID"), ("cfg_scale", "Label agreement"),
-                           ("Label agreement", "FID")):
-        points = {legend: [(row[xlabel], row[ylabel]) for row in rows]
-                  for legend, rows in curves.items()}
-        panels.append(Panel(xlabel.replace("_", " "), f"{ylabel}, 2,000 samples", points))
+    for xlabel, ylabel in axes:
+        points = {}
+        for legend, scores in curves.items():
+            values = [score.numbers | {"scale": score.settings["cfg_scale"]} for score in scores]
+            points[legend] = [(value[xlabel], value[ylabel]) for value in values]
+        panels.append(Panel(xlabel, f"{ylabel}, 2,000 samples", points))
     return panels
 
 
 def main(args: Flags, session: Session) -> None:
     """Reads the scores of all ways; prints, plots and writes them."""
     with checks(session):
-        ways = {way: read_way(args.folder / way) for way in WAYS}
+        ways = read_ways(args.folder)
         for name in ("guidance.png", "guidance.json"):
             check_output(args.folder / name)
-    print_table(ways)
-    plot_panels(args.folder / "guidance.png", panels_of(ways), marker="o")
-    write_json(args.folder / "guidance.json", ways)
+    _, scored = ways["constant"]
+    titles = [title for title in TITLES if title in scored[0].numbers]
+    print_table(ways, titles)
+    plot_panels(args.folder / "guidance.png", panels_of(ways, titles), marker="o")
+    rows = {way: [score.settings | score.numbers for part in parts for score in part]
+            for way, parts in ways.items()}
+    write_json(args.folder / "guidance.json", {"conditions": scored[0].conditions} | rows)
+    print(f"plot in {args.folder / 'guidance.png'}, numbers in {args.folder / 'guidance.json'}")
 
 
 if __name__ == "__main__":

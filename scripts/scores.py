@@ -1,0 +1,98 @@
+"""Records of the evaluator, and the settings of the samples that they are of: for sweep reports."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from autoregressive.models.sampler import Sampler
+from autoregressive.runtime.entry import flag_of
+from autoregressive.runtime.files import read_json
+from autoregressive.runtime.identity import find_difference
+
+# What may differ between scores that are compared.
+GUIDANCE = ("cfg_scale", "cfg_schedule", "top_p", "cfg_scale_within", "cfg_start", "cfg_power",
+            "beta")
+SETTINGS = ("num_fid_samples", *GUIDANCE, "global_seed")
+MAY_DIFFER = {*SETTINGS, "device", "torch"}
+NOT_OF_SAMPLES = "Validation accuracy of the classifier"
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a record of the evaluator says.
+
+    Attributes:
+        path: the record.
+        settings: the value of each of SETTINGS, with which the samples were made; None if unknown.
+        numbers: title -> number.
+        conditions: what must be the same where scores are compared: model, reference, metrics, ...
+    """
+
+    path: Path
+    settings: dict[str, Any]
+    numbers: dict[str, float]
+    conditions: dict[str, Any]
+
+    def flags(self) -> str:
+        """Returns the flags of GUIDANCE that make such samples; defaults of some are left out."""
+        words = []
+        for name in GUIDANCE:
+            value = self.settings[name]
+            is_optional = name not in ("cfg_scale", "cfg_schedule", "top_p")
+            if is_optional and value == getattr(Sampler, name, None):
+                continue
+            text = f"{value:g}" if isinstance(value, float) else str(value)
+            words += [flag_of(name), text]
+        return " ".join(words)
+
+
+def read_score(path: Path) -> Score:
+    """Reads a record of the evaluator. Raises ValueError if it lacks something, which is named."""
+    record = read_json(path, {"numbers": dict, "samples": dict})
+    made_with = record["samples"].get("settings")
+    if not isinstance(made_with, dict) or not _is_number(made_with.get("cfg_scale")):
+        raise ValueError(f"{path}: expected samples with settings that hold a number under "
+                         "cfg_scale, found others; remove the record and score samples of "
+                         "sample_c2i_ddp.py")
+    numbers = {title: number for title, number in record["numbers"].items()
+               if title != NOT_OF_SAMPLES}
+    if not numbers or not all(map(_is_number, numbers.values())):
+        raise ValueError(f"{path}: expected numbers of the evaluator, found "
+                         f"{record['numbers']}; remove the record and score the samples again")
+    defaults = {field.name: field.default for field in fields(Sampler)}
+    settings = {name: made_with.get(name, defaults.get(name)) for name in SETTINGS}
+    for name, value in settings.items():
+        if not isinstance(value, str | int | float | None):
+            raise ValueError(f"{path}: expected a number or a word as {name}, found {value}; "
+                             "remove the record and score the samples again")
+    conditions = {key: value for key, value in made_with.items() if key not in MAY_DIFFER}
+    for key in ("reference", "feature_network"):
+        source = record.get(key)
+        conditions[key] = source.get("sha256") if isinstance(source, dict) else None
+    conditions["metrics"] = sorted(numbers)
+    return Score(path, settings, numbers, conditions)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def read_scores(paths: Iterable[Path]) -> list[Score]:
+    """Returns scores that may be compared, ordered by SETTINGS.
+
+    Raises:
+        ValueError: they differ in more than SETTINGS.
+    """
+    scores = [read_score(path) for path in sorted(paths)]
+    for score in scores[1:]:
+        if difference := find_difference(scores[0].conditions, score.conditions):
+            raise ValueError(f"{score.path}: expected a score with {difference}; {scores[0].path} "
+                             "is of another sweep: keep both apart by OUT, and remove the folder "
+                             "of the one that does not belong here")
+    return sorted(scores, key=lambda score: [_order(score.settings[name]) for name in SETTINGS])
+
+
+def _order(value: object) -> tuple[bool, object]:
+    return isinstance(value, str), -math.inf if value is None else value
