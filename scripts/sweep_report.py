@@ -13,7 +13,7 @@ from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.entry import Flags, Parser, at_least, checks, run
 from autoregressive.runtime.files import check_file, check_output, file_sha256, write_json
 from autoregressive.runtime.log import LOGGER, Panel, open_logger, plot_panels
-from scripts.scores import SETTINGS, Score, read_score, read_scores
+from scripts.experiments.scores import SETTINGS, Score, read_score, read_scores
 
 RECORDS = "*-samples/*/*.json"
 # Titles of the table, and words of legends that a value needs.

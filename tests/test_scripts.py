@@ -13,7 +13,7 @@ import torch
 from autoregressive.runtime.files import file_sha256
 from conftest import ROOT
 from processes import run_here
-from scripts.scores import SETTINGS, Score
+from scripts.experiments.scores import SETTINGS, Score
 from scripts.sweep_report import columns_of, panels_of
 
 SHELL = sorted(path.relative_to(ROOT) for path in (ROOT / "scripts").glob("**/*.sh"))

@@ -14,8 +14,8 @@ from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.entry import Flags, Parser, checks, run
 from autoregressive.runtime.files import check_output, write_json
 from autoregressive.runtime.log import Panel, plot_panels
+from scripts.experiments.scores import Score, read_scores
 from scripts.experiments.table import interval
-from scripts.scores import Score, read_scores
 
 WAYS = ("constant", "linear", "power-cosine", "split")
 TITLES = ("FID", "Precision", "Recall", "Label agreement")
