@@ -2,18 +2,18 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autoregressive.models.sampler import Sampler
 from autoregressive.runtime.entry import flag_of
 from autoregressive.runtime.files import read_json
 from autoregressive.runtime.identity import find_difference
 
-# What may differ between scores that are compared.
+# What may differ between scores that are compared. Older samples do not name what they left alone.
 GUIDANCE = ("cfg_scale", "cfg_schedule", "top_p", "cfg_scale_within", "cfg_start", "cfg_power",
             "beta")
+UNCHANGED = {"cfg_schedule": "constant", "top_p": 1.0, "cfg_start": 1.0, "cfg_power": 1.0}
 SETTINGS = ("num_fid_samples", *GUIDANCE, "global_seed")
 MAY_DIFFER = {*SETTINGS, "device", "torch"}
 NOT_OF_SAMPLES = "Validation accuracy of the classifier"
@@ -41,7 +41,7 @@ class Score:
         for name in GUIDANCE:
             value = self.settings[name]
             is_optional = name not in ("cfg_scale", "cfg_schedule", "top_p")
-            if is_optional and value == getattr(Sampler, name, None):
+            if is_optional and value == UNCHANGED.get(name):
                 continue
             text = f"{value:g}" if isinstance(value, float) else str(value)
             words += [flag_of(name), text]
@@ -61,8 +61,7 @@ def read_score(path: Path) -> Score:
     if not numbers or not all(map(_is_number, numbers.values())):
         raise ValueError(f"{path}: expected numbers of the evaluator, found "
                          f"{record['numbers']}; remove the record and score the samples again")
-    defaults = {field.name: field.default for field in fields(Sampler)}
-    settings = {name: made_with.get(name, defaults.get(name)) for name in SETTINGS}
+    settings = {name: made_with.get(name, UNCHANGED.get(name)) for name in SETTINGS}
     for name, value in settings.items():
         if not isinstance(value, str | int | float | None):
             raise ValueError(f"{path}: expected a number or a word as {name}, found {value}; "
