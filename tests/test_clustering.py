@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from autoregressive.models.cluster_loss import check_cluster_size
-from tokenizer import balanced_assignment, clustering
+from tokenizer import annealing, balanced_assignment, clustering
 from tokenizer.annealing import critical_temperature
 
 
@@ -25,6 +25,16 @@ def clumped_codes(num_codes, dimensions=4, seed=0):
     clumps = random.standard_normal((7, dimensions))
     clump_of_code = random.choice(7, num_codes, p=np.arange(1, 8) / 28)
     codes = clumps[clump_of_code] + 0.2 * random.standard_normal((num_codes, dimensions))
+    return (codes / np.linalg.norm(codes, axis=1, keepdims=True)).astype(np.float32)
+
+
+def lumpy_codes(num_codes, num_groups, dimensions=8):
+    """Returns codes in groups a hundred times tighter than their distances, of uneven weight."""
+    random = np.random.default_rng(0)
+    groups = random.standard_normal((num_groups, dimensions))
+    weights = random.dirichlet(np.ones(num_groups))
+    group_of_code = random.choice(num_groups, num_codes, p=weights)
+    codes = groups[group_of_code] + 0.03 * random.standard_normal((num_codes, dimensions))
     return (codes / np.linalg.norm(codes, axis=1, keepdims=True)).astype(np.float32)
 
 
@@ -266,6 +276,18 @@ def test_annealing_is_a_better_start_than_random_codes(monkeypatch):
     monkeypatch.setattr(clustering, "anneal", start_at_codes)
     plain = [clustering.cluster_optimal(codes, start).sse for start in starts]
     assert np.median(annealed) < np.median(plain)
+
+
+def test_lumpy_codebooks_satisfy_the_certificate_and_end_annealing_early(monkeypatch):
+    codes = lumpy_codes(768, num_groups=10)
+    start = clustering.start_codes(768, 24, seed=0)
+    found = clustering.cluster_optimal(codes, start)
+    assert all(clustering.certify(codes, found.assignment, 24).values())
+    rounds = []
+    annealing.anneal(codes, start, lambda: rounds.append("ends early"))
+    monkeypatch.setattr(annealing, "MAX_UNBALANCED", np.inf)
+    annealing.anneal(codes, start, lambda: rounds.append("goes on"))
+    assert rounds.count("ends early") < 0.8 * rounds.count("goes on")
 
 
 def test_critical_temperature_is_twice_the_largest_variance():
