@@ -290,6 +290,18 @@ def test_lumpy_codebooks_satisfy_the_certificate_and_end_annealing_early(monkeyp
     assert rounds.count("ends early") < 0.8 * rounds.count("goes on")
 
 
+def test_prices_move_alike_whichever_way_the_equations_are_solved(monkeypatch):
+    random = np.random.default_rng(0)
+    memberships = random.dirichlet(np.full(6, 0.3), size=50).astype(np.float32)     # (R, K)
+    soft_sizes = 4 * memberships.sum(axis=0, dtype=np.float64)
+    direct = annealing._price_step(memberships, soft_sizes, 200 / 6)
+    monkeypatch.setattr(annealing, "FEW_CLUSTERS", 0)
+    monkeypatch.setattr(annealing, "STEP_ERROR", 1e-6)
+    iterative = annealing._price_step(memberships, soft_sizes, 200 / 6)
+    np.testing.assert_allclose(iterative, direct, rtol=1e-4)
+    assert np.abs(direct).max() < annealing.MAX_PRICE_STEP                  # neither is clipped
+
+
 def test_critical_temperature_is_twice_the_largest_variance():
     codes = np.float32([[3, 0], [-3, 0], [0, 1], [0, -1]])
     assert critical_temperature(codes) == pytest.approx(2 * 4.5)
