@@ -208,6 +208,21 @@ def test_change_of_a_swap_equals_the_difference_of_the_sse():
         assert changes[i, j] == pytest.approx(expected, abs=1e-12)
 
 
+def test_pairs_of_left_overs_are_divided_where_no_swap_helps():
+    # Two clusters of two halves each, and two that are whole; 3 of 6 codes have to move at once.
+    groups = np.repeat(np.eye(4), 6, axis=0)
+    codes = groups + 0.01 * np.random.default_rng(0).standard_normal(groups.shape)
+    mixed = np.array([0, 0, 0, 1, 1, 1, 0, 0, 0, 1, 1, 1] + [2] * 6 + [3] * 6)
+    divided, num_divided = balanced_assignment.divide_pairs(codes, mixed, 4)
+    assert num_divided == 1
+    assert len(set(zip(divided.tolist(), groups.argmax(axis=1).tolist(), strict=True))) == 4
+    before = clustering.balanced_sse(codes, mixed, 4)
+    assert clustering.balanced_sse(codes, divided, 4) < 0.01 * before
+    again, num_divided = balanced_assignment.divide_pairs(codes, divided, 4)
+    assert num_divided == 0
+    assert np.array_equal(again, divided)
+
+
 def test_an_unbalanced_assignment_gets_no_certificate():
     codes = random_codes(6)
     assert not clustering.certify(codes, np.array([0, 0, 0, 0, 1, 1]), 2)["balanced"]

@@ -1,4 +1,4 @@
-"""The exact steps of balanced clustering: the best assignment to given centres, the best swaps.
+"""Steps of balanced clustering: exact assignments to given centres, swaps, divisions of pairs.
 
 Letters: V codes of E dimensions belong to K clusters of exactly S = V / K.
 
@@ -7,10 +7,14 @@ Moving one code from cluster a to b costs at least w[a, b] = min over i in a of
 has no negative cycle. Cycles are found and cancelled among K nodes, however many codes there are.
 """
 
+import itertools
+
 import numpy as np
 import torch
 
 TOLERANCE = 1e-10       # of the largest cost: smaller differences of float64 sums are rounding
+LARGE_SSE = 1.5         # of the mean one: clusters with more are divided anew, in pairs
+MIN_GAIN = 1e-4         # by which the squared gap of two centres has to grow then, relative
 LOOK_EVERY = 4          # steps between two searches for cycles: these are short, so they show early
 
 
@@ -233,3 +237,39 @@ def swap_codes(codes: np.ndarray, assignment: np.ndarray,
             members[a, i], members[b, j] = members[b, j], members[a, i]
             num_swaps += 1
     return _assignment_of(members), num_swaps
+
+
+def divide_pairs(codes: np.ndarray, assignment: np.ndarray,
+                 num_clusters: int) -> tuple[np.ndarray, int]:
+    """Divides pairs of clusters of large SSE anew, in halves along the longest axis of both.
+
+    Clusters that hold what is left over of several tight groups of codes have a large SSE, and no
+    swap of two codes lowers it: all codes of a group have to change places together.
+
+    Args:
+        codes: (V, E) float64.
+        assignment: (V,) int64, balanced.
+        num_clusters: K.
+
+    Returns:
+        the assignment (V,) int64, of lower SSE if any pair was divided, and the number of those.
+    """
+    members = list_members(assignment, num_clusters)
+    deviations = codes[members] - codes[members].mean(axis=1, keepdims=True)        # (K, S, E)
+    sses = (deviations ** 2).sum(axis=(1, 2))                                       # (K,)
+    tolerance = TOLERANCE * (codes ** 2).sum(axis=1).max()
+    size = members.shape[1]
+    num_divided = 0
+    for a, b in itertools.combinations(np.flatnonzero(sses > LARGE_SSE * sses.mean()), 2):
+        union = members[[a, b]].ravel()                                             # (2S,)
+        points = codes[union] - codes[union].mean(axis=0)
+        longest_axis = np.linalg.eigh(points.T @ points)[1][:, -1]
+        order = np.argsort(points @ longest_axis, kind="stable")
+        # Both halves have the union's mean between them, so the SSE falls as their gap grows.
+        gap = points[order[:size]].mean(axis=0)
+        old_gap = points[:size].mean(axis=0)
+        if gap @ gap > (1 + MIN_GAIN) * (old_gap @ old_gap) + tolerance:
+            members[a] = union[order[:size]]
+            members[b] = union[order[size:]]
+            num_divided += 1
+    return _assignment_of(members), num_divided
