@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from autoregressive.models.cluster_loss import check_cluster_size
-from tokenizer import balanced_assignment, clustering
+from tokenizer import annealing, balanced_assignment, clustering
 from tokenizer.annealing import critical_temperature
 
 
@@ -25,6 +25,16 @@ def clumped_codes(num_codes, dimensions=4, seed=0):
     clumps = random.standard_normal((7, dimensions))
     clump_of_code = random.choice(7, num_codes, p=np.arange(1, 8) / 28)
     codes = clumps[clump_of_code] + 0.2 * random.standard_normal((num_codes, dimensions))
+    return (codes / np.linalg.norm(codes, axis=1, keepdims=True)).astype(np.float32)
+
+
+def lumpy_codes(num_codes, num_groups, dimensions=8):
+    """Returns codes in groups a hundred times tighter than their distances, of uneven weight."""
+    random = np.random.default_rng(0)
+    groups = random.standard_normal((num_groups, dimensions))
+    weights = random.dirichlet(np.ones(num_groups))
+    group_of_code = random.choice(num_groups, num_codes, p=weights)
+    codes = groups[group_of_code] + 0.03 * random.standard_normal((num_codes, dimensions))
     return (codes / np.linalg.norm(codes, axis=1, keepdims=True)).astype(np.float32)
 
 
@@ -198,6 +208,21 @@ def test_change_of_a_swap_equals_the_difference_of_the_sse():
         assert changes[i, j] == pytest.approx(expected, abs=1e-12)
 
 
+def test_pairs_of_left_overs_are_divided_where_no_swap_helps():
+    # Two clusters of two halves each, and two that are whole; 3 of 6 codes have to move at once.
+    groups = np.repeat(np.eye(4), 6, axis=0)
+    codes = groups + 0.01 * np.random.default_rng(0).standard_normal(groups.shape)
+    mixed = np.array([0, 0, 0, 1, 1, 1, 0, 0, 0, 1, 1, 1] + [2] * 6 + [3] * 6)
+    divided, num_divided = balanced_assignment.divide_pairs(codes, mixed, 4)
+    assert num_divided == 1
+    assert len(set(zip(divided.tolist(), groups.argmax(axis=1).tolist(), strict=True))) == 4
+    before = clustering.balanced_sse(codes, mixed, 4)
+    assert clustering.balanced_sse(codes, divided, 4) < 0.01 * before
+    again, num_divided = balanced_assignment.divide_pairs(codes, divided, 4)
+    assert num_divided == 0
+    assert np.array_equal(again, divided)
+
+
 def test_an_unbalanced_assignment_gets_no_certificate():
     codes = random_codes(6)
     assert not clustering.certify(codes, np.array([0, 0, 0, 0, 1, 1]), 2)["balanced"]
@@ -266,6 +291,30 @@ def test_annealing_is_a_better_start_than_random_codes(monkeypatch):
     monkeypatch.setattr(clustering, "anneal", start_at_codes)
     plain = [clustering.cluster_optimal(codes, start).sse for start in starts]
     assert np.median(annealed) < np.median(plain)
+
+
+def test_lumpy_codebooks_satisfy_the_certificate_and_end_annealing_early(monkeypatch):
+    codes = lumpy_codes(768, num_groups=10)
+    start = clustering.start_codes(768, 24, seed=0)
+    found = clustering.cluster_optimal(codes, start)
+    assert all(clustering.certify(codes, found.assignment, 24).values())
+    rounds = []
+    annealing.anneal(codes, start, lambda: rounds.append("ends early"))
+    monkeypatch.setattr(annealing, "MAX_UNBALANCED", np.inf)
+    annealing.anneal(codes, start, lambda: rounds.append("goes on"))
+    assert rounds.count("ends early") < 0.8 * rounds.count("goes on")
+
+
+def test_prices_move_alike_whichever_way_the_equations_are_solved(monkeypatch):
+    random = np.random.default_rng(0)
+    memberships = random.dirichlet(np.full(6, 0.3), size=50).astype(np.float32)     # (R, K)
+    soft_sizes = 4 * memberships.sum(axis=0, dtype=np.float64)
+    direct = annealing._price_step(memberships, soft_sizes, 200 / 6)
+    monkeypatch.setattr(annealing, "FEW_CLUSTERS", 0)
+    monkeypatch.setattr(annealing, "STEP_ERROR", 1e-6)
+    iterative = annealing._price_step(memberships, soft_sizes, 200 / 6)
+    np.testing.assert_allclose(iterative, direct, rtol=1e-4)
+    assert np.abs(direct).max() < annealing.MAX_PRICE_STEP                  # neither is clipped
 
 
 def test_critical_temperature_is_twice_the_largest_variance():

@@ -6,8 +6,8 @@ squared distances of the codes to the means of their clusters. Three methods:
 
 `cluster_greedy`   Algorithm 1 of the paper (arXiv 2501.00880), as published.
 `cluster_optimal`  a start by deterministic annealing with balanced soft assignments, then rounds
-                   of means and EXACT assignments, alternating with swaps of two codes, until
-                   neither lowers the SSE.
+                   of means and EXACT assignments. Early ones alternate with divisions of two
+                   clusters, late ones with swaps of two codes, until neither lowers the SSE.
 `cluster_random`   the control of an experiment: balanced clusters without structure.
 
 All compute on one thread, so results do not depend on how many threads the machine has.
@@ -26,6 +26,7 @@ from tokenizer.balanced_assignment import (
     assign_exactly,
     assignment_is_optimal,
     distance_costs,
+    divide_pairs,
     fill_clusters,
     fill_in_order,
     list_members,
@@ -33,6 +34,7 @@ from tokenizer.balanced_assignment import (
 )
 
 GREEDY_ROUNDS = 100
+SLOW_FALL = 0.99                # of the SSE in a round of exact assignments, when pairs are divided
 
 
 @dataclass
@@ -132,7 +134,7 @@ def cluster_greedy(codes: np.ndarray, start: np.ndarray, keep_best: bool = False
 
 def cluster_optimal(codes: np.ndarray, start: np.ndarray,
                     on_round: Callable[[], object] = lambda: None) -> Clustering:
-    """Clusters by annealing, exact assignments and swaps; the result satisfies `certify`.
+    """Clusters by annealing, exact assignments and small moves; the result satisfies `certify`.
 
     Args:
         codes: (V, E) float32, normalised.
@@ -149,13 +151,19 @@ def cluster_optimal(codes: np.ndarray, start: np.ndarray,
         assignment = fill_clusters(distance_costs(codes, centers) - prices)
         trace = []
         total_swaps = 0
+        may_divide = True
         while True:
             assignment = assign_exactly(distance_costs(codes, centers), assignment)
             trace.append(balanced_sse(codes, assignment, num_clusters))
             old_centers = centers
             centers = cluster_means(codes, assignment, num_clusters)
             on_round()
-            if not np.array_equal(centers, old_centers):
+            falls_slowly = len(trace) > 1 and trace[-1] >= SLOW_FALL * trace[-2]
+            if may_divide and falls_slowly:
+                assignment, num_divided = divide_pairs(codes, assignment, num_clusters)
+                may_divide = num_divided > 0
+                centers = cluster_means(codes, assignment, num_clusters)
+            if may_divide or not np.array_equal(centers, old_centers):
                 continue                        # every round lowers the SSE, so this ends
             assignment, num_swaps = swap_codes(codes, assignment, num_clusters)
             if num_swaps == 0:
