@@ -20,6 +20,7 @@ from autoregressive.models import gpt
 from autoregressive.models.config import gpt_config
 from autoregressive.runtime.checkpoint import read_checkpoint, save_checkpoint
 from processes import run_here
+from ready_files import npy, numbered_files, write_folders, write_tar
 from tokenizer.tokenizer_image.images import open_dataset
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 
@@ -32,6 +33,9 @@ PIPELINE = (f"{GPT} {VQ} --vq-ckpt good/reordered.pt --gpt-ckpt good/gpt.pt "
 COMMANDS = {
     "extract": ("autoregressive/train/extract_codes_c2i.py",
                 f"{VQ} {DIGITS} --vq-ckpt good/vq.pt --code-path new/codes --num-workers 0"),
+    "import": ("autoregressive/train/import_codes.py",
+               f"{VQ} --image-size 16 --vq-ckpt good/vq.pt --from good/ready.tar "
+               "--code-path new/codes"),
     "check": ("autoregressive/train/check_codes.py",
               "--dataset digits --data-path val --vq-ckpt good/vq.pt "
               "--code-path good/codes --output new/check.png"),
@@ -104,6 +108,9 @@ def make_good(folder: Path) -> None:
         shutil.rmtree(new)
 
     keep("extract", codes="codes")
+    codes = np.load(good / "codes" / "codes.npy")
+    write_tar(good / "ready.tar", numbered_files(codes, np.load(good / "codes" / "labels.npy")))
+    keep("import", imported="codes")
     keep("balance", mapping__pt="mapping*.pt", mapping__pt__json="mapping*.json",
          reordered__pt="vq-reorder*.pt")
     keep("train", gpt__pt="*/checkpoints/0000004.pt", run="*")
@@ -135,6 +142,7 @@ def make_bad(folder: Path) -> None:
     make_bad_weights(good, bad)
     make_bad_mappings(good, bad)
     make_bad_stores(good, bad)
+    make_bad_ready_codes(bad)
     make_bad_runs(good, bad)
     make_bad_archives(good, bad)
     make_bad_pictures(good, bad)
@@ -274,6 +282,34 @@ def make_bad_stores(good: Path, bad: Path) -> None:
         label = -1 if row == 7 else labels[row]
         np.save(bad / "older" / "x_codes" / f"{row}.npy", codes[row][None].astype(np.int64))
         np.save(bad / "older" / "x_labels" / f"{row}.npy", np.array([label]))
+
+
+def make_bad_ready_codes(bad: Path) -> None:
+    """Makes tars and folders of ready codes that cannot be imported, and names of their classes."""
+    codes = np.arange(40 * 2 * 16).reshape(40, 2, 16) % 64
+    labels = np.arange(40) % 10
+    members = numbered_files(codes, labels)
+    tars = {
+        "gap": [member for member in members if "/7/" not in member[0]],
+        "twice": [*members, members[3]],
+        "text": [*members, ("readme\nfirst.txt", b"codes")],
+        "empty": [],
+        "floats": [(name, npy(np.zeros((2, 16)))) for name, _ in members],
+        "range": numbered_files(codes + 64, labels),
+        "large": numbered_files(np.zeros((40, 2, 64)), labels),
+        "far": [(f"{10**15}/0.npy", members[0][1])],
+    }
+    for name, content in tars.items():
+        write_tar(bad / f"ready-{name}.tar", content)
+    (bad / "ready-cut.tar").write_bytes((bad / "ready-gap.tar").read_bytes()[:2500])
+    write_folders(bad / "ready-mixed", [("0/0.npy", b""), ("0/0.npz", b"")])
+    write_folders(bad / "ready-loose", [("0.npy", b"")])
+    write_folders(bad / "ready-pairs", [("a/0.npz", b"PK"), ("b/0.npz", b"PK")])
+    (bad / "ready-pairs" / "c").mkdir()
+    write_folders(bad / "ready-npz", [("a/0.npz", b"PK"), ("b/0.npz", b"PK")])
+    (bad / "names-few.txt").write_text("one\ntwo\n")
+    (bad / "names-blank.txt").write_text("one\n\nthree\n")
+    (bad / "names-bytes.txt").write_bytes(b"\xff\xfe\n")
 
 
 def make_bad_runs(good: Path, bad: Path) -> None:

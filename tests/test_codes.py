@@ -26,6 +26,7 @@ from autoregressive.runtime.lock import hold, lock_of
 from autoregressive.runtime.log import LOGGER
 from autoregressive.train import train_c2i
 from processes import run_here
+from ready_files import write_older
 
 MANIFEST = {
     "dataset": "test", "num_images": 7, "num_crops": 2, "num_tokens": 9, "grid": 3,
@@ -291,13 +292,6 @@ def test_stores_of_other_images_are_not_combined(tmp_path, store, change, labels
     writer.finish(0)
     with pytest.raises(ValueError, match=words):
         open_codes(store.path, tmp_path / "other")
-
-
-def write_older(folder, codes, labels):
-    for kind, arrays in (("codes", codes), ("labels", labels)):
-        (folder / f"imagenet48_{kind}").mkdir(parents=True)
-        for row, array in enumerate(arrays):
-            np.save(folder / f"imagenet48_{kind}" / f"{row}.npy", array[None])
 
 
 @pytest.fixture

@@ -67,6 +67,18 @@ def full(tmp_path):
     return writer
 
 
+def test_rows_that_are_not_consecutive_come_to_their_places(tmp_path):
+    writer = writer_of(tmp_path)
+    writer.create()
+    rows = np.array([0, 3, 4, 5, 8, 10])
+    writer.write(rows, pictures=PICTURES[rows], labels=LABELS[rows])
+    others = np.setdiff1d(np.arange(NUM_ROWS), rows)
+    assert np.flatnonzero(writer.is_missing()).tolist() == others.tolist()
+    assert not writer.array("pictures")[others].any()
+    writer.write(others, pictures=PICTURES[others], labels=LABELS[others])
+    assert_holds_all(writer)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_rows_of_two_writers_in_any_order_make_one_array(tmp_path, seed):
     first, second = writer_of(tmp_path / "rows"), writer_of(tmp_path / "rows")

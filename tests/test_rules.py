@@ -30,6 +30,10 @@ SCRIPTS = {
         "--codebook-size": 16384, "--codebook-embed-dim": 8, "--dataset": "imagenet",
         "--image-size": 256, "--ten-crop": False, "--crop-range": 1.1, "--global-seed": 0,
         "--num-workers": 24, "--debug": False},
+    "autoregressive/train/import_codes.py": {
+        "--from": None, "--code-path": None, "--vq-model": "VQ-16", "--vq-ckpt": None,
+        "--codebook-size": 16384, "--codebook-embed-dim": 8, "--image-size": 256,
+        "--crop-range": 1.1, "--class-names": None},
     "autoregressive/train/check_codes.py": {
         "--code-path": None, "--data-path": None, "--dataset": "imagenet", "--vq-ckpt": None},
     "autoregressive/train/train_c2i.py": {
@@ -73,6 +77,7 @@ RUN = {"results_dir", "new_run", "no_local_save", "epochs", "max_steps", "log_ev
 MAY_VARY = {
     "autoregressive/train/extract_codes_c2i.py": {
         "batch_size", "num_workers", "no_compile", "compile_errors", "max_failures", "overwrite"},
+    "autoregressive/train/import_codes.py": {"max_failures", "overwrite"},
     "autoregressive/train/train_c2i.py": RUN | {
         "validation_step", "parallel", "no_compile", "compile_errors", "cudnn_attention",
         "checkpoint_activations", "loss_mib"},

@@ -12,9 +12,17 @@ from tqdm import tqdm
 
 from autoregressive.data.checksums import CHECKSUM_ROWS, checksum_of_labels, checksum_of_rows
 from autoregressive.data.codes import code_dtype
+from autoregressive.runtime.entry import Parser, may_vary
 from autoregressive.runtime.files import read_json, write_json
 from autoregressive.runtime.identity import find_difference
 from autoregressive.runtime.rows import FAILED, TO_DO, WRITTEN, RowWriter
+
+
+def add_writer_args(parser: Parser) -> None:
+    """Declares what may become of a store that lies at --code-path."""
+    may_vary(parser.add_argument("--overwrite", action="store_true",
+                                 help="replace a finished store, or one of another extraction, at "
+                                      "--code-path"))
 
 
 class CodeWriter:
@@ -114,19 +122,23 @@ class CodeWriter:
         """Whether the store on disk is finished."""
         return read_json(self._record, {"complete": bool})["complete"]
 
-    def write(self, rows: range, codes: np.ndarray, failures: dict[int, tuple[str, str]]) -> None:
-        """Writes consecutive rows: failures first, then codes, then the status that counts them.
+    def write(self, rows: range | np.ndarray, codes: np.ndarray,
+              failures: dict[int, tuple[str, str]]) -> None:
+        """Writes rows: failures first, then codes, then the status that counts them.
 
         Args:
-            rows: range of rows.
+            rows: as in RowWriter.write.
             codes: (len(rows), crops, T) integers.
             failures: dict of row -> (path, reason); the codes of these rows are never read.
         """
         codes = np.array(codes)
         status = np.full(len(rows), WRITTEN)
-        for row, (path, reason) in failures.items():
-            codes[row - rows.start] = 0
-            status[row - rows.start] = FAILED
+        for place, row in enumerate(np.asarray(rows).tolist()):
+            if row not in failures:
+                continue
+            path, reason = failures[row]
+            codes[place] = 0
+            status[place] = FAILED
             write_json(self.path / "failures" / f"{row:09d}.json",
                        {"row": row, "path": path, "reason": reason})
         self.rows.write(rows, codes=codes, status=status)

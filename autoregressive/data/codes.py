@@ -3,7 +3,8 @@
 A store is one folder, written by code_writer.py and opened by opening.py:
 
     manifest.json   what the codes are: dataset, classes, crops in their order, V, hashes, failed
-                    images, checksums
+                    images, checksums; of imported codes also the keys that are claimed: they
+                    were given by flags, since the source does not tell them
     codes.npy       (N, crops, T) uint16 (int32 above V = 65,536), every crop of every image
     labels.npy      (N,) int64
     status.npy      (N,) uint8, failures/: only while the store is being written
@@ -26,6 +27,11 @@ DAMAGED = "the store is damaged, extract it again with --overwrite"
 def code_dtype(codebook_size: int) -> type[np.integer]:
     """Returns the dtype that codes 0 .. codebook_size - 1 are stored in."""
     return np.uint16 if codebook_size <= 65536 else np.int32
+
+
+def numbered_classes(count: int) -> list[str]:
+    """Returns what the classes of imported codes are called if nothing tells their names."""
+    return [str(label) for label in range(count)]
 
 
 def add_code_args(parser: Parser, several: bool = False) -> None:

@@ -11,6 +11,7 @@ from autoregressive.data.mapping import Mapping
 from autoregressive.data.older_codes import OlderCodes
 from autoregressive.data.opening import has_manifest, open_codes
 from autoregressive.runtime.identity import check_codebook, check_recorded
+from autoregressive.runtime.log import LOGGER
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,9 @@ def check_store(store: CodeStore, mapping: Mapping, expected: ExpectedCodes) -> 
     check_recorded("--image-size", expected.image_size, manifest["image_size"], store.path)
     check_recorded("--image-size / --downsample-size (the grid)", expected.grid, store.grid,
                    store.path)
+    if manifest.get("claimed"):
+        LOGGER.warning("%s: imported codes, whose codebook is claimed, not verified; compare them "
+                       "with their images with scripts/autoregressive/check_codes.sh", store.path)
     check_recorded("--cluster-size", expected.cluster_size, mapping.hashes.get("cluster_size"),
                    mapping.path)
     check_codebook(manifest["codebook_sha256"], mapping.hashes.get("original_codebook_sha256"),

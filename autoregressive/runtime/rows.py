@@ -137,12 +137,16 @@ class RowWriter:
         """Rows that were written, or recorded as failed, by all processes together."""
         return int(np.count_nonzero(self.array("status")))
 
+    def is_missing(self) -> np.ndarray:
+        """Returns which rows are not written yet, (num_rows,) bool."""
+        return self.array("status") == TO_DO
+
     def missing(self, rows_per_batch: int) -> list[range]:
         """Returns the batches that are not written yet.
 
         Batches are ranges of rows, cut at multiples of `rows_per_batch`.
         """
-        is_missing = self.array("status") == TO_DO
+        is_missing = self.is_missing()
         batches = []
         for first in range(0, self.num_rows, rows_per_batch):
             rows = range(first, min(first + rows_per_batch, self.num_rows))
@@ -150,17 +154,18 @@ class RowWriter:
                 batches.append(rows)
         return batches
 
-    def write(self, rows: range, **arrays: np.ndarray) -> None:
-        """Writes consecutive rows: every array, then the status that makes them count.
+    def write(self, rows: range | np.ndarray, **arrays: np.ndarray) -> None:
+        """Writes rows: every array, then the status that makes them count.
 
         Args:
-            rows: range of rows.
+            rows: consecutive ones as a range, or an array (n,) of ascending ones, which one process
+                alone may write.
             arrays: by name, (len(rows), ...); "status", if it is not given, is WRITTEN.
         """
         status = arrays.pop("status", np.full(len(rows), WRITTEN))
         for name, array in (arrays | {"status": status}).items():
             dtype, _ = self._files[name]
-            _write_rows(self._file(name), rows.start, array.astype(dtype))
+            _write_rows(self._file(name), rows, array.astype(dtype))
 
     def wait_for_others(self) -> None:
         """Waits until every row is written, by any process.
@@ -248,15 +253,28 @@ def _preallocate(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
     os.replace(temporary, path)
 
 
-def _write_rows(path: Path, first_row: int, rows: np.ndarray) -> None:
-    """Writes consecutive rows into a .npy file, at their place in it."""
-    offset = np.load(path, mmap_mode="r").offset + first_row * rows[0].nbytes
-    data = memoryview(np.ascontiguousarray(rows)).cast("B")
-    handle = os.open(path, os.O_WRONLY | getattr(os, "O_DSYNC", 0))
+def _write_rows(path: Path, places: range | np.ndarray, rows: np.ndarray) -> None:
+    """Writes rows into a .npy file, at their ascending places in it, and waits for the disk."""
+    start = np.load(path, mmap_mode="r").offset
+    places = np.asarray(places)
+    jumps = np.flatnonzero(np.diff(places) != 1) + 1
+    runs = np.split(np.arange(len(places)), jumps)              # of consecutive rows
+    # Thousands of short runs wait for the disk once, at the end.
+    is_one = len(runs) == 1
+    handle = os.open(path, os.O_WRONLY | (getattr(os, "O_DSYNC", 0) if is_one else 0))
     try:
-        while len(data):
-            written = os.pwrite(handle, data, offset)
-            data = data[written:]
-            offset += written
+        for run in runs:
+            data = memoryview(np.ascontiguousarray(rows[run[0]:run[-1] + 1])).cast("B")
+            _write_all(handle, data, start + int(places[run[0]]) * rows[0].nbytes)
+        if not is_one:
+            os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _write_all(handle: int, data: memoryview, offset: int) -> None:
+    """Writes all of `data` at an offset of an open file."""
+    while len(data):
+        written = os.pwrite(handle, data, offset)
+        data = data[written:]
+        offset += written

@@ -30,7 +30,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from autoregressive.data.codes import DAMAGED, CodeStore, add_code_args
+from autoregressive.data.codes import DAMAGED, CodeStore, add_code_args, numbered_classes
 from autoregressive.data.opening import open_codes
 from autoregressive.data.store_checks import verify_checksums
 from autoregressive.runtime.distributed import Session, keyed_random
@@ -106,11 +106,18 @@ def check_manifest(store: CodeStore) -> None:
 def check_origin(store: CodeStore, dataset: ImageSet, hashes: dict[str, str]) -> Iterator[Check]:
     """Checks that images and tokenizer are those of the extraction."""
     manifest = store.manifest
+    class_names = manifest["class_names"]
+    is_imported = bool(manifest.get("claimed"))
     yield Check(manifest["tokenizer_sha256"] == hashes["weights_sha256"],
-                "tokenizer is the one of the extraction")
-    yield Check(manifest["class_names"] == dataset.class_names, "class names, in order")
-    yield Check(manifest["images_sha256"] == dataset_sha256(dataset),
-                "names of the images, in order")
+                "tokenizer is the one " + ("claimed" if is_imported else "of the extraction"))
+    if is_imported and class_names == numbered_classes(len(dataset.class_names)):
+        yield Check(True, "number of classes", "the imported codes do not tell their names")
+    else:
+        yield Check(class_names == dataset.class_names, "class names, in order")
+    # The names of files of imported codes are not those of images.
+    if not is_imported:
+        yield Check(manifest["images_sha256"] == dataset_sha256(dataset),
+                    "names of the images, in order")
     yield Check(np.array_equal(store.labels, dataset.labels), "labels of the images")
 
 

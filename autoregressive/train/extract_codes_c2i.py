@@ -18,16 +18,16 @@ if __name__ == "__main__":
     # The repository root instead of this folder.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from autoregressive.data.code_writer import CodeWriter
+from autoregressive.data.code_writer import CodeWriter, add_writer_args
 from autoregressive.data.codes import add_code_args
-from autoregressive.data.opening import open_codes
-from autoregressive.data.store_checks import verify_checksums
+from autoregressive.data.finishing import finish_store, verify_finished
 from autoregressive.runtime.compute import PRECISIONS, add_compile_errors_arg, set_up_compiler
 from autoregressive.runtime.distributed import Session, seed_everything
 from autoregressive.runtime.entry import Flags, Parser, at_least, between, checks, may_vary, run
+from autoregressive.runtime.failures import add_failure_args
 from autoregressive.runtime.files import check_writable_folder
 from autoregressive.runtime.log import LOGGER, open_logger, progress
-from tokenizer.tokenizer_image.crops import Failures, add_failure_args, load_crops
+from tokenizer.tokenizer_image.crops import add_crop_range_arg, check_crop_range, load_crops
 from tokenizer.tokenizer_image.encoding import CropEncoder, agreement, default_batch_size
 from tokenizer.tokenizer_image.images import (
     ImageSet,
@@ -46,8 +46,6 @@ from tokenizer.tokenizer_image.vq_model import (
     downsampling,
 )
 
-LARGEST_CROP_RANGE = 4
-
 
 def build_parser() -> Parser:
     """Returns the parser of this script's command line."""
@@ -57,8 +55,7 @@ def build_parser() -> Parser:
     add_vq_args(parser, ckpt_required=True)
     parser.add_argument("--ten-crop", action="store_true",
                         help="ten crops of the enlarged picture instead of two")
-    parser.add_argument("--crop-range", type=at_least(1.0), default=1.1,
-                        help="how much --ten-crop enlarges the picture")
+    add_crop_range_arg(parser)
     parser.add_argument("--no-flip", action="store_true",
                         help="leave out the mirrored crops (digits, text)")
     parser.add_argument("--precision", default="none", choices=tuple(PRECISIONS),
@@ -72,9 +69,7 @@ def build_parser() -> Parser:
                                  help="do not compile (a GPU compiles by default)"))
     add_compile_errors_arg(parser)
     add_failure_args(parser)
-    may_vary(parser.add_argument("--overwrite", action="store_true",
-                                 help="replace a finished store, or one of another extraction, at "
-                                      "--code-path"))
+    add_writer_args(parser)
     return parser
 
 
@@ -90,9 +85,8 @@ def describe_store(args: Flags, dataset: ImageSet, hashes: dict[str, str]) -> di
         ValueError: the flags contradict each other.
     """
     check_image_size(args.image_size, args.vq_model)
-    if args.ten_crop and args.crop_range > LARGEST_CROP_RANGE:
-        raise ValueError(f"--crop-range: expected 1 to {LARGEST_CROP_RANGE}, "
-                         f"got {args.crop_range}")
+    if args.ten_crop:
+        check_crop_range(args.crop_range)
     grid = args.image_size // downsampling(args.vq_model)
     crops = crop_names(args.ten_crop, not args.no_flip)
     precision = "fp32" if args.precision == "none" else args.precision      # as all stores say
@@ -123,15 +117,12 @@ def main(args: Flags, session: Session) -> None:
 
     # A finished store is read once more, instead of being made again.
     if writer.is_complete:
-        with checks(session), progress(session, len(dataset), "verify", "image") as bar:
-            if session.is_main:
-                verify_checksums(open_codes(args.code_path), bar)
-        LOGGER.info("%s is finished: %d images, checksums verified", args.code_path, len(dataset))
+        verify_finished(writer, session)
         return
 
     extract(args, dataset, vq, writer, session)
     if session.is_main:
-        finish(writer, args.max_failures, session)
+        finish_store(writer, args.max_failures, session)
 
 
 def extract(args: Flags, dataset: ImageSet, vq: VQModel, writer: CodeWriter,
@@ -167,28 +158,6 @@ def extract(args: Flags, dataset: ImageSet, vq: VQModel, writer: CodeWriter,
             writer.write(batch.rows, codes, batch.failures)
             if session.is_main:
                 bar.update(writer.rows.num_done - bar.n)        # of all processes
-
-
-def finish(writer: CodeWriter, max_failures: float, session: Session) -> None:
-    """Waits for all rows and completes the store.
-
-    Ends the process with exit code 1 if too many images are broken.
-
-    Args:
-        writer: of the store.
-        max_failures: fraction of the images that may be broken.
-        session: Session.
-    """
-    count = writer.manifest["num_images"]
-    writer.rows.wait_for_others()
-    with progress(session, count, "checksums", "image") as bar:
-        failed = writer.finish(max_failures * count, bar)
-    failures = Failures(count, max_failures)
-    failures.add({failure["row"]: (failure["path"], failure["reason"]) for failure in failed})
-    failures.check(f"; {writer.path / 'manifest.json'} lists them, and the same command tries only "
-                   "these again", consequence="training leaves them out")
-    LOGGER.info("%d images, %d crops of %d tokens each; codes in %s", count,
-                writer.manifest["num_crops"], writer.manifest["num_tokens"], writer.path)
 
 
 if __name__ == "__main__":

@@ -24,13 +24,14 @@ import numpy as np
 
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.entry import Flags, Parser, at_least, check_one_process, checks, run
+from autoregressive.runtime.failures import Failures, add_failure_args
 from autoregressive.runtime.files import Spool, check_output, open_npz, open_spool
 from autoregressive.runtime.log import open_logger, progress
 from evaluations.c2i.classifier import ClassifierFeatures
 from evaluations.c2i.features import STATISTICS, FeatureNetwork
 from evaluations.c2i.metrics import StreamingStatistics
 from evaluations.c2i.npz_reader import NpzImages
-from tokenizer.tokenizer_image.crops import CenterCrops, Failures, add_failure_args
+from tokenizer.tokenizer_image.crops import CenterCrops
 from tokenizer.tokenizer_image.images import ImageSet, add_image_args, dataset_sha256, open_dataset
 
 BATCH_IMAGES = 256      # pictures that are in memory together

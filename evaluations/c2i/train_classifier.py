@@ -29,6 +29,7 @@ from autoregressive.runtime.entry import (
     checks,
     run,
 )
+from autoregressive.runtime.failures import Failures, add_failure_args
 from autoregressive.runtime.files import check_output
 from autoregressive.runtime.log import open_logger, progress
 from evaluations.c2i.classifier import (
@@ -37,7 +38,7 @@ from evaluations.c2i.classifier import (
     SmallClassifier,
     save_classifier,
 )
-from tokenizer.tokenizer_image.crops import CenterCrops, Failures, add_failure_args
+from tokenizer.tokenizer_image.crops import CenterCrops
 from tokenizer.tokenizer_image.images import ImageSet, add_image_args, open_dataset
 
 EVALUATION_BATCH = 256

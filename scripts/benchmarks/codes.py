@@ -1,4 +1,4 @@
-"""Rows per second and memory of random access to a store of a million rows.
+"""Rows per second and memory of random access to a store of a million rows; import from a tar.
 
     python scripts/benchmarks/codes.py
 
@@ -13,7 +13,9 @@ if __name__ == "__main__":
     # The repository root instead of this folder.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+import io
 import itertools
+import tarfile
 import tempfile
 import time
 
@@ -21,7 +23,9 @@ import numpy as np
 
 from autoregressive.data.batches import TokenBatches
 from autoregressive.data.code_writer import CodeWriter
+from autoregressive.data.importing import copy_codes
 from autoregressive.data.opening import open_codes
+from autoregressive.data.ready_folders import open_source
 from autoregressive.runtime.entry import run
 from scripts.benchmarks.turns import benchmark_parser, compare, resident_bytes
 
@@ -29,6 +33,7 @@ CODEBOOK_SIZE, NUM_CLASSES, TOKENS = 16384, 1000, 256
 NUM_ROWS, WRITTEN_TOGETHER, BATCH = 1_000_000, 10000, 256
 SECONDS = 1.0                                       # of a measurement
 OLDER_ROWS = 20000                                  # in the published layout
+NUM_MEMBERS = 20000                                 # of a tar
 
 
 def build_parser():
@@ -36,13 +41,17 @@ def build_parser():
     return benchmark_parser("Measure random access to codes.", rounds=5)
 
 
-def make_store(folder):
+def describe(num_images, crops):
+    """Returns the manifest of a store."""
     unknown = dict.fromkeys(("dataset", "images_sha256", "codebook_sha256", "tokenizer_sha256"), "")
     class_names = [str(label) for label in range(NUM_CLASSES)]
-    header = {"num_images": NUM_ROWS, "num_crops": 1, "crops": ["centre"], "num_tokens": TOKENS,
-              "grid": 16, "image_size": 256, "codebook_size": CODEBOOK_SIZE,
-              "class_names": class_names}
-    writer = CodeWriter(folder, header | unknown)
+    return unknown | {
+        "num_images": num_images, "num_crops": len(crops), "crops": crops, "num_tokens": TOKENS,
+        "grid": 16, "image_size": 256, "codebook_size": CODEBOOK_SIZE, "class_names": class_names}
+
+
+def make_store(folder):
+    writer = CodeWriter(folder, describe(NUM_ROWS, ["centre"]))
     random = np.random.default_rng(0)
     writer.create(random.integers(NUM_CLASSES, size=NUM_ROWS))
     for rows in writer.rows.missing(WRITTEN_TOGETHER):
@@ -59,6 +68,35 @@ def make_older(folder, store):
         for row in range(OLDER_ROWS):
             np.save(kind_folder / f"{row}.npy", arrays[row:row + 1].astype(np.int64))
     return open_codes(folder)
+
+
+def make_tar(path):
+    """Writes a tar of RandAR's layout, its members in an order of their own."""
+    random = np.random.default_rng(0)
+    with tarfile.open(path, "w") as tar:
+        for image in random.permutation(NUM_MEMBERS):
+            file = io.BytesIO()
+            np.save(file, random.integers(CODEBOOK_SIZE, size=(2, TOKENS)))
+            member = tarfile.TarInfo(f"codes/{image % NUM_CLASSES}/{image}.npy")
+            member.size = file.tell()
+            file.seek(0)
+            tar.addfile(member, file)
+
+
+def measure_import(folder, session):
+    """Prints how many files of a tar become rows in a second."""
+    make_tar(folder / "codes.tar")
+    started = time.perf_counter()
+    cpu_started = time.process_time()
+    source = open_source(folder / "codes.tar", session)
+    writer = CodeWriter(folder / "imported", describe(len(source), ["centre", "centre, mirrored"]))
+    writer.create(source.labels)
+    copy_codes(source, writer, session)
+    writer.finish(0)
+    seconds = time.perf_counter() - started
+    cpu_seconds = time.process_time() - cpu_started
+    print(f"import of {NUM_MEMBERS} files of 2 x {TOKENS} tokens from a tar: "
+          f"{NUM_MEMBERS / seconds:.0f} files/s, {NUM_MEMBERS / cpu_seconds:.0f} per CPU second")
 
 
 def main(args, session):
@@ -83,6 +121,7 @@ def main(args, session):
         added = resident_bytes("RssAnon") - imported
         print(f"memory beyond the page cache: {added / 2**20:.0f} MB, and "
               f"{imported / 2**20:.0f} MB of torch itself")
+        measure_import(Path(folder), session)
 
 
 if __name__ == "__main__":

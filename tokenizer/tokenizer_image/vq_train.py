@@ -34,6 +34,7 @@ from autoregressive.runtime.entry import (
     may_vary,
     run,
 )
+from autoregressive.runtime.failures import add_failure_args
 from autoregressive.runtime.files import check_output, read_json, write_json
 from autoregressive.runtime.loader import BatchOrder
 from autoregressive.runtime.log import LOGGER, open_logger
@@ -47,7 +48,7 @@ from autoregressive.runtime.run_settings import (
 )
 from autoregressive.runtime.speed import Speedometer
 from autoregressive.runtime.training import TrainingRun
-from tokenizer.tokenizer_image.crops import TrainingCrops, add_failure_args
+from tokenizer.tokenizer_image.crops import TrainingCrops
 from tokenizer.tokenizer_image.discriminator import NORMS, SMALLEST_IMAGE, PatchDiscriminator
 from tokenizer.tokenizer_image.images import add_image_args, dataset_sha256, open_dataset
 from tokenizer.tokenizer_image.loading import load_vq

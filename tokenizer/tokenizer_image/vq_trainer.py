@@ -16,11 +16,11 @@ from torch import Tensor
 from autoregressive.runtime.checkpoint import load_strictly
 from autoregressive.runtime.compute import autocast
 from autoregressive.runtime.distributed import Session, keyed_random
+from autoregressive.runtime.failures import Failures
 from autoregressive.runtime.log import LOGGER
 from autoregressive.runtime.meter import Meter
 from autoregressive.runtime.optim import ModelOptimizer, OptimSettings
 from autoregressive.runtime.parallel import sync_gradients, wrap_for_training
-from tokenizer.tokenizer_image.crops import Failures
 from tokenizer.tokenizer_image.images import to_float
 from tokenizer.tokenizer_image.vq_loss import GAN_LOSSES, adaptive_weight
 from tokenizer.tokenizer_image.vq_model import VQModel

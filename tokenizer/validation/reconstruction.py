@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from autoregressive.runtime.distributed import Session
+from autoregressive.runtime.failures import Failures
 from autoregressive.runtime.log import progress
 from autoregressive.runtime.pictures import save_grid
-from tokenizer.tokenizer_image.crops import CenterCrops, Failures, load_crops
+from tokenizer.tokenizer_image.crops import CenterCrops, load_crops
 from tokenizer.tokenizer_image.images import ImageSet, to_float, to_uint8
 from tokenizer.tokenizer_image.vq_model import VQModel
 from tokenizer.validation.metrics import codebook_usage, psnr

@@ -22,9 +22,9 @@ import numpy as np
 
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.entry import Flags, Parser, at_least, check_one_process, checks, run
+from autoregressive.runtime.failures import add_failure_args
 from autoregressive.runtime.files import check_output, open_npz, open_spool, write_json
 from autoregressive.runtime.log import LOGGER, open_logger
-from tokenizer.tokenizer_image.crops import add_failure_args
 from tokenizer.tokenizer_image.images import add_image_args, dataset_sha256, open_dataset, to_float
 from tokenizer.tokenizer_image.loading import load_vq
 from tokenizer.tokenizer_image.lpips import LPIPS, add_lpips_args, load_lpips
