@@ -178,8 +178,12 @@ class Features(torch.nn.Module):
         self.table = torch.nn.Parameter(torch.randn(2, 9, 16))
         self.output = torch.nn.Linear(16, 24, bias=False)
 
-    def features(self, tokens, labels):
+    def features(self, tokens, labels, patch):
+        assert patch == 1
         return self.table
+
+    def targets(self, tokens, patch):
+        return tokens[..., None]
 
 
 def batch():
