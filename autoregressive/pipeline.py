@@ -23,11 +23,12 @@ from autoregressive.models.config import GPTConfig, add_gpt_args, gpt_config, gr
 from autoregressive.models.generate import Steps, generate
 from autoregressive.models.gpt import GPT
 from autoregressive.models.guidance_free import choose_beta, fold_beta, is_guidance_free
-from autoregressive.models.loading import GPTFile, build_gpt, check_fitting
+from autoregressive.models.loading import GPTFile, build_gpt, check_fitting, describe_gpt
 from autoregressive.models.packed import can_pack, pack_linears
 from autoregressive.models.random_numbers import random_numbers
 from autoregressive.models.recipes import add_preset_arg, sampling_flags
 from autoregressive.models.sampler import Sampler, add_sampler_args
+from autoregressive.runtime.checkpoint import check_weights
 from autoregressive.runtime.compute import (
     PRECISIONS,
     add_compile_errors_arg,
@@ -178,11 +179,14 @@ def settle_flags(args: Flags, file: GPTFile, device: torch.device) -> None:
         ValueError: the preset is of another model, or the guidance does not fit the GPT.
     """
     is_free = is_guidance_free(file.state)
+    if is_free and args.is_given("beta") and args.is_given("cfg_scale"):
+        raise ValueError("--beta: expected no --cfg-scale beside it, which stands for 1 / beta; "
+                         "give one of them")
     preset = sampling_flags(args.preset, {} if is_free else file.settings)
     args.resolve(file.flags(), file.path, device_flags(device, args.defaults()) | preset)
     args.beta = choose_beta(args.beta, is_free, Sampler(**args.pick(Sampler)))
     if is_free:
-        args.cfg_scale = 1 / args.beta              # what it stands for
+        args.cfg_scale = round(1 / args.beta, 12)   # what it stands for
 
 
 def load_decoder(path: str | Path, config: VQConfig, codebook_sha256: str | None,
@@ -237,6 +241,9 @@ def load_pipeline(file: GPTFile, settings: PipelineSettings, sampler: Sampler, v
                         grid=grid_of(settings.image_size, settings.downsample_size),
                         vocab_size=vq_config.codebook_size, num_classes=settings.num_classes)
     if settings.beta is not None:
+        with torch.device("meta"):
+            free = GPT(replace(config, guidance_free=True))
+        check_weights(free, file.state, file.path, describe_gpt(file.state))
         file = replace(file, state=fold_beta(file.state, settings.beta))
         sampler = replace(sampler, cfg_scale=1.0)
     gpt = build_gpt(file, config)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import signal
 
 import numpy as np
 import pytest
@@ -239,7 +240,9 @@ def test_a_run_killed_and_resumed_ends_like_a_straight_one(folder, tmp_path, pro
     more = (*FREE, *more)
     assert start(TRAIN, *flags(folder, straight, *more), processes=processes).returncode == 0
     command = flags(folder, killed, *more)
-    start_and_kill(TRAIN, *command, processes=processes, when=lambda: steps_done(killed) >= 6)
+    status = start_and_kill(TRAIN, *command, processes=processes,
+                            when=lambda: steps_done(killed) >= 6)
+    assert status == -signal.SIGKILL
     assert start(TRAIN, *command, processes=processes).returncode == 0
     assert_same_end(straight, killed)
 
@@ -316,6 +319,7 @@ def test_a_guidance_free_checkpoint_is_sampled_in_one_pass_at_its_beta(
     (("--cfg-interval", 3), "--cfg-interval: expected none"),
     (("--cfg-scale-within", 2), "--cfg-scale-within: expected none"),
     (("--cfg-scale", 0.5), "--cfg-scale: expected at least 1"),
+    (("--beta", 0.5, "--cfg-scale", 4), "--beta: expected no --cfg-scale beside it"),
     (("--beta", 0), "--beta: expected a fraction above 0"),
     (("--beta", 1.5), "--beta: expected a fraction above 0"),
 ])
@@ -325,6 +329,21 @@ def test_guidance_that_one_pass_cannot_follow_is_refused(
     assert run_here(SAMPLE, *sample_flags(folder, checkpoints, tmp_path, *more)) == 2
     line = capsys.readouterr().err
     assert words in line and len(line.splitlines()) == 1
+
+
+def test_a_guidance_free_file_that_lacks_a_weight_is_one_line(folder, free_run, tmp_path, capsys):
+    weights = last_checkpoint(free_run)["model"]
+    del weights["t_embedder.mlp.2.bias"]
+    save_checkpoint(tmp_path / "damaged.pt", {"model": weights})
+    assert run_here(SAMPLE, *sample_flags(folder, tmp_path / "damaged.pt", tmp_path / "a")) == 2
+    line = capsys.readouterr().err
+    assert "t_embedder.mlp.2.bias" in line and len(line.splitlines()) == 1
+
+
+def test_a_scale_is_not_changed_by_standing_for_a_beta(folder, free_run, tmp_path):
+    checkpoints, = free_run.glob("*/checkpoints")
+    assert run_here(SAMPLE, *sample_flags(folder, checkpoints, tmp_path, "--cfg-scale", 1.9)) == 0
+    assert "-cfg-1.9-" in arrays_of(tmp_path)[0]
 
 
 def test_beta_of_an_ordinary_gpt_is_refused(folder, tmp_path, capsys):

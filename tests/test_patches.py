@@ -195,13 +195,28 @@ def test_validation_is_always_of_single_tokens():
 @pytest.mark.parametrize("level, rate, epochs, max_steps, expected", [
     (1, 0.5, 300, 0, [3000]), (2, 0.5, 300, 0, [1500, 3000]), (3, 0.5, 300, 0, [750, 1500, 3000]),
     (2, 0.3, 9, 0, [20, 90]), (2, 0.5, 300, 7, [3, 7]), (3, 0.3, 1, 100, [9, 30, 100]),
-    (2, 0.29, 100, 0, [290, 1000]), (2, 1.0, 3, 0, [30, 30])])
+    (2, 0.29, 100, 0, [290, 1000])])
 def test_stages_end_where_the_paper_says(level, rate, epochs, max_steps, expected):
     ends = StageSettings(level, rate).ends(epochs, max_steps, steps_per_epoch=10)
     assert list(ends) == expected
     for step in range(expected[-1]):
         stage = [step < end for end in expected].index(True)
         assert patch_at(step, ends) == 2 ** (level - 1 - stage)
+
+
+@pytest.mark.parametrize("level, rate, epochs, max_steps", [
+    (2, 1.0, 3, 0), (2, 0.5, 1, 0), (3, 0.1, 1, 3), (2, 0.4, 9, 2)])
+def test_stages_without_a_step_are_refused(level, rate, epochs, max_steps):
+    with pytest.raises(ValueError, match="expected stages of at least one step"):
+        StageSettings(level, rate).ends(epochs, max_steps, steps_per_epoch=10)
+
+
+def test_a_lengthened_run_in_stages_is_another_run(folder, tmp_path):
+    train(folder, tmp_path, *STAGES, "--max-steps", 5)
+    train(folder, tmp_path, *STAGES, "--max-steps", 10)
+    names = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
+    assert names == [f"00{number}-GPT-tiny-lambda=1-patch_level=2-cluster_size=8"
+                     for number in (0, 1)]
 
 
 def test_the_learning_rate_begins_anew_with_each_stage():

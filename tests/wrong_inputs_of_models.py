@@ -225,6 +225,7 @@ WRONG_INPUTS: dict[str, list[Row]] = {
          "--lr-decay-from: expected a fraction, 0 to below 1, got 1"),
         ("--patch-level", "--patch-level 0", "--patch-level: expected 1 to 5, got 0"),
         ("--patch-level", "--patch-level 4", "divide a grid of 4 tokens, got 4"),
+        ("--epoch-rate", "--epoch-rate 0.3", "--epoch-rate: expected --patch-level 2 or more"),
         ("--epoch-rate", "--patch-level 2 --epoch-rate 0",
          "--epoch-rate: expected a fraction above 0, at most 1, got 0"),
         ("--epoch-rate", "--patch-level 2 --epoch-rate nan", "--epoch-rate"),

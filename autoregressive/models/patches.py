@@ -17,6 +17,7 @@ from torch import Tensor
 from autoregressive.runtime.entry import between, fraction_above_0
 from autoregressive.runtime.schedules import whole_steps
 
+DEFAULT_RATE = 0.5
 MAX_LEVEL = 5                   # patches of 16 x 16 tokens
 
 
@@ -66,7 +67,10 @@ class StageSettings:
     epoch_rate: float
 
     def check(self, grid: int) -> None:
-        """Raises ValueError unless the largest patches divide a grid."""
+        """Raises ValueError unless the largest patches divide a grid, or for a rate of no use."""
+        if self.patch_level == 1 and self.epoch_rate != DEFAULT_RATE:
+            raise ValueError("--epoch-rate: expected --patch-level 2 or more, whose stages it "
+                             "divides, got 1; leave it out")
         largest = 2 ** (self.patch_level - 1)
         if grid % largest:
             raise ValueError(f"--patch-level: expected patches that divide a grid of {grid} "
@@ -77,10 +81,18 @@ class StageSettings:
         """Returns the step before which each stage i of n ends, the last being that of the run.
 
         That is after floor(E r^(n-1-i)) epochs, or if `max_steps` is not 0, as many of its steps.
+
+        Raises:
+            ValueError: a stage has no step.
         """
         length, steps = (max_steps, 1) if max_steps else (epochs, steps_per_epoch)
         parts = [self.epoch_rate ** power for power in reversed(range(self.patch_level))]
-        return tuple(whole_steps(part, length) * steps for part in parts)
+        ends = tuple(whole_steps(part, length) * steps for part in parts)
+        if any(first >= end for first, end in zip((0, *ends), ends, strict=False)):
+            raise ValueError(f"--patch-level: expected stages of at least one step, got stages "
+                             f"that end before the steps {', '.join(map(str, ends))}; lengthen the "
+                             "run, or change --epoch-rate")
+        return ends
 
 
 def patch_at(step: int, ends: tuple[int, ...]) -> int:
@@ -103,5 +115,5 @@ def add_stage_args(group: argparse._ActionsContainer) -> None:
     group.add_argument("--patch-level", type=between(1, MAX_LEVEL), default=1,
                        help="stages of the training; 2: first on patches of 2 x 2 tokens, which "
                             "cost a quarter, then on tokens; 1: on tokens from the start")
-    group.add_argument("--epoch-rate", type=fraction_above_0, default=0.5,
+    group.add_argument("--epoch-rate", type=fraction_above_0, default=DEFAULT_RATE,
                        help="part of the run after which the next stage begins")

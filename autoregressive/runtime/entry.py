@@ -49,6 +49,10 @@ class Flags(argparse.Namespace):
         """Returns all flags as a plain dict."""
         return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
+    def is_given(self, name: str) -> bool:
+        """Returns whether a flag stands on the command line."""
+        return name in self._given
+
     def identity(self) -> dict[str, Any]:
         """Returns the flags that tell runs apart: all that are not declared by `may_vary`."""
         return {name: value for name, value in self.plain().items() if name not in self._varying}

@@ -225,6 +225,8 @@ def main(args: Flags, session: Session) -> None:
         num_steps = settings.num_steps(data.batches.per_epoch)
         stage_ends = stages.ends(args.epochs, args.max_steps, data.batches.per_epoch)
         identity = args.identity() | data.identity()
+        if len(stage_ends) > 1:             # a longer run would go back to patches
+            identity["stage_ends"] = list(stage_ends)
         # Weights alone are part of the identity. A checkpoint to go on from is not: its run may
         # have a newer one when the same command is given again.
         if start and not start.continues:
@@ -232,6 +234,7 @@ def main(args: Flags, session: Session) -> None:
 
     # Find the run that this command continues, or begin one.
     kind = "-guidance-free" if args.guidance_free else ""
+    kind += f"-patch_level={args.patch_level}" if args.patch_level > 1 else ""
     name = f"{args.gpt_model}-lambda={loss.lambda_text}{kind}-cluster_size={args.cluster_size}"
     can_start = functools.partial(check_start, start, num_steps, needs_ema=args.ema,
                                   needs_scaler=args.mixed_precision == "fp16")

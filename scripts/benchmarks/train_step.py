@@ -67,6 +67,7 @@ def build_parser() -> Parser:
 
 def published_loss(features: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the loss of features (N, D) as published, all logits at once, and its parts (3,)."""
+    targets = targets.flatten()                     # (N,), of (N,) or (N, 1)
     logits = F.linear(features, head).float()                                       # (N, V)
     cluster_logits = logits.unflatten(-1, (-1, CLUSTER_SIZE)).logsumexp(-1)         # (N, K)
     token_loss = F.cross_entropy(logits, targets)
