@@ -12,6 +12,7 @@ import os
 import re
 import tarfile
 import zlib
+from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,7 +34,7 @@ DAMAGED_TAR = (tarfile.TarError, EOFError, zlib.error, TypeError)
 Reader = Callable[[], np.ndarray]
 
 
-class CodeSource:
+class CodeSource(ABC):
     """Ready codes of labelled images.
 
     Attributes:
@@ -54,10 +55,11 @@ class CodeSource:
         """Returns N, the number of images."""
         return len(self.labels)
 
+    @abstractmethod
     def name_of(self, row: int) -> str:
         """Returns the path of a row below that of the source."""
-        raise NotImplementedError
 
+    @abstractmethod
     def readers(self, is_wanted: np.ndarray) -> Iterator[tuple[int, Reader]]:
         """Yields wanted rows, in any order, each with a function that reads its codes.
 
@@ -67,7 +69,6 @@ class CodeSource:
         Args:
             is_wanted: (N,) bool.
         """
-        raise NotImplementedError
 
 
 class Numbers(NamedTuple):

@@ -116,6 +116,38 @@ def check_flags(args: Flags, session: Session) -> None:
                          "scaler does not see shards")
 
 
+def build_config(args: Flags) -> GPTConfig:
+    """Returns the GPT that is asked for; raises ValueError if its grid does not come out."""
+    grid = grid_of(args.image_size, args.downsample_size)
+    StageSettings(**args.pick(StageSettings)).check(grid)
+    return gpt_config(args.gpt_model, grid=grid, vocab_size=args.vocab_size,
+                      num_classes=args.num_classes, dropout=args.dropout_p,
+                      token_dropout=args.token_dropout_p, drop_path=args.drop_path_rate,
+                      guidance_free=args.guidance_free)
+
+
+def run_name(args: Flags) -> str:
+    """Returns what the name of the run's folder says after its number."""
+    loss = LossSettings(**args.pick(LossSettings))
+    kind = "-guidance-free" if args.guidance_free else ""
+    if args.patch_level > 1:
+        kind += f"-patch_level={args.patch_level}"
+    return f"{args.gpt_model}-lambda={loss.lambda_text}{kind}-cluster_size={args.cluster_size}"
+
+
+def build_identity(args: Flags, data: TrainingData, start: GPTFile | None,
+                   stage_ends: tuple[int, ...]) -> dict[str, Any]:
+    """Returns all that the run depends on."""
+    identity = args.identity() | data.identity()
+    if len(stage_ends) > 1:                         # a longer run would go back to patches
+        identity["stage_ends"] = list(stage_ends)
+    # Weights alone are part of the identity. A checkpoint to go on from is not: its run may have a
+    # newer one when the same command is given again.
+    if start and not start.continues:
+        identity["start_sha256"] = weights_sha256(start.state)
+    return identity
+
+
 def checkpoint_settings(args: Flags, data: TrainingData) -> dict[str, Any]:
     """Returns what a reader of a checkpoint must know of it."""
     names = ("gpt_model", "vocab_size", "num_classes", "image_size", "cluster_size", "lambda_cce",
@@ -179,11 +211,19 @@ def save_first_rows(path: Path, data: TrainingData, vq: VQModel) -> None:
               captions=[names[label] for label in labels])
 
 
-def log_start(name: str, data: TrainingData, loss: LossSettings, num_parameters: int,
+def step_flops(config: GPTConfig, num_parameters: int, stage_ends: tuple[int, ...],
+               step: int) -> int:
+    """Returns the floating-point operations of a step, from 0, for one image."""
+    return config.flops_per_image(num_parameters, patch_at(step, stage_ends))
+
+
+def log_start(args: Flags, data: TrainingData, num_parameters: int,
               stage_ends: tuple[int, ...]) -> None:
     """Says in the log what is trained, on what, for how long, and where its losses begin."""
+    log_recipe(args.recipe, args.plain(), data.num_crops)
     store = data.store
-    LOGGER.info("%s, %.1fM parameters; %s", name, num_parameters / 1e6, data.describe())
+    loss = LossSettings(**args.pick(LossSettings))
+    LOGGER.info("%s, %.1fM parameters; %s", args.gpt_model, num_parameters / 1e6, data.describe())
     num_failed = len(store.labels) - len(store.rows)
     if num_failed:
         LOGGER.warning("%d images of %s could not be read and are left out", num_failed, store.path)
@@ -199,47 +239,34 @@ def main(args: Flags, session: Session) -> None:
     """Trains a GPT, or continues the run that the same command began."""
     open_logger(session)
     args.resolve({}, "", training_flags(args.recipe))
-    with checks(session):
-        check_flags(args, session)      # before an older layout, which takes minutes to open
+    with checks(session):               # before an older layout, which takes minutes to open
+        check_flags(args, session)
+        config = build_config(args)
     start_path = on_main(session, find_checkpoint, args.gpt_ckpt) if args.gpt_ckpt else None
     older = on_main(session, open_older_stores, args.code_path, session)
 
     # Open and compare all that the run depends on, before any work.
     with checks(session):
-        grid = grid_of(args.image_size, args.downsample_size)
-        data = open_data(DataSettings(**args.pick(DataSettings)), grid, session.world_size, older)
+        data = open_data(DataSettings(**args.pick(DataSettings)), config.grid, session.world_size,
+                         older)
         mapping = data.mapping
         vq = open_decoder(args.vq_ckpt, VQConfig(**args.pick(VQConfig)), mapping,
                           args.cluster_size)
-        config = gpt_config(args.gpt_model, grid=grid, vocab_size=args.vocab_size,
-                            num_classes=args.num_classes, dropout=args.dropout_p,
-                            token_dropout=args.token_dropout_p, drop_path=args.drop_path_rate,
-                            guidance_free=args.guidance_free)
-        stages = StageSettings(**args.pick(StageSettings))
-        stages.check(grid)
         start = read_start(start_path, config, StartSettings(**args.pick(StartSettings)),
                            tokens=mapping.tokens, mapping_path=mapping.path,
                            mapping_sha256=mapping.hashes["mapping_sha256"])
-        loss = LossSettings(**args.pick(LossSettings))
         settings = RunSettings(**args.pick(RunSettings))
-        num_steps = settings.num_steps(data.batches.per_epoch)
+        stages = StageSettings(**args.pick(StageSettings))
         stage_ends = stages.ends(args.epochs, args.max_steps, data.batches.per_epoch)
-        identity = args.identity() | data.identity()
-        if len(stage_ends) > 1:             # a longer run would go back to patches
-            identity["stage_ends"] = list(stage_ends)
-        # Weights alone are part of the identity. A checkpoint to go on from is not: its run may
-        # have a newer one when the same command is given again.
-        if start and not start.continues:
-            identity["start_sha256"] = weights_sha256(start.state)
+        num_steps = stage_ends[-1]
+        identity = build_identity(args, data, start, stage_ends)
 
     # Find the run that this command continues, or begin one.
-    kind = "-guidance-free" if args.guidance_free else ""
-    kind += f"-patch_level={args.patch_level}" if args.patch_level > 1 else ""
-    name = f"{args.gpt_model}-lambda={loss.lambda_text}{kind}-cluster_size={args.cluster_size}"
     can_start = functools.partial(check_start, start, num_steps, needs_ema=args.ema,
                                   needs_scaler=args.mixed_precision == "fp16")
-    request = RunRequest(args.results_dir, name, identity, config=args.plain() | identity,
-                         defaults=args.defaults(), new_run=args.new_run)
+    request = RunRequest(args.results_dir, run_name(args), identity,
+                         config=args.plain() | identity, defaults=args.defaults(),
+                         new_run=args.new_run)
     folder = open_run_folder(session, request, num_steps, can_start)
     if folder.is_finished(num_steps):
         LOGGER.info("%s is finished: %s", folder.path, folder.result)
@@ -250,9 +277,8 @@ def main(args: Flags, session: Session) -> None:
     trainer = build_trainer(args, config, stage_ends, start=start, data=data, vq=vq,
                             session=session)
     num_parameters = sum(parameter.numel() for parameter in trainer.optimizer.model.parameters())
-    speed = Speedometer(session.device, session.world_size, config.num_tokens,
-                        lambda step: config.flops_per_image(num_parameters,
-                                                            patch_at(step, stage_ends)))
+    flops_at = functools.partial(step_flops, config, num_parameters, stage_ends)
+    speed = Speedometer(session.device, session.world_size, config.num_tokens, flops_at)
     training = TrainingRun(folder, trainer, data.batches, settings, session, speed=speed,
                            checkpoint_settings=checkpoint_settings(args, data), result=RESULT,
                            curves=CURVES, pictures_every=args.validation_step,
@@ -264,8 +290,7 @@ def main(args: Flags, session: Session) -> None:
     training.resume(start, can_start)
     if session.is_main and vq:
         save_first_rows(folder.path / "data.png", data, vq)
-    log_recipe(args.recipe, args.plain(), data.num_crops)
-    log_start(config.name, data, loss, num_parameters, stage_ends)
+    log_start(args, data, num_parameters, stage_ends)
     training.train()
     training.finish()
 
