@@ -13,7 +13,7 @@ from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.entry import Flags, Parser, at_least, checks, run
 from autoregressive.runtime.files import check_file, check_output, file_sha256, write_json
 from autoregressive.runtime.log import LOGGER, Panel, open_logger, plot_panels
-from scripts.experiments.scores import SETTINGS, Score, read_score, read_scores
+from scripts.experiments.scores import SETTINGS, Score, points_of, read_score, read_scores
 
 RECORDS = "*-samples/*/*.json"
 # Titles of the table, and words of legends that a value needs.
@@ -120,16 +120,8 @@ def panels_of(scores: list[Score], columns: list[str]) -> list[Panel]:
     others = [name for name in columns if name != "cfg_scale"]
     for score in scores:
         curves.setdefault(describe(score, others) or "all", []).append(score)
-    panels = []
-    for xlabel, ylabel in axes or [("scale", title) for title in titles]:
-        points = {}
-        for legend, of_curve in curves.items():
-            points[legend] = []
-            for score in of_curve:
-                values = score.numbers | {"scale": score.settings["cfg_scale"]}
-                points[legend].append((values[xlabel], values[ylabel]))
-        panels.append(Panel(xlabel, ylabel, points))
-    return panels
+    axes = axes or [("scale", title) for title in titles]
+    return [Panel(x, y, points_of(curves, x, y)) for x, y in axes]
 
 
 def main(args: Flags, session: Session) -> None:

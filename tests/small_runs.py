@@ -1,16 +1,22 @@
 """Small trainings of a GPT by its entry script: their data, their flags, what they leave."""
 
+import functools
 import json
 
 import numpy as np
 import torch
 
 from autoregressive.data.code_writer import CodeWriter
+from autoregressive.models.cluster_loss import fused_head_loss, plain_head_loss
 from autoregressive.runtime.checkpoint import list_checkpoints, read_checkpoint, save_checkpoint
 from processes import run_here, start, without_time
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 
 TRAIN = "autoregressive/train/train_c2i.py"
+SIZE = 4                                            # codes of a cluster, in LOSSES
+LOSSES = {
+    "plain": functools.partial(plain_head_loss, cluster_size=SIZE),
+    "fused": functools.partial(fused_head_loss, cluster_size=SIZE, rows_at_once=5)}
 MANIFEST = {
     "dataset": "test", "num_images": 50, "num_crops": 2, "num_tokens": 16, "grid": 4,
     "codebook_size": 64, "crops": ["centre", "centre, mirrored"], "class_names": ["a", "b", "c"],

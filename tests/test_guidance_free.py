@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from autoregressive.data.batches import TokenBatches, split_store
 from autoregressive.data.opening import open_codes
-from autoregressive.models.cluster_loss import fused_head_loss, plain_head_loss
+from autoregressive.models.cluster_loss import plain_head_loss
 from autoregressive.models.config import gpt_config
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import GPT
@@ -24,6 +24,8 @@ from autoregressive.train.objective import Objective
 from processes import run_here, start, start_and_kill
 from small_runs import (
     EVERYTHING,
+    LOSSES,
+    SIZE,
     TRAIN,
     assert_same_end,
     flags,
@@ -35,10 +37,6 @@ from small_runs import (
 )
 
 SAMPLE = "autoregressive/sample/sample_c2i_ddp.py"
-SIZE = 4                                            # codes of a cluster
-LOSSES = {
-    "plain": functools.partial(plain_head_loss, cluster_size=SIZE),
-    "fused": functools.partial(fused_head_loss, cluster_size=SIZE, rows_at_once=5)}
 FREE = ("--guidance-free",)
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from autoregressive.models.cluster_loss import fused_head_loss, plain_head_loss
 from autoregressive.models.config import gpt_config
 from autoregressive.models.gpt import GPT
 from autoregressive.models.patches import StageSettings, patch_at, patch_table, split_patches
@@ -18,6 +17,8 @@ from autoregressive.train.objective import Objective
 from processes import run_here, start, start_and_kill
 from small_runs import (
     EVERYTHING,
+    LOSSES,
+    SIZE,
     TRAIN,
     assert_same_end,
     flags,
@@ -28,10 +29,6 @@ from small_runs import (
     write_data,
 )
 
-SIZE = 4                                            # codes of a cluster
-LOSSES = {
-    "plain": functools.partial(plain_head_loss, cluster_size=SIZE),
-    "fused": functools.partial(fused_head_loss, cluster_size=SIZE, rows_at_once=5)}
 STAGES = ("--patch-level", 2, "--epoch-rate", 0.4)
 # Rows of 4 targets: all different, two equal, two of one cluster, all equal, all of one cluster.
 TARGETS = torch.tensor([[0, 5, 10, 23], [7, 7, 0, 12], [8, 9, 20, 1], [3, 3, 3, 3],

@@ -14,7 +14,7 @@ from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.entry import Flags, Parser, checks, run
 from autoregressive.runtime.files import check_output, write_json
 from autoregressive.runtime.log import Panel, plot_panels
-from scripts.experiments.scores import Score, read_scores
+from scripts.experiments.scores import Score, points_of, read_scores
 from scripts.experiments.table import interval
 
 WAYS = ("constant", "linear", "power-cosine", "split")
@@ -84,14 +84,7 @@ def panels_of(ways: dict[str, tuple[list[Score], list[Score]]], titles: list[str
             if way == "split":
                 legend += f", within {score.settings['cfg_scale_within']:g}"
             curves.setdefault(legend, []).append(score)
-    panels = []
-    for xlabel, ylabel in axes:
-        points = {}
-        for legend, scores in curves.items():
-            values = [score.numbers | {"scale": score.settings["cfg_scale"]} for score in scores]
-            points[legend] = [(value[xlabel], value[ylabel]) for value in values]
-        panels.append(Panel(xlabel, f"{ylabel}, 2,000 samples", points))
-    return panels
+    return [Panel(x, f"{y}, 2,000 samples", points_of(curves, x, y)) for x, y in axes]
 
 
 def main(args: Flags, session: Session) -> None:

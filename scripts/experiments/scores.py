@@ -9,6 +9,7 @@ from typing import Any
 from autoregressive.runtime.entry import flag_of
 from autoregressive.runtime.files import read_json
 from autoregressive.runtime.identity import find_difference
+from autoregressive.runtime.log import Points
 
 # What may differ between scores that are compared. Older samples do not name what they left alone.
 GUIDANCE = ("cfg_scale", "cfg_schedule", "top_p", "cfg_scale_within", "cfg_start", "cfg_power",
@@ -91,6 +92,20 @@ def read_scores(paths: Iterable[Path]) -> list[Score]:
                              "is of another sweep: keep both apart by OUT, and remove the folder "
                              "of the one that does not belong here")
     return sorted(scores, key=lambda score: [_order(score.settings[name]) for name in SETTINGS])
+
+
+def points_of(curves: dict[str, list[Score]], x: str, y: str) -> dict[str, Points]:
+    """Returns curves of a plot.
+
+    Args:
+        curves: legend -> scores.
+        x, y: titles of numbers, or "scale" for the strength of guidance.
+    """
+    points = {}
+    for legend, scores in curves.items():
+        values = [score.numbers | {"scale": score.settings["cfg_scale"]} for score in scores]
+        points[legend] = [(value[x], value[y]) for value in values]
+    return points
 
 
 def _order(value: object) -> tuple[bool, object]:
