@@ -182,6 +182,9 @@ def settle_flags(args: Flags, file: GPTFile, device: torch.device) -> None:
     if is_free and args.is_given("beta") and args.is_given("cfg_scale"):
         raise ValueError("--beta: expected no --cfg-scale beside it, which stands for 1 / beta; "
                          "give one of them")
+    if is_free and args.preset:
+        raise ValueError(f"--preset: expected none for a GPT trained guidance-free, got "
+                         f"{args.preset}, whose guidance is that of an ordinary one; give --beta")
     preset = sampling_flags(args.preset, {} if is_free else file.settings)
     args.resolve(file.flags(), file.path, device_flags(device, args.defaults()) | preset)
     args.beta = choose_beta(args.beta, is_free, Sampler(**args.pick(Sampler)))

@@ -10,4 +10,5 @@ if [ "${1:-}" = --all ]; then
     shift
     set -- --run-long "$@"
 fi
-exec python -m pytest -q -n 2 --dist worksteal tests "$@"
+# the files of tests that passed, gigabytes, are deleted
+exec python -m pytest -q -n 2 --dist worksteal -o tmp_path_retention_policy=failed tests "$@"

@@ -6,13 +6,18 @@ import json
 import numpy as np
 import torch
 
+from autoregressive.data.batches import TokenBatches, split_store
 from autoregressive.data.code_writer import CodeWriter
+from autoregressive.data.opening import open_codes
 from autoregressive.models.cluster_loss import fused_head_loss, plain_head_loss
+from autoregressive.models.config import gpt_config
+from autoregressive.models.gpt import GPT
 from autoregressive.runtime.checkpoint import list_checkpoints, read_checkpoint, save_checkpoint
 from processes import run_here, start, without_time
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 
 TRAIN = "autoregressive/train/train_c2i.py"
+SAMPLE = "autoregressive/sample/sample_c2i_ddp.py"
 SIZE = 4                                            # codes of a cluster, in LOSSES
 LOSSES = {
     "plain": functools.partial(plain_head_loss, cluster_size=SIZE),
@@ -73,6 +78,28 @@ def metrics(results):
 def last_checkpoint(results):
     checkpoints, = results.glob("*/checkpoints")
     return read_checkpoint(list_checkpoints(checkpoints)[-1])
+
+
+def validation_losses(folder, weights, share, batch_size):
+    """Returns token loss and cluster loss of an ordinary GPT on the first batch of validation."""
+    model = GPT(gpt_config("GPT-tiny", grid=4, vocab_size=64, num_classes=3)).eval()
+    model.load_state_dict(weights)
+    mapping = torch.load(folder / "mapping.pt", weights_only=True).numpy()
+    _, held = split_store(open_codes(folder / "codes"), share, seed=0)
+    tokens, labels = TokenBatches(held, mapping, batch_size, 0, 3, 0)[0, range(batch_size)]
+    with torch.no_grad():
+        logits = model(tokens[:, :-1], labels)
+    _, losses = plain_head_loss(logits.flatten(0, 1), torch.eye(64), tokens.flatten(),
+                                cluster_size=8, lambda_cce=1.0)
+    return losses[:2].tolist()
+
+
+def sample_flags(folder, run, out, *more):
+    return ("--gpt-ckpt", run, "--vq-ckpt", folder / "vq.pt", "--gpt-model", "GPT-tiny",
+            "--num-classes", 3, "--image-size", 16, "--downsample-size", 4, "--cluster-size", 8,
+            "--vq-model", "VQ-4-small", "--codebook-size", 64, "--image-size-eval", 16,
+            "--precision", "none", "--sample-dir", out, "--num-fid-samples", 12, "--save-codes",
+            *more)
 
 
 def assert_same_end(results, others):

@@ -11,9 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from autoregressive.data.batches import TokenBatches, split_store
+from autoregressive.data.batches import TokenBatches
 from autoregressive.data.opening import open_codes
-from autoregressive.models.cluster_loss import plain_head_loss
 from autoregressive.models.config import gpt_config
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import GPT
@@ -25,18 +24,20 @@ from processes import run_here, start, start_and_kill
 from small_runs import (
     EVERYTHING,
     LOSSES,
+    SAMPLE,
     SIZE,
     TRAIN,
     assert_same_end,
     flags,
     last_checkpoint,
     metrics,
+    sample_flags,
     steps_done,
     train,
+    validation_losses,
     write_data,
 )
 
-SAMPLE = "autoregressive/sample/sample_c2i_ddp.py"
 FREE = ("--guidance-free",)
 
 
@@ -169,6 +170,8 @@ def test_a_folded_model_gives_the_logits_of_its_beta(beta):
         rows = model.features(so_far, labels, torch.full_like(betas, beta))[:, -1]
         so_far = torch.cat([so_far, model.output(rows).argmax(-1, keepdim=True)], dim=1)
     assert torch.equal(sampled, so_far)
+    with pytest.raises(ValueError, match="expected an ordinary GPT, got one whose input is beta"):
+        generate(model, labels, uniforms, Sampler())
 
 
 @pytest.fixture(scope="module")
@@ -215,19 +218,9 @@ def test_a_run_learns_validates_at_beta_1_and_leaves_pictures(folder, free_run):
     assert saved["settings"]["guidance_free"] and saved["ema"].keys() == saved["model"].keys()
     assert saved["model"]["t_embedder.mlp.2.weight"].abs().max() > 0
     # The validation loss is that of the ordinary model at beta 1.
-    config = gpt_config("GPT-tiny", grid=4, vocab_size=64, num_classes=3)
-    model = GPT(config)
-    model.load_state_dict(fold_beta(saved["model"], 1.0))
-    store = open_codes(folder / "codes")
-    mapping = torch.load(folder / "mapping.pt", weights_only=True).numpy()
     val = [row for row in metrics(free_run) if "val_token_loss" in row][-1]
-    _, held = split_store(store, 0.1, 0)
-    batches = TokenBatches(held, mapping, 4, 0, 3, 0)
-    objective = Objective(model, functools.partial(plain_head_loss, cluster_size=8,
-                                                   lambda_cce=1.0)).eval()
-    with torch.no_grad():
-        _, losses = objective(*batches[0, range(4)])
-    assert val["val_token_loss"] == pytest.approx(losses[0].item(), rel=1e-5)
+    expected = validation_losses(folder, fold_beta(saved["model"], 1.0), share=0.1, batch_size=4)
+    assert val["val_token_loss"] == pytest.approx(expected[0], rel=1e-5)
 
 
 @pytest.mark.parametrize("processes, more", [
@@ -274,14 +267,6 @@ def test_an_ordinary_gpt_is_trained_on_guidance_free(folder, tmp_path, capsys):
     assert "trained guidance-free" in capsys.readouterr().err
 
 
-def sample_flags(folder, run, out, *more):
-    return ("--gpt-ckpt", run, "--vq-ckpt", folder / "vq.pt", "--gpt-model", "GPT-tiny",
-            "--num-classes", 3, "--image-size", 16, "--downsample-size", 4, "--cluster-size", 8,
-            "--vq-model", "VQ-4-small", "--codebook-size", 64, "--image-size-eval", 16,
-            "--precision", "none", "--sample-dir", out, "--num-fid-samples", 12, "--save-codes",
-            *more)
-
-
 def arrays_of(out):
     path, = out.glob("*.npz")
     with np.load(path) as arrays:
@@ -318,6 +303,7 @@ def test_a_guidance_free_checkpoint_is_sampled_in_one_pass_at_its_beta(
     (("--cfg-scale-within", 2), "--cfg-scale-within: expected none"),
     (("--cfg-scale", 0.5), "--cfg-scale: expected at least 1"),
     (("--beta", 0.5, "--cfg-scale", 4), "--beta: expected no --cfg-scale beside it"),
+    (("--preset", "strong-XL-256"), "--preset: expected none for a GPT trained guidance-free"),
     (("--beta", 0), "--beta: expected a fraction above 0"),
     (("--beta", 1.5), "--beta: expected a fraction above 0"),
 ])

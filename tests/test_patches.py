@@ -1,7 +1,6 @@
 """Training on patches first: the loss of several targets a row, the rows of patches, the stages."""
 
 import functools
-import math
 import signal
 
 import pytest
@@ -12,20 +11,24 @@ from autoregressive.models.config import gpt_config
 from autoregressive.models.gpt import GPT
 from autoregressive.models.patches import StageSettings, patch_at, patch_table, split_patches
 from autoregressive.models.rope import rotary_table
+from autoregressive.runtime.checkpoint import list_checkpoints
 from autoregressive.runtime.schedules import LearningRate, StagedRate
 from autoregressive.train.objective import Objective
 from processes import run_here, start, start_and_kill
 from small_runs import (
     EVERYTHING,
     LOSSES,
+    SAMPLE,
     SIZE,
     TRAIN,
     assert_same_end,
     flags,
     last_checkpoint,
     metrics,
+    sample_flags,
     steps_done,
     train,
+    validation_losses,
     write_data,
 )
 
@@ -244,8 +247,39 @@ def test_a_run_in_stages_follows_its_flags_and_validates_on_tokens(folder, tmp_p
     assert rates[8:11] == pytest.approx([0.5e-3, 1e-3, 1e-3])
     validated = [row for row in metrics(tmp_path) if "val_token_loss" in row]
     assert [row["step"] for row in validated] == [8, 16, 20]
-    assert all(abs(row["val_token_loss"] - math.log(64)) < 0.1 for row in validated)
-    assert last_checkpoint(tmp_path)["settings"]["patch_level"] == 2
+    saved = last_checkpoint(tmp_path)
+    assert saved["settings"]["patch_level"] == 2
+    expected = validation_losses(folder, saved["model"], share=0.2, batch_size=8)
+    assert [validated[-1]["val_token_loss"],
+            validated[-1]["val_cluster_loss"]] == pytest.approx(expected, rel=1e-5)
+
+
+def test_no_line_of_the_metrics_is_of_two_stages(folder, tmp_path):
+    train(folder, tmp_path, *STAGES, "--log-every", 3)
+    rows = [row for row in metrics(tmp_path) if "patch" in row]
+    assert [row["step"] for row in rows] == [3, 6, 8, 9, 12, 15, 18, 20]
+    assert [row["patch"] for row in rows] == [2, 2, 2, 1, 1, 1, 1, 1]
+    log = next(tmp_path.glob("*/log.txt")).read_text()
+    for step in (1, 9):
+        assert f"peak memory after step {step}: " in log
+
+
+def test_a_checkpoint_of_a_stage_of_patches_is_sampled_with_a_warning(folder, tmp_path, capsys):
+    train(folder, tmp_path / "run", *STAGES)
+    checkpoints = list_checkpoints(next((tmp_path / "run").glob("*/checkpoints")))
+    warnings = []
+    for path in (checkpoints[1], checkpoints[-1]):          # after 6 steps, and at the end
+        assert run_here(SAMPLE, *sample_flags(folder, path, tmp_path / path.stem)) == 0
+        warnings.append("trained on patches of 2 x 2 tokens so far" in capsys.readouterr().out)
+    assert warnings == [True, False]
+
+
+@pytest.mark.parametrize("warmup", [8, 12])
+def test_a_warm_up_that_a_stage_cuts_short_is_refused(folder, tmp_path, capsys, warmup):
+    assert run_here(TRAIN, *flags(folder, tmp_path, *STAGES, "--warmup", warmup)) == 2
+    line = capsys.readouterr().err
+    assert f"--warmup: expected fewer steps than each stage of the run has, got {warmup}" in line
+    assert len(line.splitlines()) == 1
 
 
 @pytest.mark.parametrize("processes, more", [

@@ -1,6 +1,7 @@
 """Training: exact resume, any number of processes, and what happens when something goes wrong."""
 
 import argparse
+import dataclasses
 import json
 import os
 import random
@@ -213,7 +214,7 @@ def test_a_run_leaves_curves_validation_losses_and_sample_pictures(folder, tmp_p
     assert [row["step"] for row in val] == [7, 14, 20]
     assert 0 < val[-1]["val_token_loss"] < 5 and 0 <= val[-1]["val_cluster_accuracy"] <= 1
     text = (run / "log.txt").read_text()
-    for words in ("ln V = 4.16", "peak memory of the first step",
+    for words in ("ln V = 4.16", "peak memory after step 1",
                   "step 20: token loss", "images per second"):
         assert words in text
 
@@ -589,6 +590,10 @@ def test_flops_are_six_a_weight_and_those_of_causal_attention():
     # Products of q with k and of p with v, forward and back.
     attention = config.num_layers * 3 * 2 * 2 * config.width * config.num_tokens / 2
     assert config.flops_per_image(num_weights) == 16 * (6 * multiplied + attention)
+    # Of 4 patches, a quarter of the positions, each of which attends to a quarter as many.
+    assert config.flops_per_image(num_weights, patch=2) == 4 * (6 * multiplied + attention / 4)
+    free = dataclasses.replace(config, guidance_free=True)
+    assert free.flops_per_image(num_weights) == 16 * (6 * multiplied + attention) * 4 // 3
 
 
 @pytest.mark.parametrize("world_size, batch_size", [(1, 5), (2, 4), (3, 3), (6, None)])

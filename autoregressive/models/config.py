@@ -67,7 +67,8 @@ class GPTConfig:
 
         For every position six for every weight that is multiplied (the token embedding is only
         looked up), and those of causal attention: 6 * layers * width * positions, half of the full
-        matrix. A guidance-free model runs forward once more, which is a third.
+        matrix. A guidance-free model runs forward once more, which is a third; the embedding of
+        beta counts as if it were multiplied at every position, below 1 %.
 
         Args:
             num_parameters: of the model.

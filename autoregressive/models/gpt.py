@@ -269,7 +269,14 @@ class GPT(nn.Module):
         return KVCache.empty(self.config, batch_size, weight.dtype, weight.device)
 
     def prefill(self, labels: Tensor, cache: KVCache) -> Tensor:
-        """Starts sequences from labels (B,); returns the float32 logits (B, V) of token 0."""
+        """Starts sequences from labels (B,); returns the float32 logits (B, V) of token 0.
+
+        Raises:
+            ValueError: beta is an input of the model, see guidance_free.fold_beta.
+        """
+        if self.t_embedder is not None:
+            raise ValueError("expected an ordinary GPT, got one whose input is beta; fold_beta "
+                             "makes one at a fixed beta")
         index = torch.zeros(1, dtype=torch.int64, device=labels.device)
         return self._decode(self.cls_embedding(labels), DecodePosition(index, length=1), cache)
 

@@ -137,6 +137,10 @@ def check_fitting(file: GPTFile, cluster_size: int, num_classes: int, *, is_guid
     if is_guided and recorded.get("label_dropout") == 0:
         raise ValueError(f"--cfg-scale: expected at most 1 for {file.path}, which was trained "
                          "without label dropout and knows no null label; leave guidance out")
+    patch = file.payload.get("patch", 1)
+    if patch != 1:
+        LOGGER.warning("%s: trained on patches of %s x %s tokens so far; its pictures are noise "
+                       "until it is trained on tokens", file.path, patch, patch)
 
 
 def describe_gpt(state: dict[str, Tensor]) -> str:

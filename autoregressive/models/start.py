@@ -71,9 +71,9 @@ def read_start(path: Path | None, config: GPTConfig, settings: StartSettings, *,
         mapping_sha256: its hash.
 
     Returns:
-        GPTFile whose `state` is over tokens, that of an ordinary GPT perhaps though the model is
-        guidance-free; if the weights alone are taken, its `payload` is empty
-        and it does not continue. None without a path.
+        GPTFile whose `state` is over tokens, perhaps that of an ordinary GPT though the model is
+        guidance-free; if the weights alone are taken, its `payload` is empty and it does not
+        continue. None without a path.
 
     Raises:
         ValueError: the file is unreadable, of another model, or over other tokens.

@@ -124,11 +124,18 @@ class RunSettings:
             steps_per_epoch: of the data.
             stage_ends: the step before which each stage of the run ends, if it has several; the
                 rate then begins anew with each, warm-up and fall included.
+
+        Raises:
+            ValueError: the warm-up is not over when a stage ends.
         """
         warmup = self.warmup or whole_steps(self.warmup_epochs, steps_per_epoch)
         ends = tuple(stage_ends) or (self.num_steps(steps_per_epoch),)
         rates = []
         for first, end in zip((0, *ends), ends, strict=False):
+            if len(ends) > 1 and warmup >= end - first:
+                raise ValueError(f"--warmup: expected fewer steps than each stage of the run has, "
+                                 f"got {warmup} for one of {end - first}; lower it, or lengthen "
+                                 "the run")
             rates.append(LearningRate(self.lr, self.lr_schedule, end - first, warmup,
                                       decay_from=self.lr_decay_from, least=self.min_lr))
         return rates[0] if len(rates) == 1 else StagedRate(tuple(rates), ends)

@@ -179,9 +179,9 @@ class TrainingRun:
             self.steps = step + 1
             self.speed.add(batch_size, step)
             self._log.advance()
-            if step == first:
+            if step == first or step in self.stage_ends:
                 peak = peak_memory_mib(session.device)
-                LOGGER.info("peak memory of the first step: %.0f MiB", peak)
+                LOGGER.info("peak memory after step %d: %.0f MiB", self.steps, peak)
             self._report(lr)
             self._save_or_leave()
         self._log.close()
@@ -190,7 +190,7 @@ class TrainingRun:
         """Logs, validates and saves pictures if that is due after a step."""
         settings = self.settings
         is_last = self.steps == self.num_steps
-        is_logged = is_last or self._is_due(settings.log_every)
+        is_logged = is_last or self.steps in self.stage_ends or self._is_due(settings.log_every)
         is_validated = is_last or self._is_due(settings.val_every)
         has_pictures = self._is_due(self.pictures_every)
         # A check waits for a GPU, so there it is made only before what waits for it anyway.

@@ -128,8 +128,13 @@ class GPTTrainer:
     def __post_init__(self) -> None:
         parts = self.wrapped.modules()
         self.objective = next(part for part in parts if isinstance(part, Objective))
-        names = (*CURVES, "lambda_cce") if self.objective.lambda_at else CURVES
-        self.meter = Meter(names, self.session.device)
+        self.is_staged = self.objective.patch > 1           # before the first step is set
+        names = list(CURVES)
+        if self.objective.lambda_at:
+            names.append("lambda_cce")
+        if self.is_staged:
+            names.append("patch")
+        self.meter = Meter(tuple(names), self.session.device)
 
     def step(self, step: int, batch: tuple[Tensor, ...], lr: float) -> None:
         """Applies a step from this process's part of the batch.
@@ -154,6 +159,8 @@ class GPTTrainer:
         values = [*losses, norm]
         if self.objective.lambda_at:
             values.append(self.objective.lambda_cce)
+        if self.is_staged:
+            values.append(norm.new_full((), self.objective.patch))
         self.meter.add(step, torch.stack(values), is_bad)
         if self.compiler:
             passes = 2 if len(batch) == 3 else 1        # guidance-free: that of the null label, too
@@ -193,7 +200,8 @@ class GPTTrainer:
 
     def state(self) -> dict[str, Any]:
         """Returns all that training continues from, on rank 0; all processes call this."""
-        return self.optimizer.state()
+        state = self.optimizer.state()
+        return state | {"patch": self.objective.patch} if self.is_staged else state
 
     def load(self, state: dict[str, Any]) -> None:
         """Loads what `state` returned, read on every process."""

@@ -259,6 +259,7 @@ def main(args: Flags, session: Session) -> None:
         stages = StageSettings(**args.pick(StageSettings))
         stage_ends = stages.ends(args.epochs, args.max_steps, data.batches.per_epoch)
         num_steps = stage_ends[-1]
+        settings.learning_rate(data.batches.per_epoch, stage_ends)      # ends in every stage
         identity = build_identity(args, data, start, stage_ends)
 
     # Find the run that this command continues, or begin one.
