@@ -50,7 +50,6 @@ from tokenizer.clustering import (
 )
 from tokenizer.codebook_picture import plot_codebooks
 from tokenizer.reordering import (
-    CODEBOOK,
     DEFAULT_METHOD,
     build_record,
     check_mapping_file,
@@ -59,6 +58,7 @@ from tokenizer.reordering import (
     order_of,
     permute_codebooks,
 )
+from tokenizer.tokenizer_image.loading import CODEBOOK
 
 METHODS = ("optimal", "greedy", "random")
 OF_CLUSTERING = ("method", "seed", "restarts", "keep_best")     # flags of no use beside --mapping

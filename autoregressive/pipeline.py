@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autoregressive.data.mapping import Mapping
+from autoregressive.decoder import find_decoder, load_decoder
 from autoregressive.models.captured import CapturedSteps, compile_decoding
 from autoregressive.models.config import GPTConfig, add_gpt_args, gpt_config, grid_of
 from autoregressive.models.generate import Steps, generate
@@ -37,16 +37,17 @@ from autoregressive.runtime.compute import (
 )
 from autoregressive.runtime.entry import Flags, Parser, fraction_above_0, pixels
 from autoregressive.runtime.files import weights_sha256
-from autoregressive.runtime.identity import check_codebook, check_recorded
-from autoregressive.runtime.log import LOGGER
+from autoregressive.runtime.identity import check_recorded
+from autoregressive.runtime.nearby import folders_near
 from autoregressive.runtime.pictures import save_grid
 from tokenizer.tokenizer_image.decoding import decoder_batch_size, place_decoder
 from tokenizer.tokenizer_image.images import to_uint8
-from tokenizer.tokenizer_image.loading import default_vq_path, load_vq
+from tokenizer.tokenizer_image.loading import recorded_flags
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel, add_vq_args
 
 NUM_SAMPLED = 8                 # pictures that a training samples from its model
 SHOWN_GUIDANCE = 2.0            # strength of the guidance of these
+RUN_LEVELS = 3                  # from a checkpoint's folder: the run, --results-dir, what holds it
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class PipelineSettings:
     resize: str
     precision: str
     vq_precision: str
-    vq_ckpt: str | None
+    vq_ckpt: str | Path
     compile: bool
     compile_errors: str
     beta: float | None
@@ -186,42 +187,19 @@ def settle_flags(args: Flags, file: GPTFile, device: torch.device) -> None:
         raise ValueError(f"--preset: expected none for a GPT trained guidance-free, got "
                          f"{args.preset}, whose guidance is that of an ordinary one; give --beta")
     preset = sampling_flags(args.preset, {} if is_free else file.settings)
-    args.resolve(file.flags(), file.path, device_flags(device, args.defaults()) | preset)
+    recorded = file.flags()
+    args.resolve(recorded, file.path, device_flags(device, args.defaults()) | preset)
+    if not args.is_given("image_size_eval"):        # which makes pictures smaller, never larger
+        args.image_size_eval = min(args.image_size_eval, args.image_size)
+    args.vq_ckpt = find_decoder(args.vq_ckpt, file.settings.get("codebook_sha256"),
+                                args.cluster_size,
+                                folders_near(file.path.parent, levels=RUN_LEVELS))
+    of_tokenizer = recorded_flags(args.vq_ckpt) if Path(args.vq_ckpt).is_file() else {}
+    args.take({name: value for name, value in of_tokenizer.items() if name not in recorded},
+              args.vq_ckpt)
     args.beta = choose_beta(args.beta, is_free, Sampler(**args.pick(Sampler)))
     if is_free:
         args.cfg_scale = round(1 / args.beta, 12)   # what it stands for
-
-
-def load_decoder(path: str | Path, config: VQConfig, codebook_sha256: str | None,
-                 source: str | Path) -> tuple[VQModel, dict[str, str]]:
-    """Loads a VQ model and its hashes, codebook_sha256 and weights_sha256.
-
-    Args:
-        path: its checkpoint.
-        config: VQConfig.
-        codebook_sha256: of the codebook that it must have; None is unknown.
-        source: the file that records this hash, named in errors.
-
-    Raises:
-        ValueError: the file is unreadable, or of another codebook.
-    """
-    vq, hashes = load_vq(path, config)
-    check_codebook(codebook_sha256, hashes["codebook_sha256"], source, path)
-    return vq, hashes
-
-
-def open_decoder(vq_ckpt: str | None, config: VQConfig, mapping: Mapping,
-                 cluster_size: int) -> VQModel | None:
-    """Returns the VQ model whose codebook a mapping has reordered.
-
-    Without a checkpoint it is that of the published codebook, or, with a warning, None.
-    """
-    path = vq_ckpt or default_vq_path(cluster_size)
-    if not vq_ckpt and not Path(path).exists():
-        LOGGER.warning("%s: not there, so no pictures are made; name it with --vq-ckpt", path)
-        return None
-    vq, _ = load_decoder(path, config, mapping.hashes.get("codebook_sha256"), mapping.path)
-    return vq
 
 
 def load_pipeline(file: GPTFile, settings: PipelineSettings, sampler: Sampler, vq_config: VQConfig,
@@ -252,8 +230,7 @@ def load_pipeline(file: GPTFile, settings: PipelineSettings, sampler: Sampler, v
     gpt = build_gpt(file, config)
     check_fitting(file, settings.cluster_size, settings.num_classes,
                   is_guided=sampler.num_guided(config.num_tokens) > 0)
-    vq_path = settings.vq_ckpt or default_vq_path(settings.cluster_size)
-    vq, vq_hashes = load_decoder(vq_path, vq_config, file.settings.get("codebook_sha256"),
+    vq, vq_hashes = load_decoder(settings.vq_ckpt, vq_config, file.settings.get("codebook_sha256"),
                                  file.path)
     check_recorded("--downsample-size", settings.downsample_size, vq.downsampling,
                    vq_config.vq_model)

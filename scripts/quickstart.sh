@@ -8,10 +8,6 @@ CDPATH="" cd "$(dirname "$0")/.."
 . scripts/environment.sh requirements.txt
 
 out=results/quickstart
-vq="--vq-model VQ-4-small --codebook-size 512"
-gpt="--gpt-model GPT-tiny --num-classes 10 --image-size 16 --downsample-size 4 --cluster-size 16"
-reordered="$out/vq-reorder-kmeans+nearest-cluster_size=16.pt"
-mapping="$out/mapping-kmeans+nearest-cluster_size=16.pt"
 two="torchrun --standalone --nproc_per_node=2"
 export OMP_NUM_THREADS=1        # the layers are small: a second core is better used by a second step than by a second thread
 mkdir -p $out
@@ -40,16 +36,14 @@ joined() {
 }
 
 train_gpt() {       # train_gpt LAMBDA
-    python autoregressive/train/train_c2i.py $gpt $vq --vocab-size 512 --lambda-cce "$1" \
-        --code-path $out/codes --mapping-path "$mapping" --vq-ckpt "$reordered" --results-dir $out/gpt-lambda$1 \
-        --mixed-precision none --max-steps 1500 --global-batch-size 64 --lr 3e-3 --warmup 100 --lr-schedule linear \
-        --num-workers 0
+    python autoregressive/train/train_c2i.py --code-path $out/codes --results-dir "$out/gpt-lambda$1" \
+        --gpt-model GPT-tiny --lambda-cce "$1" --mixed-precision none --max-steps 1500 --global-batch-size 64 --lr 3e-3 \
+        --warmup 100 --lr-schedule linear --num-workers 0
 }
 
 sample() {          # sample LAMBDA
-    $two autoregressive/sample/sample_c2i_ddp.py $gpt $vq --vq-ckpt "$reordered" --gpt-ckpt $out/gpt-lambda$1/000-* \
-        --image-size-eval 16 --precision none --num-fid-samples 1500 --per-proc-batch-size 125 --cfg-scale 2 --top-p 0.9 \
-        --sample-dir $out/samples-lambda$1
+    $two autoregressive/sample/sample_c2i_ddp.py --gpt-ckpt $out/gpt-lambda$1/000-* --sample-dir $out/samples-lambda$1 \
+        --precision none --num-fid-samples 1500 --per-proc-batch-size 125 --cfg-scale 2 --top-p 0.9
 }
 
 evaluate() {        # evaluate LAMBDA
@@ -60,12 +54,12 @@ echo "== 1/7 train a tokenizer (shown) and a small classifier to score with (bes
 beside $out/classifier.log step $out/classifier.pt python evaluations/c2i/train_classifier.py --dataset digits \
     --data-path train --val-path val --image-size 16 --output $out/classifier.pt
 step $out/vq.pt python tokenizer/tokenizer_image/vq_train.py --dataset digits --data-path train --val-path val \
-    --no-flip --smallest-crop 1 --image-size 16 $vq --max-steps 350 --global-batch-size 32 --lr 1.5e-3 \
-    --lr-schedule linear --warmup 30 --mixed-precision none --num-workers 0 --perceptual-weight 0 --disc-weight 0 \
-    --results-dir $out/vq --output $out/vq.pt
+    --no-flip --smallest-crop 1 --image-size 16 --vq-model VQ-4-small --codebook-size 512 --max-steps 350 \
+    --global-batch-size 32 --lr 1.5e-3 --lr-schedule linear --warmup 30 --mixed-precision none --num-workers 0 \
+    --perceptual-weight 0 --disc-weight 0 --results-dir $out/vq --output $out/vq.pt
 joined
 echo "== 2/7 extract codes, two processes"
-$two autoregressive/train/extract_codes_c2i.py --dataset digits --data-path train --no-flip --image-size 16 $vq \
+$two autoregressive/train/extract_codes_c2i.py --dataset digits --data-path train --no-flip --image-size 16 \
     --vq-ckpt $out/vq.pt --code-path $out/codes
 echo "== 3/7 reorder the codebook"
 python balance_k_means.py --vq-ckpt $out/vq.pt --cluster-size 16 --output-dir $out

@@ -191,7 +191,8 @@ def test_guidance_that_is_given_wins_over_the_preset_even_if_it_is_the_default(
         raise ValueError("seen enough")
 
     monkeypatch.setattr(sample_c2i_ddp, "load_pipeline", stop)
-    assert run_here(SAMPLE, *given, "--preset", "IAR-B-384", "--gpt-ckpt", folder / "bare.pt") == 2
+    words = ("--preset", "IAR-B-384", "--gpt-model", "GPT-B", "--gpt-ckpt", folder / "bare.pt")
+    assert run_here(SAMPLE, *words, *given) == 2
     (settings, sampler), = used
     assert sampler == Sampler(cfg_scale=cfg_scale, cluster_size=128)
     assert (settings.gpt_model, settings.image_size, settings.cluster_size) == ("GPT-B", 384, 128)

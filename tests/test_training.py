@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from autoregressive.data.batches import TokenBatches, split_store
+from autoregressive.data.mapping import read_mapping
 from autoregressive.data.opening import open_codes
 from autoregressive.data.training_data import DataSettings, open_data
 from autoregressive.models.cluster_loss import fused_head_loss
@@ -598,16 +599,15 @@ def test_flops_are_six_a_weight_and_those_of_causal_attention():
 
 @pytest.mark.parametrize("world_size, batch_size", [(1, 5), (2, 4), (3, 3), (6, None)])
 def test_validation_gives_every_process_as_many_of_its_5_images(folder, world_size, batch_size):
-    settings = DataSettings(code_path=[folder / "codes"], mapping_path=folder / "mapping.pt",
-                            vocab_size=64, codebook_size=64, num_classes=3, image_size=16,
-                            cluster_size=8, global_batch_size=24, gradient_accumulation_steps=2,
+    settings = DataSettings(num_classes=3, global_batch_size=24, gradient_accumulation_steps=2,
                             val_every=1, val_share=0.1, global_seed=0, guidance_free=False)
+    parts = open_codes(folder / "codes"), read_mapping(folder / "mapping.pt", 64)
     if batch_size is None:
         words = "--val-share: expected at least one validation image for each of 6 "
         with pytest.raises(ValueError, match=words):
-            open_data(settings, 4, world_size)
+            open_data(settings, *parts, 4, world_size)
     else:
-        assert open_data(settings, 4, world_size).val_batches.batch_size == batch_size
+        assert open_data(settings, *parts, 4, world_size).val_batches.batch_size == batch_size
 
 
 def test_codes_out_of_range_name_their_rows(folder, tmp_path):

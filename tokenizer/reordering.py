@@ -15,8 +15,8 @@ from torch import Tensor
 from autoregressive.runtime.checkpoint import STATE_KEYS, model_state, read_checkpoint
 from autoregressive.runtime.files import codebook_sha256, mapping_sha256, read_json
 from autoregressive.runtime.identity import find_difference
+from tokenizer.tokenizer_image.loading import CODEBOOK
 
-CODEBOOK = "quantize.embedding.weight"
 WEIGHTS = (*STATE_KEYS, "ema")      # parts of a checkpoint that may hold the codebook
 DEFAULT_METHOD = "optimal"          # its files carry the published names
 HASHES = ("codebook_sha256", "mapping_sha256", "original_codebook_sha256")

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from autoregressive.runtime.checkpoint import read_checkpoint
-from autoregressive.runtime.files import mapping_sha256, read_json
+from autoregressive.runtime.files import check_kinds, mapping_sha256, read_json
+from autoregressive.runtime.nearby import files_in, only_one
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8,
             torch.uint8, torch.uint16, torch.uint32, torch.uint64)
@@ -39,6 +40,41 @@ class Mapping:
 def default_mapping_path(cluster_size: int) -> str:
     """Returns where balance_k_means.py puts the mapping of the published codebook."""
     return f"pretrained_models/mapping-kmeans+nearest-cluster_size={cluster_size}.pt"
+
+
+def read_side_file(path: Path) -> dict[str, Any]:
+    """Returns what lies beside a mapping: Mapping.hashes.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    record = read_json(path, {"mapping_sha256": str})
+    check_kinds(record, {"cluster_size": int} if "cluster_size" in record else {}, path)
+    return record
+
+
+def find_mapping(folders: list[Path], wanted: str | None, cluster_size: int) -> Path | None:
+    """Returns the mapping in some folders whose side file names a codebook in its original order.
+
+    Args:
+        folders: where to look, not in folders inside them.
+        wanted: codebook_sha256 of the codes; None, which is unknown, finds nothing.
+        cluster_size: of the one to take if mappings of several sizes are there.
+
+    Raises:
+        ValueError: several fit.
+    """
+    fitting: dict[str, Path] = {}
+    sizes = {}
+    for side_file in files_in(folders, "mapping-*.pt.json") if wanted else ():
+        record = read_side_file(side_file)
+        path = side_file.with_suffix("")
+        if record.get("original_codebook_sha256") == wanted and path.is_file():
+            fitting.setdefault(record["mapping_sha256"], path)      # a copy fits as well
+            sizes[path] = record.get("cluster_size")
+    paths = list(fitting.values())
+    of_size = [path for path in paths if sizes[path] == cluster_size]
+    return only_one(of_size or paths, "--mapping-path", "mapping of these codes")
 
 
 def read_mapping(path: str | Path, codebook_size: int) -> Mapping:
@@ -71,7 +107,7 @@ def read_mapping(path: str | Path, codebook_size: int) -> Mapping:
     hashes = {"mapping_sha256": mapping_sha256(tokens)}
     side_file = Path(f"{path}.json")
     if side_file.is_file():
-        recorded = read_json(side_file, {"mapping_sha256": str})
+        recorded = read_side_file(side_file)
         if recorded["mapping_sha256"] != hashes["mapping_sha256"]:
             raise ValueError(f"{path}: expected the mapping that {side_file.name} describes, got "
                              "another; run balance_k_means.py again")

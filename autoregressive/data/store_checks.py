@@ -1,7 +1,7 @@
 """Whether a store of codes is what a training needs: made for its flags and mapping, undamaged."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 from tqdm import tqdm
 
@@ -10,46 +10,42 @@ from autoregressive.data.codes import DAMAGED, CodeStore
 from autoregressive.data.mapping import Mapping
 from autoregressive.data.older_codes import OlderCodes
 from autoregressive.data.opening import has_manifest, open_codes
+from autoregressive.runtime.files import Kinds, check_kinds
 from autoregressive.runtime.identity import check_codebook, check_recorded
 from autoregressive.runtime.log import LOGGER
 
+TOKENIZER_KINDS: Kinds = {"vq_model": str, "codebook_embed_dim": int}   # in newer manifests
 
-@dataclass(frozen=True)
-class ExpectedCodes:
-    """The flags of a training that its codes must agree with, under their names.
 
-    Attributes:
-        vocab_size, codebook_size: number of codes, V.
-        num_classes: number of class labels.
-        image_size: pixels of a picture's side.
-        grid: side in tokens, of --image-size and --downsample-size.
-        cluster_size: codes per cluster.
+def recorded_flags(store: CodeStore) -> dict[str, Any]:
+    """Returns the flags of a training that its codes tell; None is unknown.
+
+    Raises:
+        ValueError: they are none that a training could have.
     """
-
-    vocab_size: int
-    codebook_size: int
-    num_classes: int
-    image_size: int
-    grid: int
-    cluster_size: int
-
-
-def check_store(store: CodeStore, mapping: Mapping, expected: ExpectedCodes) -> None:
-    """Raises ValueError if a store, its mapping and the flags of a training do not agree."""
     manifest = store.manifest
-    num_classes = None if manifest["class_names"] is None else len(manifest["class_names"])
+    names = manifest["class_names"]
+    size = manifest["image_size"]
     codebook_size = manifest["codebook_size"]
-    check_recorded("--vocab-size", expected.vocab_size, codebook_size, store.path)
-    check_recorded("--codebook-size", expected.codebook_size, codebook_size, store.path)
-    check_recorded("--num-classes", expected.num_classes, num_classes, store.path)
-    check_recorded("--image-size", expected.image_size, manifest["image_size"], store.path)
-    check_recorded("--image-size / --downsample-size (the grid)", expected.grid, store.grid,
-                   store.path)
+    flags = {"vocab_size": codebook_size, "codebook_size": codebook_size,
+             "num_classes": None if names is None else len(names), "image_size": size,
+             "downsample_size": None if size is None else size // store.grid}
+    for name, value in flags.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{store.path}: expected {name} of at least 1, found {value}; "
+                             f"{DAMAGED}")
+    of_tokenizer = {name: manifest[name] for name in TOKENIZER_KINDS if name in manifest}
+    check_kinds(of_tokenizer, {name: TOKENIZER_KINDS[name] for name in of_tokenizer}, store.path)
+    return flags | of_tokenizer
+
+
+def check_store(store: CodeStore, mapping: Mapping, grid: int) -> None:
+    """Raises ValueError if a store, its mapping and the grid of the flags do not agree."""
+    manifest = store.manifest
+    check_recorded("--image-size / --downsample-size (the grid)", grid, store.grid, store.path)
     if manifest.get("claimed"):
         LOGGER.warning("%s: imported codes, whose codebook is claimed, not verified; compare them "
                        "with their images with scripts/autoregressive/check_codes.sh", store.path)
-    check_recorded("--cluster-size", expected.cluster_size, mapping.hashes.get("cluster_size"),
-                   mapping.path)
     check_codebook(manifest["codebook_sha256"], mapping.hashes.get("original_codebook_sha256"),
                    store.path, mapping.path)
 

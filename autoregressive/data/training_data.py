@@ -5,10 +5,16 @@ from typing import Any
 
 from autoregressive.data.batches import TokenBatches, split_store
 from autoregressive.data.codes import CodeStore
-from autoregressive.data.mapping import Mapping, default_mapping_path, read_mapping
+from autoregressive.data.mapping import (
+    Mapping,
+    default_mapping_path,
+    find_mapping,
+    read_mapping,
+)
 from autoregressive.data.opening import open_codes
-from autoregressive.data.store_checks import ExpectedCodes, check_store
-from autoregressive.runtime.entry import Parser, at_least, fraction, pixels
+from autoregressive.data.store_checks import check_store, recorded_flags
+from autoregressive.runtime.entry import Flags, Parser, at_least, fraction, pixels
+from autoregressive.runtime.nearby import folders_near
 
 LABEL_DROPOUT = 0.1             # classifier-free guidance learns the null label from these
 
@@ -22,7 +28,8 @@ def add_data_args(parser: Parser) -> None:
                        help="pixels of a picture's side")
     group.add_argument("--vocab-size", type=at_least(1), default=16384, help="number of codes, V")
     group.add_argument("--mapping-path",
-                       help="mapping of the codebook; default: the published one's")
+                       help="mapping of the codebook; default: the one that belongs to the codes, "
+                            "in their folder, its parent or pretrained_models")
     group.add_argument("--val-share", type=fraction, default=0.01,
                        help="fraction of the images that --val-every holds out")
 
@@ -32,9 +39,7 @@ class DataSettings:
     """The flags that say what a GPT is trained on, under their names.
 
     Attributes:
-        code_path: folders of the codes.
-        mapping_path: file of the mapping; None is the published codebook's.
-        vocab_size, codebook_size, num_classes, image_size, cluster_size: as in ExpectedCodes.
+        num_classes: number of class labels.
         global_batch_size: images of a step, over all processes and micro-batches.
         gradient_accumulation_steps: micro-batches of a step.
         val_every: steps between two validations; 0 holds out nothing.
@@ -43,13 +48,7 @@ class DataSettings:
         guidance_free: whether batches hold betas.
     """
 
-    code_path: list[str]
-    mapping_path: str | None
-    vocab_size: int
-    codebook_size: int
     num_classes: int
-    image_size: int
-    cluster_size: int
     global_batch_size: int
     gradient_accumulation_steps: int
     val_every: int
@@ -108,28 +107,42 @@ class TrainingData:
                 "tokenizer_sha256": self.store.manifest["tokenizer_sha256"]}
 
 
-def open_data(settings: DataSettings, grid: int, world_size: int,
-              older_stores: dict[str, CodeStore] | None = None) -> TrainingData:
-    """Opens codes and mapping, and compares them with each other and with the flags.
+def open_codes_and_mapping(args: Flags, older: dict[str, CodeStore]) -> tuple[CodeStore, Mapping]:
+    """Opens the codes and the mapping that belongs to them.
+
+    Args:
+        args: flags of add_code_args, add_data_args, add_gpt_args and add_vq_args; those that were
+            not given are set to what the files record, those that were are compared with it.
+        older: of opening.open_older_stores, so that one process alone had to open them.
+
+    Raises:
+        ValueError: files are missing or damaged, or contradict flags that were given.
+    """
+    store = open_codes(*args.code_path, opened=older)
+    args.take(recorded_flags(store), store.path)
+    path = args.mapping_path or find_mapping(
+        folders_near(*args.code_path), store.manifest["codebook_sha256"], args.cluster_size)
+    mapping = read_mapping(path or default_mapping_path(args.cluster_size), args.vocab_size)
+    args.take({"cluster_size": mapping.hashes.get("cluster_size")}, mapping.path)
+    return store, mapping
+
+
+def open_data(settings: DataSettings, store: CodeStore, mapping: Mapping, grid: int,
+              world_size: int) -> TrainingData:
+    """Makes batches of codes, after comparing these with their mapping and the flags.
 
     Args:
         settings: DataSettings.
+        store, mapping: what open_codes_and_mapping returned.
         grid: side of a picture in tokens.
         world_size: number of processes; it divides a micro-batch.
-        older_stores: of opening.open_older_stores, so that one process alone had to open them.
 
     Raises:
-        ValueError: files are missing or damaged, or do not fit each other or the flags.
+        ValueError: they do not fit each other or the flags.
     """
     if settings.val_every and not settings.val_share:
         raise ValueError("--val-share: expected more than 0 with --val-every, got 0")
-    store = open_codes(*settings.code_path, opened=older_stores)
-    mapping_path = settings.mapping_path or default_mapping_path(settings.cluster_size)
-    mapping = read_mapping(mapping_path, settings.vocab_size)
-    check_store(store, mapping, ExpectedCodes(
-        vocab_size=settings.vocab_size, codebook_size=settings.codebook_size,
-        num_classes=settings.num_classes, image_size=settings.image_size, grid=grid,
-        cluster_size=settings.cluster_size))
+    check_store(store, mapping, grid)
     val_share = settings.val_share if settings.val_every else 0
     training, val = split_store(store, val_share, settings.global_seed)
     common = {"seed": settings.global_seed, "num_classes": settings.num_classes}

@@ -28,6 +28,7 @@ from autoregressive.runtime.log import LOGGER
 PUBLIC_MATRICES = ("attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w3",
                    "feed_forward.w2")
 PUBLIC_NORMS = ("attention_norm", "ffn_norm")
+LABEL_TABLE = "cls_embedding.embedding_table.weight"
 # Flags that a checkpoint's settings name.
 RECORDED = ("gpt_model", "image_size", "num_classes", "cluster_size")
 # Types of what settings may name.
@@ -58,9 +59,10 @@ class GPTFile:
         return "optimizer" in self.payload
 
     def flags(self) -> dict[str, Any]:
-        """Returns the values of flags that the file records."""
+        """Returns the values of flags that the file records, or its weights tell."""
         settings = self.settings
-        flags = {name: settings[name] for name in RECORDED if name in settings}
+        flags = sizes_of(self.state) | {name: settings[name] for name in RECORDED
+                                        if name in settings}
         if "vocab_size" in settings:
             flags["codebook_size"] = settings["vocab_size"]
         if "image_size" in settings and "grid" in settings:
@@ -143,21 +145,36 @@ def check_fitting(file: GPTFile, cluster_size: int, num_classes: int, *, is_guid
                        "until it is trained on tokens", file.path, patch, patch)
 
 
+def sizes_of(state: dict[str, Tensor]) -> dict[str, Any]:
+    """Returns the flags that a GPT's weights tell by their shapes; {} if they are none of a GPT.
+
+    gpt_model is missing if the size has no name.
+    """
+    if "tok_embeddings.weight" not in state or LABEL_TABLE not in state:
+        return {}
+    vocab_size, width = state["tok_embeddings.weight"].shape
+    sizes = {"codebook_size": vocab_size, "num_classes": len(state[LABEL_TABLE]) - 1}
+    for name, size in GPT_MODELS.items():
+        if size.num_layers == count_layers(state) and size.width == width:
+            return sizes | {"gpt_model": name}
+    return sizes
+
+
+def count_layers(state: dict[str, Tensor]) -> int:
+    """Returns how many blocks the weights of a GPT are of."""
+    return len({name.split(".")[1] for name in state if name.startswith("layers.")})
+
+
 def describe_gpt(state: dict[str, Tensor]) -> str:
     """Says in words which GPT a state dict holds: size, codes, classes; "" if it is none."""
-    labels_name = "cls_embedding.embedding_table.weight"
-    if "tok_embeddings.weight" not in state or labels_name not in state:
+    sizes = sizes_of(state)
+    if not sizes:
         return ""
-    vocab_size, width = state["tok_embeddings.weight"].shape
-    num_layers = len({name.split(".")[1] for name in state if name.startswith("layers.")})
-    described = f"a GPT of no listed size ({num_layers} layers, width {width})"
-    for name, size in GPT_MODELS.items():
-        if size.num_layers == num_layers and size.width == width:
-            described = name
-            break
-    num_classes = len(state[labels_name]) - 1
+    width = state["tok_embeddings.weight"].shape[1]
+    nameless = f"a GPT of no listed size ({count_layers(state)} layers, width {width})"
     trained = ", trained guidance-free" if is_guidance_free(state) else ""
-    return f"the file holds {described} with {vocab_size} codes and {num_classes} classes{trained}"
+    return (f"the file holds {sizes.get('gpt_model', nameless)} with {sizes['codebook_size']} "
+            f"codes and {sizes['num_classes']} classes{trained}")
 
 
 def move_rows_to_tokens(state: dict[str, Tensor], mapping: np.ndarray,

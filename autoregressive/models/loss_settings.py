@@ -9,11 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from autoregressive.models.cluster_loss import (
-    check_cluster_size,
-    fused_head_loss,
-    plain_head_loss,
-)
+from autoregressive.models.cluster_loss import fused_head_loss, plain_head_loss
 from autoregressive.runtime.entry import at_least, may_vary
 from autoregressive.runtime.schedules import SCHEDULES, fall
 
@@ -45,7 +41,6 @@ class LossSettings:
 
     def check(self) -> None:
         """Raises ValueError for settings that contradict each other."""
-        check_cluster_size(self.vocab_size, self.cluster_size)
         if self.lambda_end and not self.changes_lambda:
             raise ValueError("--lambda-end: expected --lambda-schedule cosine or linear, got "
                              "constant, which stays at --lambda-cce; leave one of them out")

@@ -20,6 +20,7 @@ from autoregressive.models.loading import (
     move_rows_to_tokens,
     name_moments,
     read_gpt,
+    sizes_of,
 )
 from autoregressive.runtime.checkpoint import check_weights, model_state
 from autoregressive.runtime.entry import flag_of
@@ -56,6 +57,15 @@ def add_start_args(group: argparse._ActionsContainer) -> None:
     group.add_argument("--init-from-original", action="store_true",
                        help="--gpt-ckpt is a GPT over codes in their original order, such as "
                             "LlamaGen's: move its rows to their tokens")
+
+
+def recorded_size(path: Path) -> dict[str, str | None]:
+    """Returns the flag that the weights to start from tell, None if their size has no name.
+
+    Raises:
+        ValueError: the file is unreadable.
+    """
+    return {"gpt_model": sizes_of(read_gpt(path).state).get("gpt_model")}
 
 
 def read_start(path: Path | None, config: GPTConfig, settings: StartSettings, *,

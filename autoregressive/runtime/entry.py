@@ -65,6 +65,25 @@ class Flags(argparse.Namespace):
         """Returns the default of every flag."""
         return self._defaults
 
+    def take(self, recorded: dict[str, Any], source: str | Path) -> None:
+        """Sets the flags that were not given to what a file records; compares those that were.
+
+        Args:
+            recorded: values of flags; None is unknown.
+            source: the file, named in the error.
+
+        Raises:
+            ValueError: a flag was given with another value.
+        """
+        for name, value in recorded.items():
+            if value is None:
+                continue
+            if not self.is_given(name):
+                setattr(self, name, value)
+            elif getattr(self, name) != value:
+                raise ValueError(f"{flag_of(name)}: expected {value} as in {source}, got "
+                                 f"{getattr(self, name)}")
+
     def resolve(self, recorded: dict[str, Any], source: str | Path, preset: dict[str, Any]) -> None:
         """Sets the flags that were not given to what a file records, or else to the preset.
 

@@ -7,10 +7,7 @@ Takes seconds on a GPU, a minute on a CPU.
 
 On a CPU, after scripts/quickstart.sh:
 
-    python autoregressive/sample/sample_c2i.py --gpt-model GPT-tiny --num-classes 10 \
-        --image-size 16 --image-size-eval 16 --downsample-size 4 --codebook-size 512 \
-        --cluster-size 16 --vq-model VQ-4-small --precision none --class-ids 3,7 \
-        --vq-ckpt "results/quickstart/vq-reorder-kmeans+nearest-cluster_size=16.pt" \
+    python autoregressive/sample/sample_c2i.py --precision none --class-ids 3,7 \
         --gpt-ckpt results/quickstart/gpt-lambda1/000-GPT-tiny-lambda=1-cluster_size=16
 """
 

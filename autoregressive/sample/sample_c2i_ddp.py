@@ -8,10 +8,7 @@
 
 On a CPU, after scripts/quickstart.sh:
 
-    python autoregressive/sample/sample_c2i_ddp.py --gpt-model GPT-tiny --num-classes 10 \
-        --image-size 16 --image-size-eval 16 --downsample-size 4 --codebook-size 512 \
-        --cluster-size 16 --vq-model VQ-4-small --precision none --num-fid-samples 100 \
-        --vq-ckpt "results/quickstart/vq-reorder-kmeans+nearest-cluster_size=16.pt" \
+    python autoregressive/sample/sample_c2i_ddp.py --precision none --num-fid-samples 100 \
         --gpt-ckpt results/quickstart/gpt-lambda1/000-GPT-tiny-lambda=1-cluster_size=16
 """
 

@@ -6,10 +6,8 @@
 On a CPU, after the digits of scripts/quickstart.sh were extracted:
 
     python autoregressive/train/train_c2i.py --code-path results/quickstart/codes \
-        --mapping-path results/quickstart/mapping-kmeans+nearest-cluster_size=16.pt \
-        --results-dir results/quickstart/gpt --cluster-size 16 --vocab-size 512 \
-        --codebook-size 512 --num-classes 10 --image-size 16 --downsample-size 4 \
-        --gpt-model GPT-tiny --global-batch-size 64 --mixed-precision none --max-steps 100
+        --results-dir results/quickstart/gpt --gpt-model GPT-tiny --global-batch-size 64 \
+        --mixed-precision none --max-steps 100
 """
 
 import sys
@@ -27,7 +25,15 @@ import torch
 from autoregressive.data.codes import add_code_args
 from autoregressive.data.opening import open_older_stores
 from autoregressive.data.store_checks import verify_codes
-from autoregressive.data.training_data import DataSettings, TrainingData, add_data_args, open_data
+from autoregressive.data.training_data import (
+    DataSettings,
+    TrainingData,
+    add_data_args,
+    open_codes_and_mapping,
+    open_data,
+)
+from autoregressive.decoder import open_decoder, save_first_rows
+from autoregressive.models.cluster_loss import check_cluster_size
 from autoregressive.models.config import (
     GPTConfig,
     add_gpt_args,
@@ -46,8 +52,14 @@ from autoregressive.models.patches import (
     patch_at,
 )
 from autoregressive.models.recipes import add_recipe_arg, log_recipe, training_flags
-from autoregressive.models.start import StartSettings, add_start_args, check_start, read_start
-from autoregressive.pipeline import open_decoder, save_samples
+from autoregressive.models.start import (
+    StartSettings,
+    add_start_args,
+    check_start,
+    read_start,
+    recorded_size,
+)
+from autoregressive.pipeline import save_samples
 from autoregressive.runtime.checkpoint import find_checkpoint, load_strictly
 from autoregressive.runtime.compute import (
     PRECISIONS,
@@ -62,7 +74,6 @@ from autoregressive.runtime.files import weights_sha256
 from autoregressive.runtime.log import LOGGER, open_logger
 from autoregressive.runtime.optim import ModelOptimizer, OptimSettings, add_optim_args, check_optim
 from autoregressive.runtime.parallel import add_memory_args, device_to_build_on, wrap_for_training
-from autoregressive.runtime.pictures import save_grid
 from autoregressive.runtime.run_settings import (
     RunRequest,
     RunSettings,
@@ -73,10 +84,8 @@ from autoregressive.runtime.run_settings import (
 from autoregressive.runtime.speed import Speedometer
 from autoregressive.runtime.training import TrainingRun
 from autoregressive.train.objective import CURVES, GPTTrainer, Objective
-from tokenizer.tokenizer_image.images import to_uint8
-from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel, add_vq_args
+from tokenizer.tokenizer_image.vq_model import VQModel, add_vq_args
 
-NUM_SHOWN = 4                           # rows of the training data in data.png
 RESULT = ("token_loss", "cluster_loss", "val_token_loss", "val_cluster_loss")
 
 
@@ -117,7 +126,8 @@ def check_flags(args: Flags, session: Session) -> None:
 
 
 def build_config(args: Flags) -> GPTConfig:
-    """Returns the GPT that is asked for; raises ValueError if its grid does not come out."""
+    """Returns the GPT that is asked for; raises ValueError if its sizes do not come out."""
+    check_cluster_size(args.vocab_size, args.cluster_size)
     grid = grid_of(args.image_size, args.downsample_size)
     StageSettings(**args.pick(StageSettings)).check(grid)
     return gpt_config(args.gpt_model, grid=grid, vocab_size=args.vocab_size,
@@ -200,17 +210,6 @@ def build_trainer(args: Flags, config: GPTConfig, stage_ends: tuple[int, ...], *
                       save_samples=save, compiler=compiler)
 
 
-@torch.inference_mode()
-def save_first_rows(path: Path, data: TrainingData, vq: VQModel) -> None:
-    """Saves what the first batch of the training data looks like when its tokens are decoded."""
-    batches = data.batches
-    tokens, labels, *_ = batches[0, range(min(NUM_SHOWN, batches.batch_size))]
-    names = data.class_names or [f"class {label}" for label in range(batches.num_classes)]
-    names = [*names, "no label"]                            # of the null label
-    save_grid(path, to_uint8(vq.decode_codes(tokens, data.store.grid)), columns=4,
-              captions=[names[label] for label in labels])
-
-
 def step_flops(config: GPTConfig, num_parameters: int, stage_ends: tuple[int, ...],
                step: int) -> int:
     """Returns the floating-point operations of a step, from 0, for one image."""
@@ -241,17 +240,18 @@ def main(args: Flags, session: Session) -> None:
     args.resolve({}, "", training_flags(args.recipe))
     with checks(session):               # before an older layout, which takes minutes to open
         check_flags(args, session)
-        config = build_config(args)
     start_path = on_main(session, find_checkpoint, args.gpt_ckpt) if args.gpt_ckpt else None
     older = on_main(session, open_older_stores, args.code_path, session)
 
     # Open and compare all that the run depends on, before any work.
     with checks(session):
-        data = open_data(DataSettings(**args.pick(DataSettings)), config.grid, session.world_size,
-                         older)
-        mapping = data.mapping
-        vq = open_decoder(args.vq_ckpt, VQConfig(**args.pick(VQConfig)), mapping,
-                          args.cluster_size)
+        store, mapping = open_codes_and_mapping(args, older)
+        vq = open_decoder(args, mapping)
+        if start_path:
+            args.take(recorded_size(start_path), start_path)
+        config = build_config(args)
+        data = open_data(DataSettings(**args.pick(DataSettings)), store, mapping, config.grid,
+                         session.world_size)
         start = read_start(start_path, config, StartSettings(**args.pick(StartSettings)),
                            tokens=mapping.tokens, mapping_path=mapping.path,
                            mapping_sha256=mapping.hashes["mapping_sha256"])

@@ -1,20 +1,66 @@
 """Reading VQ files: weights of the wanted model or a clear error, with the hashes of both."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from autoregressive.runtime.checkpoint import load_strictly, model_state, read_checkpoint
 from autoregressive.runtime.files import codebook_sha256, weights_sha256
-from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
+from autoregressive.runtime.nearby import files_in, only_one
+from tokenizer.tokenizer_image.vq_model import VQ_MODELS, VQConfig, VQModel
 
 VQ_HINT = ("name a tokenizer with --vq-ckpt; pretrained_models/README.md says where the published "
            "ones come from")
+
+CODEBOOK = "quantize.embedding.weight"
+REORDERED = "*-reorder-*.pt"        # names that balance_k_means.py gives to its tokenizers
 
 
 def default_vq_path(cluster_size: int) -> str:
     """Returns where balance_k_means.py puts the published VQ checkpoint, reordered."""
     return f"pretrained_models/vq_ds16_c2i-reorder-kmeans+nearest-cluster_size={cluster_size}.pt"
+
+
+def find_vq(folders: list[Path], wanted: str | None) -> Path | None:
+    """Returns the reordered tokenizer in some folders whose codebook has a hash.
+
+    Args:
+        folders: where to look, not in folders inside them.
+        wanted: codebook_sha256; None, which is unknown, finds nothing.
+
+    Raises:
+        ValueError: several different ones have it, or a file is damaged.
+    """
+    fitting: dict[str, Path] = {}
+    for path in files_in(folders, REORDERED) if wanted else ():
+        state = model_state(read_checkpoint(path), path)
+        if CODEBOOK in state and codebook_sha256(state[CODEBOOK]) == wanted:
+            fitting.setdefault(weights_sha256(state), path)         # a copy fits as well
+    return only_one(list(fitting.values()), "--vq-ckpt", "tokenizer of this codebook")
+
+
+def recorded_flags(path: str | Path) -> dict[str, Any]:
+    """Returns the flags of VQConfig that a tokenizer's file tells by the shapes of its weights.
+
+    Those that it does not tell are left out: all of them if it is no tokenizer of ours.
+
+    Raises:
+        ValueError: the file is missing or unreadable.
+    """
+    state = model_state(read_checkpoint(path, VQ_HINT), path)
+    codebook = state.get(CODEBOOK)
+    if codebook is None or codebook.dim() != 2:
+        return {}
+    shapes = {name: tensor.shape for name, tensor in state.items()}
+    codebook_size, width = codebook.shape
+    sizes = {"codebook_size": codebook_size, "codebook_embed_dim": width}
+    for name in VQ_MODELS:
+        with torch.device("meta"):
+            model = VQModel(VQConfig(name, **sizes))
+        if {key: tensor.shape for key, tensor in model.state_dict().items()} == shapes:
+            return {"vq_model": name, **sizes}
+    return sizes
 
 
 def load_vq(path: str | Path, config: VQConfig) -> tuple[VQModel, dict[str, str]]:
