@@ -1,42 +1,47 @@
 #!/usr/bin/env bash
-# Tokenizer and GPT for images of your own: a folder of class folders in, a picture of samples out. Example:
-#   bash scripts/own_images.sh /data/my_images/train /data/my_images/val results/mine
-# For small pictures (32 pixels, 8 x 8 tokens, 1024 codes); run the same command again to continue where it was stopped.
+# Tokenizer and GPT for images of your own: a folder of class folders in; samples, scores and a page to look at out. Example:
+#   bash scripts/own_images.sh /data/my_images results/mine
+# Sizes are chosen from the data and printed; TOKENIZER_STEPS and GPT_STEPS make the trainings longer. A folder with train
+# and val inside is taken as it is divided. Run the same command again to continue where it was stopped.
 set -euo pipefail
-[ $# -eq 3 ] || { echo "own_images.sh: error: expected TRAIN VAL OUT, got $# arguments" >&2; exit 2; }
-for folder in "$1" "$2"; do
-    [ -d "$folder" ] || { echo "own_images.sh: error: $folder: expected a folder of class folders, found none" >&2; exit 2; }
-done
+[ $# -eq 2 ] || { echo "own_images.sh: error: expected IMAGES OUT, got $# arguments" >&2; exit 2; }
 # absolute PATH: what the caller means by PATH, from any folder.
 absolute() { case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; }
-train=$(absolute "$1") val=$(absolute "$2") out=$(absolute "$3")
+images=$(absolute "$1") out=$(absolute "$2")
 CDPATH="" cd "$(dirname "$0")/.."
 . scripts/environment.sh requirements.txt
-classes=$({ find -L "$train" -mindepth 1 -maxdepth 1 -type d -not -name '.*' 2>/dev/null || true; } | wc -l)
-vq="--vq-model VQ-4-small --codebook-size 1024"
-gpt="--gpt-model GPT-tiny --num-classes $classes --image-size 32 --downsample-size 4 --cluster-size 32"
-reordered="$out/vq-reorder-kmeans+nearest-cluster_size=32.pt"
-mapping="$out/mapping-kmeans+nearest-cluster_size=32.pt"
 
-echo "== 1/5 train a tokenizer"
-# shellcheck disable=SC2086
-python tokenizer/tokenizer_image/vq_train.py --data-path "$train" --val-path "$val" --image-size 32 --smallest-crop 1 \
-    $vq --perceptual-weight 0 --disc-weight 0 --mixed-precision none --global-batch-size 32 \
-    --max-steps "${TOKENIZER_STEPS:-1350}" --lr 2e-3 --lr-schedule linear --warmup 50 --revive-every 50 \
-    --log-every 50 --val-every 450 --ckpt-steps 450 --results-dir "$out/vq" --output "$out/vq.pt"
-echo "== 2/5 extract codes"
-# shellcheck disable=SC2086
-python autoregressive/train/extract_codes_c2i.py --data-path "$train" --image-size 32 $vq --vq-ckpt "$out/vq.pt" \
+echo "== 1/7 look at the images"
+plan=$(python scripts/own_images_plan.py "$images" "$out" \
+    --tokenizer-steps "${TOKENIZER_STEPS:-0}" --gpt-steps "${GPT_STEPS:-0}")
+read -r size codes cluster tokenizer_steps gpt_steps samples <<<"$plan"
+train="$out/images/train" val="$out/images/val"
+few="--max-failures 0.05"       # of the images may be broken inside
+
+echo "== 2/7 train a tokenizer, and a small classifier to score with"
+python tokenizer/tokenizer_image/vq_train.py --data-path "$train" --val-path "$val" --image-size "$size" --smallest-crop 1 \
+    --vq-model VQ-4-small --codebook-size "$codes" --perceptual-weight 0 --disc-weight 0 --mixed-precision none \
+    --global-batch-size 32 --max-steps "$tokenizer_steps" --lr 2e-3 --lr-schedule linear --warmup 50 --revive-every 50 \
+    --log-every 50 --val-every 500 --ckpt-steps 250 --keep-checkpoints 2 $few --results-dir "$out/vq" --output "$out/vq.pt"
+[ -e "$out/classifier.pt" ] || python evaluations/c2i/train_classifier.py --data-path "$train" --val-path "$val" \
+    --image-size "$size" --flip --epochs 30 --max-steps 2000 $few --output "$out/classifier.pt"
+echo "== 3/7 extract codes"
+python autoregressive/train/extract_codes_c2i.py --data-path "$train" --image-size "$size" --vq-ckpt "$out/vq.pt" $few \
     --code-path "$out/codes"
-echo "== 3/5 reorder the codebook"
-python balance_k_means.py --vq-ckpt "$out/vq.pt" --cluster-size 32 --output-dir "$out"
-echo "== 4/5 train a GPT"
-# shellcheck disable=SC2086
-python autoregressive/train/train_c2i.py $gpt --vocab-size 1024 $vq --code-path "$out/codes" --mapping-path "$mapping" \
-    --vq-ckpt "$reordered" --results-dir "$out/gpt" --mixed-precision none --global-batch-size 64 \
-    --max-steps "${GPT_STEPS:-600}" --lr 2e-3 --warmup 100 --lr-schedule linear --log-every 50 --val-every 500
-echo "== 5/5 sample four pictures of each class"
-# shellcheck disable=SC2086
-python autoregressive/sample/sample_c2i.py $gpt $vq --vq-ckpt "$reordered" --gpt-ckpt "$(ls -d "$out"/gpt/* | tail -n 1)" \
-    --image-size-eval 32 --precision none --cfg-scale 2 --class-ids "$(seq -s, 0 $((classes - 1)))" \
+echo "== 4/7 reorder the codebook"
+python balance_k_means.py --vq-ckpt "$out/vq.pt" --cluster-size "$cluster" --output-dir "$out"
+echo "== 5/7 train a GPT"
+python autoregressive/train/train_c2i.py --code-path "$out/codes" --results-dir "$out/gpt" --gpt-model GPT-tiny \
+    --mixed-precision none --global-batch-size 64 --max-steps "$gpt_steps" --lr 2e-3 --warmup 100 --lr-schedule linear \
+    --log-every 50 --val-every 200 --ckpt-steps 200 --keep-checkpoints 2
+echo "== 6/7 sample, and evaluate against the training images"
+gpt=$(ls -d "$out"/gpt/*/ | tail -n 1)
+python autoregressive/sample/sample_c2i_ddp.py --gpt-ckpt "$gpt" --precision none --cfg-scale 2 --num-fid-samples "$samples" \
+    --sample-dir "$out/samples"
+[ -e "$out/reference.npz" ] || python evaluations/c2i/make_reference.py --data-path "$train" --image-size "$size" $few \
+    --output "$out/reference.npz"
+python evaluations/c2i/evaluator.py "$out/reference.npz" "$out"/samples/*.npz --classifier "$out/classifier.pt"
+echo "== 7/7 a page to look at"
+python autoregressive/sample/sample_c2i.py --gpt-ckpt "$gpt" --precision none --cfg-scale 2 --all-classes \
     --output "$out/samples.png"
+python scripts/report.py "$out"

@@ -163,15 +163,16 @@ ROWS: list[Row] = [
     ("sweep", "OUT", SWEEP.replace("OUT=new", "OUT='new/a *'"), "",
      lambda: Path("new/a */sweep.json").stat()),
 
-    ("own images", "number of folders", "", "good/pictures good/pictures",
-     "expected TRAIN VAL OUT"),
-    ("own images", "number of folders", "", "good/pictures good/pictures new x",
-     "expected TRAIN VAL OUT"),
-    ("own images", "TRAIN", OWN_STEPS, "bad/nowhere good/pictures new", "nowhere"),
-    ("own images", "TRAIN", OWN_STEPS, "bad/looping good/pictures new", "looping"),
-    ("own images", "OUT", OWN_STEPS, "many many good/gpt.pt", "gpt.pt"),
-    ("own images", "OUT", OWN_STEPS, "many many \"new/a b'ä\"", own_images_are_sampled),
-    ("own images", "TOKENIZER_STEPS", "TOKENIZER_STEPS=many", "many many new", "--max-steps"),
+    ("own images", "number of folders", "", "good/pictures", "expected IMAGES OUT"),
+    ("own images", "number of folders", "", "good/pictures good/pictures new",
+     "expected IMAGES OUT"),
+    ("own images", "IMAGES", OWN_STEPS, "bad/nowhere new", "nowhere"),
+    ("own images", "IMAGES", OWN_STEPS, "bad/looping new", "looping"),
+    ("own images", "OUT", OWN_STEPS, "many good/gpt.pt", "gpt.pt"),
+    ("own images", "OUT", OWN_STEPS, "many many/new", "expected a folder outside"),
+    ("own images", "OUT", OWN_STEPS, "many \"new/a b'ä\"", own_images_are_sampled),
+    ("own images", "TOKENIZER_STEPS", "TOKENIZER_STEPS=many", "many new", "--tokenizer-steps"),
+    ("own images", "GPT_STEPS", "GPT_STEPS=-1", "many new", "--gpt-steps"),
 ]
 
 

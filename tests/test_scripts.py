@@ -22,7 +22,7 @@ WRAPPERS = [path for path in SHELL
             if len(path.parts) == 3 and path.name not in OF_SEVERAL_STEPS]
 STUB = """#!/bin/sh
 echo "$(basename "$0") $PWD $*" >>"$CALLS"
-case "$*" in *--best-of*) echo "$BEST" ;; esac
+case "$*" in *--best-of*) echo "$BEST" ;; *own_images_plan*) echo 32 512 16 700 600 80 ;; esac
 case "$*" in *sys.prefix*) echo "$CALLS.prefix" ;; *--fail*) exit 2 ;; esac
 for last; do :; done
 case "$*" in *sample_c2i_ddp.py*--cfg-scale*) mkdir -p "$last" && touch "$last/x.npz" ;; esac
@@ -76,13 +76,24 @@ def test_paths_are_those_of_the_callers_folder(caller, script):
 
 def test_own_images_hands_on_the_callers_paths(caller):
     (caller / "out" / "gpt" / "000-x").mkdir(parents=True)
-    done, calls = shell(caller, "scripts/own_images.sh", "in", f"{caller}/in", "./out")
+    done, calls = shell(caller, "scripts/own_images.sh", "in", "./out", GPT_STEPS="7")
     assert done.returncode == 0, done.stderr
-    train, extract, balance, gpt, sample = [words for _, _, words in calls if ".py" in words]
-    assert f"--data-path {caller}/in --val-path {caller}/in" in train
-    assert f"--output {caller}/./out/vq.pt" in train
-    assert f"--data-path {caller}/in" in extract and f"--output-dir {caller}/./out" in balance
-    assert "--num-classes 1 " in gpt and f"--gpt-ckpt {caller}/./out/gpt/000-x" in sample
+    out = f"{caller}/./out"
+    plan, train, classifier, extract, balance, gpt, sample, reference, evaluate, look, page = [
+        words for _, _, words in calls if ".py" in words]
+    assert plan.endswith(f"{caller}/in {out} --tokenizer-steps 0 --gpt-steps 7")
+    for words in (train, classifier):
+        assert f"--data-path {out}/images/train --val-path {out}/images/val" in words
+    assert "--codebook-size 512" in train and "--max-steps 700" in train
+    assert f"--output {out}/vq.pt" in train and f"--vq-ckpt {out}/vq.pt" in extract
+    assert f"--cluster-size 16 --output-dir {out}" in balance
+    assert f"--code-path {out}/codes" in gpt and "--max-steps 600" in gpt
+    assert "--num-fid-samples 80" in sample
+    for words in (sample, look):
+        assert f"--gpt-ckpt {out}/gpt/000-x" in words
+    for words in (reference, evaluate):
+        assert f"{out}/reference.npz" in words
+    assert page.endswith(out)
 
 
 def sweep(caller, *flags, **environment):
@@ -172,11 +183,9 @@ def test_a_comparison_of_guidance_scores_each_way_at_its_best_with_unused_seeds(
 
 @pytest.mark.parametrize("script, words, environment, message", [
     ("scripts/own_images.sh", ("in",), {},
-     "own_images.sh: error: expected TRAIN VAL OUT, got 1 arguments"),
-    ("scripts/own_images.sh", ("in", "nowhere", "out"), {},
-     "nowhere: expected a folder of class folders"),
-    ("scripts/own_images.sh", ("ref.npz", "in", "out"), {},
-     "ref.npz: expected a folder of class folders"),
+     "own_images.sh: error: expected IMAGES OUT, got 1 arguments"),
+    ("scripts/own_images.sh", ("in", "in", "out"), {},
+     "own_images.sh: error: expected IMAGES OUT, got 3 arguments"),
     ("scripts/autoregressive/sweep_cfg.sh", (), {},
      "sweep_cfg.sh: error: expected REFERENCE=<npz"),
     ("scripts/autoregressive/sweep_cfg.sh", (), {"REFERENCE": "none.npz"},

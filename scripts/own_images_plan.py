@@ -1,0 +1,197 @@
+"""Chooses sizes for a folder of images, and lays out which of them train and which judge.
+
+    python scripts/own_images_plan.py /data/my_images results/mine
+
+`images` in the output folder then holds links to them, in train/ and val/. The chosen sizes are
+explained on the error stream, and printed in the order of the fields of Plan.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])      # the root, not this folder
+
+import os
+from dataclasses import asdict, astuple, dataclass
+
+import numpy as np
+from PIL import Image
+
+from autoregressive.runtime.distributed import Session
+from autoregressive.runtime.entry import Flags, Parser, at_least, checks, run
+from autoregressive.runtime.files import check_writable_folder, write_json
+from tokenizer.tokenizer_image.listing import list_images
+
+VAL_EVERY = 10                  # of a class without a val folder, every tenth image judges
+SMALL = 48                      # pictures with a shorter median side are taken at 32 pixels
+FEW = 1000                      # images; with fewer the codebook is smaller
+TOKENIZER_EPOCHS, TOKENIZER_BATCH = 20, 32
+GPT_EPOCHS, GPT_BATCH = 30, 64
+FEWEST_STEPS = 600
+MOST_TOKENIZER_STEPS, MOST_GPT_STEPS = 1500, 3000       # at 32 pixels; half and a quarter at 64
+MOST_SAMPLES = 2000
+
+Split = dict[str, dict[str, list[str]]]         # train or val -> class -> paths
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the steps of scripts/own_images.sh are given.
+
+    Attributes:
+        image_size: pixels of a picture's side; 4 pixels are a token.
+        codebook_size: codes of the tokenizer.
+        cluster_size: codes per cluster.
+        tokenizer_steps, gpt_steps: of the two trainings.
+        num_samples: pictures that are scored.
+    """
+
+    image_size: int
+    codebook_size: int
+    cluster_size: int
+    tokenizer_steps: int
+    gpt_steps: int
+    num_samples: int
+
+
+def build_parser() -> Parser:
+    """Returns the parser of this script's command line."""
+    parser = Parser("Choose sizes for a folder of images.", has_seed=False)
+    parser.add_argument("images", type=Path,
+                        help="folder of class folders, or of train and val that hold such")
+    parser.add_argument("output", type=Path, help="folder of all results")
+    parser.add_argument("--tokenizer-steps", type=at_least(0), default=0,
+                        help="length of the tokenizer's training; 0: by the number of images")
+    parser.add_argument("--gpt-steps", type=at_least(0), default=0,
+                        help="length of the GPT's training; 0: by the number of images")
+    return parser
+
+
+def list_split(images: Path) -> Split:
+    """Returns the images that train and those that judge.
+
+    Raises:
+        ValueError: a folder is missing or empty, or a class has one image alone.
+    """
+    if (images / "train").is_dir() and (images / "val").is_dir():
+        split = {part: list_by_class(images / part) for part in ("train", "val")}
+        differing = split["train"].keys() ^ split["val"].keys()
+        if differing:
+            raise ValueError(f"{images}: expected equal class folders in train and val, found "
+                             f"{', '.join(sorted(differing))} in one of them; rename or remove it")
+        return split
+    split = {"train": {}, "val": {}}
+    for name, paths in list_by_class(images).items():
+        if len(paths) < 2:
+            raise ValueError(f"{images / name}: expected at least 2 images of a class, found 1; "
+                             "one of them judges what the others train")
+        held = paths[VAL_EVERY - 1::VAL_EVERY] or paths[-1:]
+        split["val"][name] = held
+        split["train"][name] = [path for path in paths if path not in set(held)]
+    return split
+
+
+def list_by_class(folder: Path) -> dict[str, list[str]]:
+    """Returns the paths of the images of every class; raises ValueError as list_images does."""
+    names, paths = list_images(folder, "IMAGES")
+    return dict(zip(names, paths, strict=True))
+
+
+def drop_broken(split: Split) -> tuple[list[int], list[str]]:
+    """Removes the images whose header cannot be read from a split, in place.
+
+    Returns:
+        the shorter sides of those that train, in pixels, and the paths of what was removed.
+
+    Raises:
+        ValueError: a class has none left.
+    """
+    sides = []
+    broken = []
+    for part, classes in split.items():
+        for name, paths in classes.items():
+            whole = []
+            for path in paths:
+                try:
+                    with Image.open(path) as image:
+                        side = min(image.size)
+                except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+                    broken.append(path)
+                    continue
+                whole.append(path)
+                if part == "train":
+                    sides.append(side)
+            if not whole:
+                raise ValueError(f"{Path(paths[0]).parent}: expected images that can be read in "
+                                 f"{part}, found none; replace them, or remove the class")
+            classes[name] = whole
+    return sides, broken
+
+
+def choose_plan(sides: list[int], tokenizer_steps: int = 0, gpt_steps: int = 0) -> Plan:
+    """Returns the sizes for the images that train.
+
+    Args:
+        sides: their shorter sides in pixels.
+        tokenizer_steps, gpt_steps: lengths of the trainings; 0 chooses them.
+    """
+    count = len(sides)
+    is_small = np.median(sides) < SMALL
+    most_tokenizer = MOST_TOKENIZER_STEPS if is_small else MOST_TOKENIZER_STEPS // 2
+    most_gpt = MOST_GPT_STEPS if is_small else MOST_GPT_STEPS // 4
+    for_tokenizer = np.clip(TOKENIZER_EPOCHS * count // TOKENIZER_BATCH, FEWEST_STEPS,
+                            most_tokenizer)
+    for_gpt = np.clip(GPT_EPOCHS * count // GPT_BATCH, FEWEST_STEPS, most_gpt)
+    return Plan(image_size=32 if is_small else 64, codebook_size=512 if count < FEW else 1024,
+                cluster_size=16 if count < FEW else 32,
+                tokenizer_steps=tokenizer_steps or int(for_tokenizer),
+                gpt_steps=gpt_steps or int(for_gpt), num_samples=min(MOST_SAMPLES, count))
+
+
+def link_images(split: Split, output: Path) -> None:
+    """Makes `output` a folder of links to the images of a split, and of nothing else."""
+    wanted = {}
+    for part, classes in split.items():
+        for name, paths in classes.items():
+            for number, path in enumerate(paths):
+                wanted[output / part / name / f"{number:07d}-{Path(path).name}"] = path
+    for folder, _, names in os.walk(output, topdown=False):
+        for name in names:
+            link = Path(folder) / name
+            if link.is_symlink() and os.readlink(link) != wanted.get(link):
+                link.unlink()
+        if not os.listdir(folder):                  # of a class that is gone
+            os.rmdir(folder)
+    for link, path in wanted.items():
+        if not link.is_symlink():
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path)
+
+
+def main(args: Flags, session: Session) -> None:
+    """Lists the images, chooses the sizes, makes the links, prints the plan."""
+    with checks(session):
+        images = args.images.resolve()
+        if args.output.resolve().is_relative_to(images):
+            raise ValueError(f"{args.output}: expected a folder outside {args.images}, whose "
+                             "folders are classes; name another one for the results")
+        split = list_split(images)
+        sides, broken = drop_broken(split)
+        check_writable_folder(args.output)
+    plan = choose_plan(sides, args.tokenizer_steps, args.gpt_steps)
+    link_images(split, args.output / "images")
+    write_json(args.output / "plan.json", asdict(plan) | {"broken": broken})
+    for path in broken:
+        print(f"{path}: not read as an image, left out", file=sys.stderr)
+    num_val = sum(map(len, split["val"].values()))
+    print(f"{len(sides)} images of {len(split['train'])} classes train, {num_val} judge; the "
+          f"median of their shorter sides is {np.median(sides):g} pixels.\n"
+          f"Chosen: pictures of {plan.image_size} pixels, {(plan.image_size // 4) ** 2} tokens of "
+          f"{plan.codebook_size} codes, clusters of {plan.cluster_size}; {plan.tokenizer_steps} "
+          f"steps for the tokenizer, {plan.gpt_steps} for the GPT.", file=sys.stderr)
+    print(*astuple(plan))
+
+
+if __name__ == "__main__":
+    run(main, build_parser())
