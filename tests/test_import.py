@@ -16,6 +16,7 @@ from autoregressive.data import importing
 from autoregressive.data.opening import open_codes
 from autoregressive.runtime.checkpoint import read_checkpoint, save_checkpoint
 from autoregressive.runtime.files import codebook_sha256, mapping_sha256, write_json
+from autoregressive.train import import_codes as import_codes_script
 from processes import run_forked, run_here, start, start_and_kill
 from ready_files import (
     npy,
@@ -295,6 +296,24 @@ def test_finished_store_is_verified_and_other_codes_are_not_mixed_into_one(folde
     assert contents(tmp_path / "store") == before
     assert run_here(IMPORT, *words, "--overwrite") == 0
     assert np.array_equal(open_codes(tmp_path / "store").codes, CODES[:8])
+
+
+def test_other_codes_at_the_place_of_the_source_are_not_mixed_into_a_begun_store(
+        folder, tmp_path, capsys, monkeypatch):
+    write_tar(tmp_path / "codes.tar", numbered_files(CODES, LABELS))
+    words = flags(folder, tmp_path / "codes.tar", tmp_path / "store")
+    with monkeypatch.context() as patch:
+        patch.setattr(import_codes_script, "finish_store", lambda *_: None)    # stopped before it
+        assert run_here(IMPORT, *words) == 0
+    others = CODES.copy()
+    others[3, 0, 0] = (others[3, 0, 0] + 1) % 64
+    write_tar(tmp_path / "codes.tar", numbered_files(others, LABELS))
+    capsys.readouterr()
+    assert run_here(IMPORT, *words) == 2
+    assert "expected the codes that" in capsys.readouterr().err
+    write_tar(tmp_path / "codes.tar", numbered_files(CODES, LABELS))
+    assert run_here(IMPORT, *words) == 0
+    assert np.array_equal(open_codes(tmp_path / "store").codes, CODES)
 
 
 @pytest.fixture(scope="module")

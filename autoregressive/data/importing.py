@@ -108,6 +108,17 @@ def check_some(source: CodeSource, manifest: dict[str, Any]) -> None:
     raise first_error
 
 
+def check_written(source: CodeSource, writer: CodeWriter) -> None:
+    """Raises ValueError if one of the first images that were written has other codes by now."""
+    written = writer.rows.array("codes")
+    is_written = ~writer.rows.is_missing()
+    for row, read in itertools.islice(source.readers(is_written), LOOKED_AT):
+        if not np.array_equal(read_codes(source, row, read, writer.manifest), written[row]):
+            raise ValueError(f"{source.path / source.name_of(row)}: expected the codes that "
+                             f"{writer.path} was begun with, found others; begin anew with "
+                             "--overwrite")
+
+
 def copy_codes(source: CodeSource, writer: CodeWriter, session: Session) -> None:
     """Writes the codes that are not in a store yet; images that cannot be read become failures."""
     manifest = writer.manifest

@@ -26,6 +26,7 @@ from autoregressive.data.codes import add_code_args
 from autoregressive.data.finishing import finish_store, verify_finished
 from autoregressive.data.importing import (
     check_some,
+    check_written,
     choose_class_names,
     copy_codes,
     read_class_names,
@@ -126,6 +127,8 @@ def main(args: Flags, session: Session) -> None:
         check_writable_folder(args.code_path)
         session.hold(writer.target)
         writer.create(source.labels, args.overwrite)
+        if not writer.is_complete:
+            check_written(source, writer)
     LOGGER.info("%s: %s's layout, %d images of %d classes", args.source, source.layout,
                 len(source), len(class_names))
 

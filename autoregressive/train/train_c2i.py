@@ -246,12 +246,12 @@ def main(args: Flags, session: Session) -> None:
     # Open and compare all that the run depends on, before any work.
     with checks(session):
         store, mapping = open_codes_and_mapping(args, older)
-        vq = open_decoder(args, mapping)
         if start_path:
             args.take(recorded_size(start_path), start_path)
         config = build_config(args)
         data = open_data(DataSettings(**args.pick(DataSettings)), store, mapping, config.grid,
                          session.world_size)
+        vq = open_decoder(args, mapping)
         start = read_start(start_path, config, StartSettings(**args.pick(StartSettings)),
                            tokens=mapping.tokens, mapping_path=mapping.path,
                            mapping_sha256=mapping.hashes["mapping_sha256"])
