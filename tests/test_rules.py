@@ -23,7 +23,7 @@ TOP_LEVEL = {"autoregressive", "tokenizer", "evaluations", "balance_k_means.py",
 GROUND, PIPELINE = "autoregressive/runtime", "autoregressive/pipeline.py"
 ROOMS = ("autoregressive/models", "autoregressive/data", "autoregressive/train",
          "autoregressive/sample", "tokenizer", "evaluations", "scripts/benchmarks",
-         "scripts/experiments")
+         "scripts/experiments", "scripts/pages")
 SCRIPTS = {
     "autoregressive/train/extract_codes_c2i.py": {
         "--data-path": None, "--code-path": None, "--vq-model": "VQ-16", "--vq-ckpt": None,
