@@ -26,10 +26,9 @@ from scripts.pages.chart import Line, chart, legend
 from scripts.pages.page import (
     element,
     facts_list,
-    folded,
+    folded_settings,
     picture,
     section,
-    settings_table,
     table,
     write_page,
 )
@@ -105,7 +104,7 @@ def quickstart_page(folder: Path) -> list[Element]:
             ["", *report["runs"]], results(report)))
         for name, value in report.items():
             columns = value if name == "runs" else {"value": value}
-            details.append(folded(name.replace("_", " "), settings_table(name, columns)))
+            details.append(folded_settings(name.replace("_", " "), columns))
     else:
         content += section("Results", *last_values(logged))
         for name, path in run_folders.items():
@@ -133,7 +132,7 @@ def config_of(run_folder: Path, title: str) -> list[Element]:
     path = run_folder / "config.json"
     if not path.is_file():
         return []
-    return [folded(title, settings_table(title, {"value": read_json(path)}))]
+    return [folded_settings(title, {"value": read_json(path)})]
 
 
 def sweep_page(folder: Path) -> list[Element]:
@@ -152,9 +151,8 @@ def sweep_page(folder: Path) -> list[Element]:
     return [*sentences,
             *section("Scores", table("A row for each setting.", head, rows)),
             *section("Curves", *legend(lines), element("div", *charts, class_="charts")),
-            *section("Settings and hashes", folded(
-                "what all have in common",
-                settings_table("conditions", {"value": scores[0].conditions})))]
+            *section("Settings and hashes", folded_settings(
+                "what all have in common", {"value": scores[0].conditions}))]
 
 
 def page_of(folder: Path) -> list[Element]:

@@ -74,12 +74,12 @@ def facts_list(facts: dict[str, str]) -> Element:
     return element("dl", *terms)
 
 
-def settings_table(caption: str, columns: dict[str, dict[str, Any]]) -> Element:
-    """Returns a table of settings with a column for each plain dict; inner dicts are flattened."""
+def folded_settings(title: str, columns: dict[str, dict[str, Any]]) -> Element:
+    """Returns a folded table with a column for each plain dict; inner dicts are flattened."""
     flat = {title: _flatten(settings) for title, settings in columns.items()}
     names = dict.fromkeys(name for settings in flat.values() for name in settings)
     rows = [[name, *(settings.get(name, "") for settings in flat.values())] for name in names]
-    return table(caption, ["setting", *flat], rows, kind="texts")
+    return folded(title, table(title, ["setting", *flat], rows, kind="texts"))
 
 
 def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
@@ -88,8 +88,12 @@ def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, dict):
             flat |= _flatten(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = value if isinstance(value, str) else json.dumps(value)
+            flat[prefix + name] = _as_text(value)
     return flat
+
+
+def _as_text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def picture(path: Path, caption: str) -> Element:

@@ -19,6 +19,7 @@ RUN: Kinds = {"training": LOSSES,
 def read_report(path: Path) -> dict[str, Any]:
     """Reads a report.json. Raises ValueError if it lacks a number that is shown."""
     report = read_json(path, {"tokenizer": TOKENIZER, "codes": CODES, "runs": dict})
+    check_kinds(report, dict.fromkeys(report, dict), path)
     check_kinds(report["runs"], dict.fromkeys(report["runs"], RUN), path)
     return report
 
