@@ -261,6 +261,8 @@ def test_a_point_lies_where_the_ticks_say():
         assert len(known) >= 4 and all(len(text) < 6 for _, text in ticks)      # round
         assert np.interp(places, *zip(*known, strict=True)) == pytest.approx(values, rel=1e-2)
         assert known[0][0] <= min(places) and max(places) <= known[-1][0]
+        rises = np.diff([value for _, value in known]) > 0
+        assert all(rises) if axis == "x" else not any(rises)    # y is counted from above
 
 
 def test_long_lines_are_thinned_out_and_keep_their_ends():
