@@ -77,3 +77,4 @@ evaluate 1
 evaluate 0
 echo "== 7/7 report"
 python scripts/quickstart_report.py $out
+python scripts/report.py $out

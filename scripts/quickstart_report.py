@@ -21,6 +21,17 @@ from autoregressive.runtime.entry import Flags, Parser, checks, run
 from autoregressive.runtime.files import check_output, file_sha256, read_json, write_json
 from autoregressive.runtime.log import plot_metrics
 from autoregressive.runtime.pictures import save_grid
+from scripts.pages.quickstart import (
+    ACCURACY,
+    CAVEAT,
+    CODES,
+    LOSSES,
+    METRICS,
+    NUMBER,
+    TOKENIZER,
+    facts,
+    results,
+)
 from tokenizer.tokenizer_image.images import center_crop, open_dataset, to_float, to_uint8
 from tokenizer.tokenizer_image.loading import load_vq
 from tokenizer.tokenizer_image.vq_model import VQConfig
@@ -28,10 +39,6 @@ from tokenizer.tokenizer_image.vq_model import VQConfig
 LAMBDAS = (1, 0)
 SHOWN_PER_CLASS = 4
 SIDE = 16                       # of a picture in pixels
-METRICS = ("Inception Score", "FID", "sFID", "Precision", "Recall", "Label agreement")
-ACCURACY = "Validation accuracy of the classifier"
-NUMBER = (int, float)
-LOSSES = {"token_loss": NUMBER, "cluster_loss": NUMBER}
 VQ_FLAGS = {"vq_model": str, "codebook_size": int}
 HANDED_ON = ("vq.pt", "classifier.pt", "reference.npz", "codes/*.npy", "*cluster_size=16.pt",
              "gpt-lambda?/*/checkpoints/*.pt", "samples-lambda?/*.npz")
@@ -66,7 +73,7 @@ def read_results(folder: Path) -> dict[str, Any]:
         runs[f"lambda {weight}"] = {"training": read_json(run_folder / "finished.json", LOSSES),
                                     "config": config,
                                     "evaluation": read_evaluation(folder, weight)}
-    tokenizer = read_json(folder / "vq.json", {"psnr": NUMBER, "codes_used": int})
+    tokenizer = read_json(folder / "vq.json", TOKENIZER)
     tokenizer["config"] = read_json(only(folder, "vq/000-*") / "config.json")
     classifier_path = folder / "classifier.pt"
     classifier = read_checkpoint(classifier_path)
@@ -75,7 +82,7 @@ def read_results(folder: Path) -> dict[str, Any]:
                          "remove it and run scripts/quickstart.sh again")
     return {"tokenizer": tokenizer,
             "classifier": classifier["settings"],
-            "codes": read_json(folder / "codes" / "manifest.json", {"codebook_size": int}),
+            "codes": read_json(folder / "codes" / "manifest.json", CODES),
             "reordering": read_json(only(folder, "report-kmeans*.json")), "runs": runs}
 
 
@@ -133,42 +140,32 @@ def first_of_each_class(labels: np.ndarray) -> list[int]:
     return rows
 
 
-def print_table(results: dict[str, Any]) -> None:
+def print_table(report: dict[str, Any]) -> None:
     """Prints the numbers that a person wants to see first."""
-    tokenizer = results["tokenizer"]
-    runs = results["runs"]
-    numbers = {name: run["evaluation"]["numbers"] for name, run in runs.items()}
-    accuracy = numbers["lambda 1"][ACCURACY]
-    print(f"\n{'reconstruction (val)':28}{tokenizer['psnr']:10.2f} dB, {tokenizer['codes_used']} "
-          f"of {results['codes']['codebook_size']} codes used")
-    print(f"{'classifier (val)':28}{100 * accuracy:10.2f} % right (all scores below are from it, "
-          "not from Inception)\n")
-    print(f"{'':28}" + "".join(f"{name:>14}" for name in runs))
-    for loss in LOSSES:
-        losses = [f"{run['training'][loss]:14.3f}" for run in runs.values()]
-        print(f"{'training ' + loss.replace('_', ' '):28}" + "".join(losses))
-    for metric in METRICS:
-        scores = [f"{values[metric]:14.4f}" for values in numbers.values()]
-        print(f"{metric:28}" + "".join(scores))
+    print()
+    for title, text in facts(report).items():
+        print(f"{title:28}{text}")
+    print("\n" + " " * 28 + "".join(f"{name:>14}" for name in report["runs"]))
+    for title, *cells in results(report):
+        print(f"{title:28}" + "".join(f"{cell:>14}" for cell in cells))
 
 
 def main(args: Flags, session: Session) -> None:
     """Reads what every step of the quickstart left, and writes the report."""
     with checks(session):
-        results = read_results(args.folder)
+        report = read_results(args.folder)
         metrics = {f"lambda {weight}": only(args.folder, f"gpt-lambda{weight}/000-*/metrics.jsonl")
                    for weight in LAMBDAS}
         for name in ("digits.png", "curves.png", "report.json"):
             check_output(args.folder / name)
-    save_digits(args.folder, results["runs"]["lambda 1"]["config"])
+    save_digits(args.folder, report["runs"]["lambda 1"]["config"])
     plot_metrics(args.folder / "curves.png", metrics)
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "numpy": np.__version__}
-    report = results | {"files_sha256": hash_files(args.folder), "versions": versions}
+    report |= {"files_sha256": hash_files(args.folder), "versions": versions}
     write_json(args.folder / "report.json", report)
-    print_table(results)
-    print("\none seed, few pictures: this shows that all works, not which column is better\n"
-          f"pictures, curves and report.json in {args.folder}")
+    print_table(report)
+    print(f"\n{CAVEAT}\npictures, curves and report.json in {args.folder}")
 
 
 if __name__ == "__main__":

@@ -11,19 +11,19 @@ if __name__ == "__main__":
 
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.entry import Flags, Parser, at_least, checks, run
-from autoregressive.runtime.files import check_file, check_output, file_sha256, write_json
-from autoregressive.runtime.log import LOGGER, Panel, open_logger, plot_panels
-from scripts.experiments.scores import SETTINGS, Score, points_of, read_score, read_scores
+from autoregressive.runtime.files import check_file, check_output, file_sha256
+from autoregressive.runtime.log import LOGGER, open_logger, plot_panels
+from scripts.experiments.scores import Score, read_score, read_scores
+from scripts.experiments.sweep import (
+    best_in_words,
+    columns_of,
+    find_best,
+    panels_of,
+    table_of,
+    write_sweep,
+)
 
 RECORDS = "*-samples/*/*.json"
-# Titles of the table, and words of legends that a value needs.
-TITLES = {"num_fid_samples": "samples", "cfg_scale": "scale", "cfg_schedule": "schedule",
-          "beta": "beta", "cfg_start": "start", "cfg_power": "power", "cfg_scale_within": "within",
-          "top_p": "top-p", "global_seed": "seed"}
-UNNAMED = ("cfg_schedule",)
-# What is plotted: against what, and the number.
-PANELS = (("scale", "FID"), ("scale", "Inception Score"), ("scale", "Label agreement"),
-          ("Precision", "Recall"))
 
 
 def build_parser() -> Parser:
@@ -62,66 +62,14 @@ def find_scores(folder: Path, reference_sha256: str | None) -> list[Score]:
     return read_scores(paths)
 
 
-def find_best(scores: list[Score]) -> dict[tuple[int | None, int | None], Score]:
-    """Returns the score of lowest FID for each number of samples and seed; empty without FIDs.
-
-    FIDs of different numbers of samples are not comparable: fewer samples have a higher one.
-    """
-    best: dict[tuple[int | None, int | None], Score] = {}
-    for score in scores:
-        key = (score.settings["num_fid_samples"], score.settings["global_seed"])
-        if "FID" in score.numbers and (
-                key not in best or score.numbers["FID"] < best[key].numbers["FID"]):
-            best[key] = score
-    return best
-
-
-def columns_of(scores: list[Score]) -> list[str]:
-    """Returns the settings that are columns of the table: the scale, and whatever differs."""
-    return [name for name in SETTINGS
-            if name == "cfg_scale" or len({score.settings[name] for score in scores}) > 1]
-
-
-def describe(score: Score, names: list[str]) -> str:
-    """Returns settings of a score in words, such as `linear, within 2`."""
-    words = []
-    for name in names:
-        value = score.settings[name]
-        if value is not None:
-            words.append(str(value) if name in UNNAMED else f"{TITLES[name]} {value}")
-    return ", ".join(words)
-
-
 def print_table(scores: list[Score], columns: list[str]) -> None:
     """Prints a line for each score: its settings, then its numbers."""
-    lines = [[TITLES[name] for name in columns] + list(scores[0].numbers)]
-    for score in scores:
-        cells = [score.settings[name] for name in columns]
-        lines.append(["" if cell is None else str(cell) for cell in cells]
-                     + [f"{number:.4f}" for number in score.numbers.values()])
+    lines = table_of(scores, columns)
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     for line in lines:
         print("   ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
-    for (count, seed), best in find_best(scores).items():
-        names = [name for name in columns if name not in ("num_fid_samples", "global_seed")]
-        print(f"lowest FID of {count} samples of seed {seed}: {best.numbers['FID']:.4f} at "
-              f"{describe(best, names)}")
-
-
-def panels_of(scores: list[Score], columns: list[str]) -> list[Panel]:
-    """Returns those of PANELS whose numbers there are; if there are none, all against the scale.
-
-    A curve joins the scores that differ in the scale alone.
-    """
-    titles = list(scores[0].numbers)
-    known = {*titles, "scale"}
-    axes = [pair for pair in PANELS if known.issuperset(pair)]
-    curves: dict[str, list[Score]] = {}
-    others = [name for name in columns if name != "cfg_scale"]
-    for score in scores:
-        curves.setdefault(describe(score, others) or "all", []).append(score)
-    axes = axes or [("scale", title) for title in titles]
-    return [Panel(x, y, points_of(curves, x, y)) for x, y in axes]
+    for sentence in best_in_words(scores, columns):
+        print(sentence)
 
 
 def main(args: Flags, session: Session) -> None:
@@ -148,8 +96,7 @@ def main(args: Flags, session: Session) -> None:
     columns = columns_of(scores)
     print_table(scores, columns)
     plot_panels(args.folder / "sweep.png", panels_of(scores, columns), marker="o")
-    rows = [score.settings | score.numbers for score in scores]
-    write_json(args.folder / "sweep.json", {"conditions": scores[0].conditions, "scores": rows})
+    write_sweep(args.folder / "sweep.json", scores)
     print(f"table in {args.folder / 'sweep.json'}, plot in {args.folder / 'sweep.png'}")
 
 

@@ -63,6 +63,7 @@ COMMANDS = {
                  "--num-workers 0"),
     "sweep report": ("scripts/sweep_report.py", ""),
     "quickstart report": ("scripts/quickstart_report.py", ""),
+    "report": ("scripts/report.py", ""),
 }
 CODEBOOK = "quantize.embedding.weight"
 MAPPING = "mapping-kmeans+nearest-cluster_size=8.pt"             # as the right command names it

@@ -6,6 +6,7 @@ the last counts. It ends with exit code 0 and a result that passes the check.
 
 import json
 from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from PIL import Image
 from autoregressive.runtime.checkpoint import read_checkpoint
 from hostile_files import HUGE, SCORE
 from processes import contents
+from wrong_inputs_of_images import RUN
 
 
 def codes_are_right(store: str = "new/codes") -> None:
@@ -151,6 +153,11 @@ def table_is_right() -> None:
     assert (first["cfg_scale"], second["cfg_scale"]) == (1.0, 1.5) and first["FID"] == second["FID"]
 
 
+def is_a_page(folder: str) -> Callable[[], None]:
+    """Returns the check that a page was written into a folder."""
+    return lambda: HTMLParser().feed(Path(folder, "report.html").read_text())
+
+
 # The flag or kind of file that looks wrong, flags, and a check of the result.
 Row = tuple[str, str, Callable[[], None]]
 ODD_INPUTS: dict[str, list[Row]] = {
@@ -217,6 +224,12 @@ ODD_INPUTS: dict[str, list[Row]] = {
     "validate": [
         ("--batch-size", f"--batch-size {HUGE}", reconstructions_are_right),
         ("pictures", "--dataset imagenet --data-path bad/strange", strange_pictures_are_read),
+    ],
+    "report": [
+        ("folder", "good/run", is_a_page("good/run")),
+        ("folder", "good/tokenizer_run", is_a_page("good/tokenizer_run")),
+        *(("metrics.jsonl", f"bad/results-metrics-{name}/{RUN}",
+           is_a_page(f"bad/results-metrics-{name}/{RUN}")) for name in ("binary", "numbers")),
     ],
     "sweep report": [
         ("folder", "good/sweep", table_is_right),

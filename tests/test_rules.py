@@ -24,7 +24,7 @@ GROUND = "autoregressive/runtime"
 TOGETHER = ("autoregressive/pipeline.py", "autoregressive/decoder.py")
 ROOMS = ("autoregressive/models", "autoregressive/data", "autoregressive/train",
          "autoregressive/sample", "tokenizer", "evaluations", "scripts/benchmarks",
-         "scripts/experiments")
+         "scripts/experiments", "scripts/pages")
 SCRIPTS = {
     "autoregressive/train/extract_codes_c2i.py": {
         "--data-path": None, "--code-path": None, "--vq-model": "VQ-16", "--vq-ckpt": None,

@@ -14,7 +14,7 @@ from autoregressive.runtime.files import file_sha256
 from conftest import ROOT
 from processes import run_here
 from scripts.experiments.scores import SETTINGS, Score
-from scripts.sweep_report import columns_of, panels_of
+from scripts.experiments.sweep import columns_of, panels_of
 
 SHELL = sorted(path.relative_to(ROOT) for path in (ROOT / "scripts").glob("**/*.sh"))
 OF_SEVERAL_STEPS = {"sweep_cfg.sh", "guidance.sh"}

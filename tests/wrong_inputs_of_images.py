@@ -6,6 +6,7 @@ the last counts. It ends with exit code 2 and one line that holds the words of t
 
 from hostile_files import HUGE, SCORE
 
+RUN = "000-GPT-tiny-lambda=1-cluster_size=8"
 # The flag or kind of file that is wrong, flags, and words of the line.
 Row = tuple[str, str, str]
 WRONG_INPUTS: dict[str, list[Row]] = {
@@ -189,5 +190,14 @@ WRONG_INPUTS: dict[str, list[Row]] = {
     "quickstart report": [
         ("folder", "good", "good/gpt-lambda1/000-*: expected one, found 0"),
         ("folder", "bad/nowhere", "nowhere/gpt-lambda1/000-*: expected one, found 0"),
+    ],
+    "report": [
+        ("folder", "bad/nowhere", "nowhere: expected the folder of a quickstart (report.json)"),
+        ("folder", "good/vq.pt", "vq.pt: expected the folder of a quickstart"),
+        ("folder", "good/sweep/20-samples", "or of a sweep (sweep.json), found none"),
+        ("flag", "good/run --output x", "unrecognized arguments: --output x"),
+        ("settings of a run", f"bad/results-config-number/{RUN}", "expected a JSON object"),
+        ("settings of a run", f"bad/results-config-bytes/{RUN}", "config.json: expected JSON"),
+        ("end of a run", f"bad/results-finished-text/{RUN}", "expected steps as int, found str"),
     ],
 }

@@ -53,20 +53,17 @@ def read_score(path: Path) -> Score:
     """Reads a record of the evaluator. Raises ValueError if it lacks something, which is named."""
     record = read_json(path, {"numbers": dict, "samples": dict})
     made_with = record["samples"].get("settings")
-    if not isinstance(made_with, dict) or not _is_number(made_with.get("cfg_scale")):
+    if not isinstance(made_with, dict) or not is_number(made_with.get("cfg_scale")):
         raise ValueError(f"{path}: expected samples with settings that hold a number under "
                          "cfg_scale, found others; remove the record and score samples of "
                          "sample_c2i_ddp.py")
     numbers = {title: number for title, number in record["numbers"].items()
                if title != NOT_OF_SAMPLES}
-    if not numbers or not all(map(_is_number, numbers.values())):
+    if not numbers or not all(map(is_number, numbers.values())):
         raise ValueError(f"{path}: expected numbers of the evaluator, found "
                          f"{record['numbers']}; remove the record and score the samples again")
     settings = {name: made_with.get(name, UNCHANGED.get(name)) for name in SETTINGS}
-    for name, value in settings.items():
-        if not isinstance(value, str | int | float | None):
-            raise ValueError(f"{path}: expected a number or a word as {name}, found {value}; "
-                             "remove the record and score the samples again")
+    check_settings(settings, path)
     conditions = {key: value for key, value in made_with.items() if key not in MAY_DIFFER}
     for key in ("reference", "feature_network"):
         source = record.get(key)
@@ -75,7 +72,16 @@ def read_score(path: Path) -> Score:
     return Score(path, settings, numbers, conditions)
 
 
-def _is_number(value: object) -> bool:
+def check_settings(settings: dict[str, Any], path: Path) -> None:
+    """Raises ValueError unless each of SETTINGS, as read from `path`, is plain or unknown."""
+    for name, value in settings.items():
+        if not isinstance(value, str | int | float | None):
+            raise ValueError(f"{path}: expected a number or a word as {name}, found {value}; "
+                             "remove the record and score the samples again")
+
+
+def is_number(value: object) -> bool:
+    """Returns whether a value of a record is a number, and finite."""
     return isinstance(value, int | float) and math.isfinite(value)
 
 
