@@ -74,7 +74,7 @@ def build_parser() -> Parser:
                         help="codes in every cluster")
     parser.add_argument("--method", default=DEFAULT_METHOD, choices=METHODS,
                         help="optimal: exact balanced k-means, ours, of tighter clusters; greedy: "
-                             "the paper's Algorithm 1; random: no structure at all, as a control")
+                             "the paper's Algorithm 1; random: clusters of any codes, as a control")
     parser.add_argument("--seed", type=at_least(0), default=42, help="of the starting codes")
     parser.add_argument("--restarts", type=at_least(0), default=0,
                         help="further starts, with the seeds that follow; best wins")

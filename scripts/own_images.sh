@@ -11,9 +11,9 @@ images=$(absolute "$1") out=$(absolute "$2")
 CDPATH="" cd "$(dirname "$0")/.."
 . scripts/environment.sh requirements.txt
 
-echo "== 1/7 look at the images"
 plan=$(python scripts/own_images_plan.py "$images" "$out" \
     --tokenizer-steps "${TOKENIZER_STEPS:-0}" --gpt-steps "${GPT_STEPS:-0}")
+echo "== 1/7 looked at the images"
 read -r size codes cluster tokenizer_steps gpt_steps samples <<<"$plan"
 train="$out/images/train" val="$out/images/val"
 few="--max-failures 0.05"       # of the images may be broken inside

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -257,8 +258,13 @@ def test_files_that_do_not_belong_together_are_refused(files, capsys, case):
 def test_files_that_may_belong_together_are_scored(files, reference, samples, capsys):
     save("ref.npz", **reference)
     save("samples.npz", seed=1, **samples)
+    Path("samples.json").write_text("what made them")
     call(EVALUATE, *SCORE, "--metrics", "precision")
     assert "Precision: " in capsys.readouterr().out
+    of_val = samples is RECONSTRUCTIONS             # val.py's numbers stay
+    assert (Path("samples.json").read_text() == "what made them") == of_val
+    record = Path("samples.rfid.json" if of_val else "samples.json")
+    assert "Precision" in json.loads(record.read_text())["numbers"]
 
 
 STATISTICS = {

@@ -153,7 +153,7 @@ ROWS: list[Row] = [
     ("sweep", "REFERENCE", "REFERENCE=good OUT=new", "", "REFERENCE"),
     ("sweep", "REFERENCE", SWEEP.replace("reference.npz", "samples.npz").replace("1.0 2.0", "1.0"),
      "", "samples.npz"),
-    ("sweep", "CFG_SCALES", SWEEP.replace("1.0 2.0", "large"), "", "numbers in the lists"),
+    ("sweep", "CFG_SCALES", SWEEP.replace("1.0 2.0", "large"), "", "numbers in CFG_SCALES"),
     ("sweep", "CFG_SCALES", SWEEP.replace("1.0 2.0", "2.0 1.0 2.0"), "", sweep_is_right),
     ("sweep", "CFG_SCHEDULES", f"{SWEEP} CFG_SCHEDULES='linear steep'", "",
      "in CFG_SCHEDULES, got 'steep'"),

@@ -15,8 +15,9 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from autoregressive.runtime import speed
+from autoregressive.runtime import log, speed
 from autoregressive.runtime.distributed import Session, open_session, seed_everything
 from autoregressive.runtime.entry import (
     Parser,
@@ -413,3 +414,20 @@ def test_weight_decay_spares_vectors():
     assert [p.dim() for p in decayed["params"]] == [2]
     assert [p.dim() for p in spared["params"]] == [1, 1]
     assert json.dumps([decayed["weight_decay"], spared["weight_decay"]]) == "[0.05, 0.0]"
+
+
+def test_curves_show_validation_beside_training_and_mark_a_point_that_is_alone(
+        tmp_path, monkeypatch):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 5, "token_loss": 3.0, "val_token_loss": 4.0}\n')
+    shown = []
+    monkeypatch.setattr(log, "plot_panels", lambda path, panels: shown.extend(panels))
+    log.plot_metrics(tmp_path / "curves.png", {"run": tmp_path / "metrics.jsonl"})
+    assert shown[0].curves == {"run": [(5, 3.0)], "run, val": [(5, 4.0)]}
+    monkeypatch.undo()
+    sizes = []
+    for points in ([], [(5, 3.0)]):
+        log.plot_panels(tmp_path / "one.png", [log.Panel("steps", "loss", {"run": points})])
+        picture = np.asarray(Image.open(tmp_path / "one.png").convert("RGB"), dtype=int)
+        sizes.append((np.ptp(picture, axis=-1) > 50).sum())         # coloured pixels
+    assert sizes[0] == 0 and sizes[1] > 20

@@ -11,6 +11,7 @@ RUN = "000-GPT-tiny-lambda=1-cluster_size=8"
 Row = tuple[str, str, str]
 WRONG_INPUTS: dict[str, list[Row]] = {
     "sample many": [
+        ("--greedy", "--greedy --top-k 5", "--greedy: expected no --top-k and no --top-p"),
         ("--labels", "--labels ''", "--labels"),
         ("--labels", "--labels 1,,2", "--labels"),
         ("--labels", "--labels 10", "--labels: expected indices in 0 .. 9, got 10"),

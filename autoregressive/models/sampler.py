@@ -52,6 +52,9 @@ class Sampler:
         if self.temperature == 0 and not self.greedy:
             raise ValueError("--temperature: expected more than 0, got 0; use --greedy for the "
                              "limit")
+        if self.greedy and (self.top_k or self.top_p < 1):
+            raise ValueError("--greedy: expected no --top-k and no --top-p beside it, which change "
+                             "nothing; leave them out")
         if self.top_k > vocab_size:
             raise ValueError(f"--top-k: expected 0 (off) to {vocab_size} codes, got {self.top_k}")
         if self.cfg_schedule == "constant" and self.cfg_start != Sampler.cfg_start:

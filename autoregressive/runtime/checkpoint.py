@@ -96,7 +96,8 @@ def read_checkpoint(path: str | Path, hint: str = "") -> Saved:
         if is_of_disk:
             error.filename = str(path)
             raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        says_why = isinstance(error, (RuntimeError, OSError, zipfile.BadZipFile)) and str(error)
+        reason = str(error).splitlines()[0] if says_why else "no checkpoint at all, or cut off"
         raise ValueError(f"{path}: expected a whole checkpoint, found a damaged one ({reason}); "
                          "copy or download the file again") from None
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:                                   # distributed.py imports thi
     from autoregressive.runtime.distributed import Session
 
 LOGGER = logging.getLogger("iar")
+FEW_POINTS = 10                 # of a curve, which are then marked
 Points = list[tuple[float, float]]                  # (x, y), in the order of a curve
 
 
@@ -148,7 +149,8 @@ def plot_panels(path: str | Path, panels: list[Panel], marker: str = "") -> None
     Args:
         path: the PNG.
         panels: at least one.
-        marker: matplotlib's name of what stands at every point; "" is nothing.
+        marker: matplotlib's name of what stands at every point; "" is nothing, where lines have
+            more than FEW_POINTS.
     """
     import matplotlib  # here: it takes half a second, and only rank 0 plots
 
@@ -164,7 +166,8 @@ def plot_panels(path: str | Path, panels: list[Panel], marker: str = "") -> None
     for axis, panel in zip(axes[0], panels, strict=True):
         for legend, points in panel.curves.items():
             if points:
-                lines[legend], = axis.plot(*zip(*points, strict=True), marker=marker,
+                few = "o" if len(points) <= FEW_POINTS else ""      # one alone is no line
+                lines[legend], = axis.plot(*zip(*points, strict=True), marker=marker or few,
                                            color=colors[legend])
         axis.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
         axis.grid(alpha=0.3)
@@ -182,13 +185,17 @@ def plot_metrics(path: str | Path, runs: dict[str, Path],
     Args:
         path: the PNG.
         runs: legend -> metrics.jsonl.
-        names: of values in its lines.
+        names: of values in its lines; those of validation stand in the panels of training.
     """
     logged = {legend: read_metrics(metrics) for legend, metrics in runs.items()}
     panels = []
     for name in names:
         curves = {}
         for legend, lines in logged.items():
-            curves[legend] = [(values["step"], values[name]) for values in lines if name in values]
+            for prefix, kind in (("", ""), ("val_", ", val")):
+                points = [(values["step"], values[prefix + name]) for values in lines
+                          if prefix + name in values]
+                if points or not prefix:
+                    curves[legend + kind] = points
         panels.append(Panel("steps", name.replace("_", " "), curves))
     plot_panels(path, panels)

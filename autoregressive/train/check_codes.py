@@ -192,7 +192,7 @@ def check_rows(store: CodeStore, dataset: ImageSet, vq: VQModel, rows: np.ndarra
         label = store.labels[row]
         is_known = 0 <= label < len(manifest["class_names"])
         name = manifest["class_names"][label] if is_known else f"label {label}"
-        captions.append(f"{name}  {quality:.1f} dB")
+        captions.append(f"{quality:.1f} dB  {name}")
     save_grid(output, pairs, columns=4, captions=captions)
 
     wrong = rows[np.array(reproduced) < LEAST_REPRODUCED].tolist()

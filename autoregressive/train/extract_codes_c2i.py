@@ -87,6 +87,9 @@ def describe_store(args: Flags, dataset: ImageSet, hashes: dict[str, str]) -> di
     check_image_size(args.image_size, args.vq_model)
     if args.ten_crop:
         check_crop_range(args.crop_range)
+    elif args.is_given("crop_range"):
+        raise ValueError("--crop-range: expected --ten-crop, whose crops it spreads, got two "
+                         "crops; give both, or neither")
     grid = args.image_size // downsampling(args.vq_model)
     crops = crop_names(args.ten_crop, not args.no_flip)
     precision = "fp32" if args.precision == "none" else args.precision      # as all stores say

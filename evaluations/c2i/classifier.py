@@ -86,7 +86,8 @@ class ClassifierFeatures:
                    if not isinstance(settings, dict) or name not in settings]
         if missing:
             raise ValueError(f"{path}: expected a classifier made by train_classifier.py, found a "
-                             f"file that lacks {', '.join(missing)}")
+                             f"file that lacks {', '.join(missing)}; name another one, or train "
+                             "it")
         check_kinds({"width": DEFAULT_WIDTH} | settings, SETTINGS | {"width": int}, path)
         if not settings["class_names"] or settings["image_size"] < SMALLEST_IMAGE:
             raise ValueError(f"{path}: expected class_names and image_size of at least "

@@ -40,7 +40,7 @@ from evaluations.c2i.features import FeatureNetwork
 from evaluations.c2i.inception import BACKENDS, DEFAULT_INCEPTION, open_inception
 from evaluations.c2i.metrics import NEIGHBOURS
 from evaluations.c2i.npz_reader import NpzImages
-from evaluations.c2i.pairing import check_class_names, check_pair
+from evaluations.c2i.pairing import check_class_names, check_pair, kind_of
 from evaluations.c2i.scores import (
     MANIFOLDS,
     TITLES,
@@ -74,7 +74,8 @@ def build_parser() -> Parser:
     parser.add_argument("--batch-size", type=at_least(1), default=64,
                         help="pictures that the network takes at once")
     parser.add_argument("--output", help="JSON record; the printed lines go beside it with .txt; "
-                                         "default: the sample file with .json")
+                                         "default: the sample file with .json, of "
+                                         "reconstructions with .rfid.json")
     parser.add_argument("--backend", default="tensorflow", choices=BACKENDS,
                         help="what runs Inception; torch runs it on a GPU, too")
     parser.add_argument("--inception-path", default=DEFAULT_INCEPTION,
@@ -83,6 +84,12 @@ def build_parser() -> Parser:
                         help="take the numbers of the record if it is of the same samples, "
                              "reference and network")
     return parser
+
+
+def default_output(samples: NpzImages) -> Path:
+    """Returns the record beside samples; reconstructions have one of their own, by val.py."""
+    suffix = ".rfid.json" if kind_of(samples) == "reconstructions" else ".json"
+    return samples.path.with_suffix(suffix)
 
 
 def open_files(args: Flags) -> tuple[NpzImages, NpzImages, Path]:
@@ -97,7 +104,7 @@ def open_files(args: Flags) -> tuple[NpzImages, NpzImages, Path]:
         raise ValueError(f"{samples.path}: expected a name ending in .npz, which results replace; "
                          "rename the file")
     check_pair(reference, samples)
-    output = Path(args.output or samples.path.with_suffix(".json"))
+    output = Path(args.output or default_output(samples))
     if output.suffix != ".json":
         raise ValueError(f"--output: expected a name ending in .json, got {output}")
     fewest = NEIGHBOURS + 1 if MANIFOLDS & args.metrics else 2

@@ -21,7 +21,8 @@ def check_pair(reference: NpzImages, samples: NpzImages) -> None:
     wanted = REFERENCE_OF.get(kind)
     if wanted and reference_kind and reference_kind != wanted:
         raise ValueError(f"{reference.path}: expected a {wanted}, since {samples.path.name} holds "
-                         f"{kind}; found a {reference_kind}")
+                         f"{kind}; found a {reference_kind}; make one with make_reference.py "
+                         f"--kind {wanted.split()[0]}")
     if kind == "reconstructions":
         check_originals(reference, samples)
 

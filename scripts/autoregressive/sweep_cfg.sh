@@ -33,8 +33,11 @@ if [ "$num_final" != 0 ] && [[ "${EVALUATE:-}" == *--metrics* && "${EVALUATE:-}"
     stop "expected fid among the --metrics of EVALUATE, by which the best is chosen; or NUM_FINAL_SAMPLES=0"
 fi
 withins=${CFG_SCALES_WITHIN:-same}
-for number in ${CFG_SCALES:-} ${TOP_PS:-} ${withins//same/} ${CFG_START:-} ${CFG_POWER:-}; do
-    [[ "$number" =~ ^-?[0-9]*\.?[0-9]+$ ]] || stop "expected numbers in the lists, got '$number'"
+for name in CFG_SCALES TOP_PS CFG_SCALES_WITHIN CFG_START CFG_POWER; do
+    for number in ${!name:-}; do
+        [ "$name $number" != "CFG_SCALES_WITHIN same" ] || continue
+        [[ "$number" =~ ^-?[0-9]*\.?[0-9]+$ ]] || stop "expected numbers in $name, got '$number'"
+    done
 done
 for schedule in ${CFG_SCHEDULES:-}; do
     [[ "$schedule" =~ ^(constant|linear|power-cosine)$ ]] ||

@@ -77,6 +77,10 @@ def load_vq(path: str | Path, config: VQConfig) -> tuple[VQModel, dict[str, str]
         ValueError: unreadable, or weights of another model.
     """
     state = model_state(read_checkpoint(path, VQ_HINT), path)
+    if CODEBOOK not in state:
+        raise ValueError(f"{path}: expected a tokenizer with {CODEBOOK}, found "
+                         f"{', '.join(list(state)[:3])}, ...; name the tokenizer's file with "
+                         "--vq-ckpt")
     with torch.device("meta"):
         model = VQModel(config)
     load_strictly(model, state, path, "check --vq-model, --codebook-size and --codebook-embed-dim")

@@ -131,12 +131,14 @@ class Validation:
 
     @torch.inference_mode()
     def save_pictures(self, path: Path, model: VQModel, device: torch.device) -> None:
-        """Saves the first pictures above their reconstructions."""
-        count = min(NUM_SHOWN, len(self.dataset))
-        first = CenterCrops(self.dataset, self.image_size)[range(count)]
-        originals = torch.from_numpy(first.whole())                             # (n, P, P, 3)
+        """Saves pictures from all over the dataset above their reconstructions."""
+        apart = -(-len(self.dataset) // NUM_SHOWN)
+        shown = CenterCrops(self.dataset, self.image_size)[range(0, len(self.dataset), apart)]
+        originals = torch.from_numpy(shown.whole())                             # (n, P, P, 3)
         if not len(originals):
             return
         images, _, _ = model(to_float(originals.to(device)))                    # (n, 3, P, P)
         reconstructions = to_uint8(images).cpu()
-        save_grid(path, torch.cat([originals, reconstructions]), columns=len(originals))
+        count = len(originals)
+        save_grid(path, torch.cat([originals, reconstructions]), columns=count,
+                  captions=["original"] * count + ["rebuilt"] * count)
