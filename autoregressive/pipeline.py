@@ -23,7 +23,13 @@ from autoregressive.models.config import GPTConfig, add_gpt_args, gpt_config, gr
 from autoregressive.models.generate import Steps, generate
 from autoregressive.models.gpt import GPT
 from autoregressive.models.guidance_free import choose_beta, fold_beta, is_guidance_free
-from autoregressive.models.loading import GPTFile, build_gpt, check_fitting, describe_gpt
+from autoregressive.models.loading import (
+    GPTFile,
+    add_weights_arg,
+    build_gpt,
+    check_fitting,
+    describe_gpt,
+)
 from autoregressive.models.packed import can_pack, pack_linears
 from autoregressive.models.random_numbers import random_numbers
 from autoregressive.models.recipes import add_preset_arg, sampling_flags
@@ -42,7 +48,7 @@ from autoregressive.runtime.log import LOGGER
 from autoregressive.runtime.pictures import save_grid
 from tokenizer.tokenizer_image.decoding import decoder_batch_size, place_decoder
 from tokenizer.tokenizer_image.images import to_uint8
-from tokenizer.tokenizer_image.loading import default_vq_path, load_vq
+from tokenizer.tokenizer_image.loading import default_vq_path, exported_vq_flags, load_vq
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel, add_vq_args
 
 NUM_SAMPLED = 8                 # pictures that a training samples from its model
@@ -129,8 +135,7 @@ def add_pipeline_args(parser: Parser) -> None:
     add_vq_args(parser)
     add_sampler_args(parser)
     group = parser.add_argument_group("sampling")
-    group.add_argument("--weights", default="raw", choices=("raw", "ema"),
-                       help="of the GPT: as trained, or averaged")
+    add_weights_arg(group)
     group.add_argument("--from-fsdp", action="store_true",
                        help="the checkpoint is a bare state dict")
     group.add_argument("--precision", default="bf16", choices=tuple(PRECISIONS),
@@ -186,7 +191,8 @@ def settle_flags(args: Flags, file: GPTFile, device: torch.device) -> None:
         raise ValueError(f"--preset: expected none for a GPT trained guidance-free, got "
                          f"{args.preset}, whose guidance is that of an ordinary one; give --beta")
     preset = sampling_flags(args.preset, {} if is_free else file.settings)
-    args.resolve(file.flags(), file.path, device_flags(device, args.defaults()) | preset)
+    recorded = exported_vq_flags(file.path) | file.flags()
+    args.resolve(recorded, file.path, device_flags(device, args.defaults()) | preset)
     args.beta = choose_beta(args.beta, is_free, Sampler(**args.pick(Sampler)))
     if is_free:
         args.cfg_scale = round(1 / args.beta, 12)   # what it stands for

@@ -10,6 +10,14 @@ from hostile_files import HUGE, SCORE
 Row = tuple[str, str, str]
 WRONG_INPUTS: dict[str, list[Row]] = {
     "sample many": [
+        ("safetensors", "--gpt-ckpt bad/record-text.safetensors",
+         "expected JSON under iar_record in its metadata"),
+        ("safetensors", "--gpt-ckpt bad/record-list.safetensors", "found list; take another file"),
+        ("safetensors", "--gpt-ckpt bad/record-settings.safetensors", "expected settings as dict"),
+        ("safetensors", "--vq-ckpt bad/cut.safetensors", "expected a whole safetensors file"),
+        ("exported tokenizer", "--gpt-ckpt bad/export-none", "expected settings as dict, found"),
+        ("exported tokenizer", "--gpt-ckpt bad/export-model", "--vq-model: expected VQ-16 or"),
+        ("exported tokenizer", "--gpt-ckpt bad/export-cut", "expected a whole safetensors file"),
         ("--labels", "--labels ''", "--labels"),
         ("--labels", "--labels 1,,2", "--labels"),
         ("--labels", "--labels 10", "--labels: expected indices in 0 .. 9, got 10"),
@@ -72,6 +80,8 @@ WRONG_INPUTS: dict[str, list[Row]] = {
         ("weights", "--vq-ckpt bad/vq-infinite.pt", "decoder.conv_out.bias"),
     ],
     "evaluate": [
+        ("safetensors", f"{SCORE} --classifier bad/renamed.safetensors",
+         "expected a whole safetensors file"),
         ("pictures in npz", "good/reference.npz bad/pictures-flat.npz", "found uint8 (20, 768)"),
         ("pictures in npz", "good/reference.npz bad/pictures-two-sizes.npz", "found object (2,)"),
         ("pictures in npz", "good/reference.npz bad/pictures-signed.npz",
