@@ -6,16 +6,24 @@ import torch
 
 from autoregressive.data.mapping import Mapping
 from autoregressive.data.training_data import TrainingData
+from autoregressive.models.loading import GPTFile
 from autoregressive.runtime.entry import Flags
 from autoregressive.runtime.identity import check_codebook
 from autoregressive.runtime.log import LOGGER
 from autoregressive.runtime.nearby import folders_near
 from autoregressive.runtime.pictures import save_grid
 from tokenizer.tokenizer_image.images import to_uint8
-from tokenizer.tokenizer_image.loading import default_vq_path, find_vq, load_vq, recorded_flags
+from tokenizer.tokenizer_image.loading import (
+    EXPORTED_VQ,
+    default_vq_path,
+    find_vq,
+    load_vq,
+    recorded_flags,
+)
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 
 NUM_SHOWN = 4                   # rows of the training data in data.png
+RUN_LEVELS = 3                  # from a checkpoint's folder: the run, --results-dir, what holds it
 
 
 def find_decoder(vq_ckpt: str | None, codebook_sha256: str | None, cluster_size: int,
@@ -32,6 +40,18 @@ def find_decoder(vq_ckpt: str | None, codebook_sha256: str | None, cluster_size:
         ValueError: several fit.
     """
     return vq_ckpt or find_vq(folders, codebook_sha256) or default_vq_path(cluster_size)
+
+
+def find_decoder_of(file: GPTFile, vq_ckpt: str | None, cluster_size: int) -> str | Path:
+    """Returns the file of the tokenizer that decodes a GPT's tokens, as find_decoder does.
+
+    It is looked for beside an exported GPT, and around the run of a checkpoint.
+    """
+    exported = file.path.with_name(EXPORTED_VQ)
+    if vq_ckpt is None and exported.is_file():
+        return exported
+    return find_decoder(vq_ckpt, file.settings.get("codebook_sha256"), cluster_size,
+                        folders_near(file.path.parent, levels=RUN_LEVELS))
 
 
 def load_decoder(path: str | Path, config: VQConfig, codebook_sha256: str | None,

@@ -17,13 +17,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autoregressive.decoder import find_decoder, load_decoder
+from autoregressive.decoder import find_decoder_of, load_decoder
 from autoregressive.models.captured import CapturedSteps, compile_decoding
 from autoregressive.models.config import GPTConfig, add_gpt_args, gpt_config, grid_of
 from autoregressive.models.generate import Steps, generate
 from autoregressive.models.gpt import GPT
 from autoregressive.models.guidance_free import choose_beta, fold_beta, is_guidance_free
-from autoregressive.models.loading import GPTFile, build_gpt, check_fitting, describe_gpt
+from autoregressive.models.loading import (
+    GPTFile,
+    add_weights_arg,
+    build_gpt,
+    check_fitting,
+    describe_gpt,
+)
 from autoregressive.models.packed import can_pack, pack_linears
 from autoregressive.models.random_numbers import random_numbers
 from autoregressive.models.recipes import add_preset_arg, sampling_flags
@@ -38,7 +44,6 @@ from autoregressive.runtime.compute import (
 from autoregressive.runtime.entry import Flags, Parser, fraction_above_0, pixels
 from autoregressive.runtime.files import weights_sha256
 from autoregressive.runtime.identity import check_recorded
-from autoregressive.runtime.nearby import folders_near
 from autoregressive.runtime.pictures import save_grid
 from tokenizer.tokenizer_image.decoding import decoder_batch_size, place_decoder
 from tokenizer.tokenizer_image.images import to_uint8
@@ -47,7 +52,6 @@ from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel, add_vq_args
 
 NUM_SAMPLED = 8                 # pictures that a training samples from its model
 SHOWN_GUIDANCE = 2.0            # strength of the guidance of these
-RUN_LEVELS = 3                  # from a checkpoint's folder: the run, --results-dir, what holds it
 
 
 @dataclass(frozen=True)
@@ -130,8 +134,7 @@ def add_pipeline_args(parser: Parser) -> None:
     add_vq_args(parser)
     add_sampler_args(parser)
     group = parser.add_argument_group("sampling")
-    group.add_argument("--weights", default="raw", choices=("raw", "ema"),
-                       help="of the GPT: as trained, or averaged")
+    add_weights_arg(group)
     group.add_argument("--from-fsdp", action="store_true",
                        help="the checkpoint is a bare state dict")
     group.add_argument("--precision", default="bf16", choices=tuple(PRECISIONS),
@@ -191,9 +194,7 @@ def settle_flags(args: Flags, file: GPTFile, device: torch.device) -> None:
     args.resolve(recorded, file.path, device_flags(device, args.defaults()) | preset)
     if not args.is_given("image_size_eval"):        # which makes pictures smaller, never larger
         args.image_size_eval = min(args.image_size_eval, args.image_size)
-    args.vq_ckpt = find_decoder(args.vq_ckpt, file.settings.get("codebook_sha256"),
-                                args.cluster_size,
-                                folders_near(file.path.parent, levels=RUN_LEVELS))
+    args.vq_ckpt = find_decoder_of(file, args.vq_ckpt, args.cluster_size)
     of_tokenizer = recorded_flags(args.vq_ckpt) if Path(args.vq_ckpt).is_file() else {}
     args.take({name: value for name, value in of_tokenizer.items() if name not in recorded},
               args.vq_ckpt)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from autoregressive.models import gpt
 from autoregressive.models.config import gpt_config
@@ -49,6 +50,7 @@ COMMANDS = {
                     f"{PIPELINE} --sample-dir new --num-fid-samples 20 --per-proc-batch-size 8"),
     "sample few": ("autoregressive/sample/sample_c2i.py",
                    f"{PIPELINE} --output new/classes.png --class-ids 3,7 --num-per-class 2"),
+    "export": ("autoregressive/sample/export_c2i.py", ""),
     "classifier": ("evaluations/c2i/train_classifier.py",
                    f"{DIGITS} --val-path val --output new/classifier.pt --max-steps 6"),
     "reference": ("evaluations/c2i/make_reference.py", f"{DIGITS} --output new/reference.npz"),
@@ -67,6 +69,7 @@ COMMANDS = {
 }
 CODEBOOK = "quantize.embedding.weight"
 MAPPING = "mapping-kmeans+nearest-cluster_size=8.pt"             # as the right command names it
+EXPORT = "good/run new/export"
 SCORE = "good/reference.npz good/samples.npz"
 HUGE = 10**18
 
@@ -141,6 +144,7 @@ def make_bad(folder: Path) -> None:
     bad.mkdir()
     make_bad_paths(good, bad)
     make_bad_weights(good, bad)
+    make_bad_safetensors(good, bad)
     make_bad_mappings(good, bad)
     make_bad_stores(good, bad)
     make_bad_ready_codes(bad)
@@ -200,6 +204,8 @@ def make_bad_weights(good: Path, bad: Path) -> None:
         "settings-text": whole | {"settings": settings | {"grid": "four"}},
         "settings-zero-grid": whole | {"settings": settings | {"grid": 0}},
         "settings-names": whole | {"settings": settings | {"class_names": 7}},
+        "settings-model": whole | {"settings": settings | {"gpt_model": "GPT-9"}},
+        "settings-tensor": whole | {"settings": settings | {"recipe": None, "x": infinite}},
         "few-names": whole | {"settings": settings | {"class_names": ["0", "1"]}},
         "unguided": whole | {"settings": settings | {"label_dropout": 0}},
         "bare": whole["model"],
@@ -222,6 +228,26 @@ def make_bad_weights(good: Path, bad: Path) -> None:
     }
     for name, payload in classifiers.items():
         torch.save(payload, bad / f"classifier-{name}.pt")
+
+
+def make_bad_safetensors(good: Path, bad: Path) -> None:
+    """Makes .safetensors that are damaged, or whose metadata are."""
+    payload = read_checkpoint(good / "gpt.pt")
+    weights = {"model": payload["model"], "settings": payload["settings"]}
+    save_checkpoint(bad / "cut.safetensors", weights)
+    content = (bad / "cut.safetensors").read_bytes()
+    os.truncate(bad / "cut.safetensors", len(content) // 2)
+    (bad / "long.safetensors").write_bytes(struct.pack("<Q", 2**62) + content[8:])
+    shutil.copy(good / "vq.pt", bad / "renamed.safetensors")
+    records = {"text": "{settings}", "list": "[1]", "optimizer": json.dumps({"optimizer": {}}),
+               "settings": json.dumps({"settings": "none"})}
+    for name, record in records.items():
+        save_file(payload["model"], bad / f"record-{name}.safetensors", {"iar_record": record})
+    # Exports whose tokenizer is none.
+    for name in ("none", "cut"):
+        save_checkpoint(bad / f"export-{name}" / "model.safetensors", weights)
+        save_checkpoint(bad / f"export-{name}" / "vq.safetensors", {"model": {}, "settings": {}})
+    os.truncate(bad / "export-cut" / "vq.safetensors", 5)
 
 
 def make_bad_mappings(good: Path, bad: Path) -> None:

@@ -58,6 +58,9 @@ SCRIPTS = {
         "--sample-dir": "samples", "--per-proc-batch-size": 32, "--num-fid-samples": 50000,
         "--global-seed": 0, "--top-k": 0, "--temperature": 1, "--top-p": 1,
         "--cluster-size": 128},
+    "autoregressive/sample/export_c2i.py": {
+        "run": None, "out": None, "--weights": "raw", "--vq-model": "VQ-16", "--vq-ckpt": None,
+        "--codebook-size": 16384, "--codebook-embed-dim": 8, "--scores": None},
     "autoregressive/sample/sample_c2i.py": {
         "--gpt-model": "GPT-B", "--cfg-scale": 1.5, "--image-size": 384},
     "balance_k_means.py": {"--cluster-size": 128, "--seed": 42},
@@ -83,6 +86,7 @@ MAY_VARY = {
         "validation_step", "parallel", "no_compile", "compile_errors", "cudnn_attention",
         "checkpoint_activations", "loss_mib"},
     "autoregressive/sample/sample_c2i_ddp.py": {"preset", "sample_dir", "compile_errors"},
+    "autoregressive/sample/export_c2i.py": {"out"},
     "autoregressive/sample/sample_c2i.py": {"preset", "compile_errors"},
     "tokenizer/tokenizer_image/vq_train.py": RUN | {"max_failures", "output"},
     "tokenizer/validation/val.py": {"max_failures"},

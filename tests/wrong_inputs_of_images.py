@@ -12,6 +12,14 @@ Row = tuple[str, str, str]
 WRONG_INPUTS: dict[str, list[Row]] = {
     "sample many": [
         ("--greedy", "--greedy --top-k 5", "--greedy: expected no --top-k and no --top-p"),
+        ("safetensors", "--gpt-ckpt bad/record-text.safetensors",
+         "expected JSON under iar_record in its metadata"),
+        ("safetensors", "--gpt-ckpt bad/record-list.safetensors", "found list; take another file"),
+        ("safetensors", "--gpt-ckpt bad/record-settings.safetensors", "expected settings as dict"),
+        ("safetensors", "--vq-ckpt bad/cut.safetensors", "expected a whole safetensors file"),
+        ("--vq-ckpt", "--vq-ckpt bad/export-none/vq.safetensors", "expected a state dict"),
+        ("--vq-ckpt", "--vq-ckpt bad/export-cut/vq.safetensors",
+         "expected a whole safetensors file"),
         ("--labels", "--labels ''", "--labels"),
         ("--labels", "--labels 1,,2", "--labels"),
         ("--labels", "--labels 10", "--labels: expected indices in 0 .. 9, got 10"),
@@ -74,6 +82,8 @@ WRONG_INPUTS: dict[str, list[Row]] = {
         ("weights", "--vq-ckpt bad/vq-infinite.pt", "decoder.conv_out.bias"),
     ],
     "evaluate": [
+        ("safetensors", f"{SCORE} --classifier bad/renamed.safetensors",
+         "expected a whole safetensors file"),
         ("pictures in npz", "good/reference.npz bad/pictures-flat.npz", "found uint8 (20, 768)"),
         ("pictures in npz", "good/reference.npz bad/pictures-two-sizes.npz", "found object (2,)"),
         ("pictures in npz", "good/reference.npz bad/pictures-signed.npz",

@@ -4,7 +4,7 @@ A row starts from the command of hostile_files.COMMANDS that is right, and adds 
 the last counts. It ends with exit code 2 and one line that holds the words of the row.
 """
 
-from hostile_files import HUGE
+from hostile_files import EXPORT, HUGE
 
 # The flag or kind of file that is wrong, flags, and words of the line.
 Row = tuple[str, str, str]
@@ -117,6 +117,8 @@ WRONG_INPUTS: dict[str, list[Row]] = {
          "good: expected the name of a file to write, found a folder"),
     ],
     "balance": [
+        ("safetensors", "--vq-ckpt bad/renamed.safetensors", "expected a whole safetensors file"),
+        ("safetensors", "--vq-ckpt bad/long.safetensors", "expected a whole safetensors file"),
         ("tokenizer file", "--vq-ckpt good/mapping.pt",
          "expected a state dict, bare or under model / module / state_dict, found Tensor"),
         ("tokenizer file", "--vq-ckpt bad/none.pt", "none.pt: expected a file"),
@@ -143,8 +145,7 @@ WRONG_INPUTS: dict[str, list[Row]] = {
         ("path", "--vq-ckpt bad/pipe.pt", "pipe.pt: expected a file"),
         ("path", "--vq-ckpt /proc/self/mem", "/proc/self/mem: Input/output error"),
         ("path", f"--vq-ckpt {'x' * 5000}.pt", "x.pt: File name too long"),
-        ("--cluster-size", "--cluster-size 7",
-         "--cluster-size: expected 8 as in good/mapping.pt, got 7"),
+        ("--cluster-size", "--cluster-size 7", "expected a divisor of the 64 codes, got 7"),
         ("--cluster-size", "--cluster-size 0", "--cluster-size: expected at least 1, got 0"),
         ("--cluster-size", "--cluster-size -7", "--cluster-size: expected at least 1, got -7"),
         ("--output-dir", "--output-dir bad/nowhere", "nowhere: expected a writable folder"),
@@ -165,6 +166,8 @@ WRONG_INPUTS: dict[str, list[Row]] = {
          "foreign.pt: expected a mapping with original_codebook_sha256"),
     ],
     "train": [
+        ("safetensors", "--gpt-ckpt bad/record-optimizer.safetensors",
+         "expected a JSON object without tensors under iar_record"),
         ("GPT file", "--gpt-ckpt good/vq.pt", "weights do not fit the model"),
         ("GPT file", "--gpt-ckpt bad/gpt-other-size.pt",
          "the file holds GPT-tiny with 32 codes and 10 classes"),
@@ -233,7 +236,7 @@ WRONG_INPUTS: dict[str, list[Row]] = {
         ("--epoch-rate", "--patch-level 2 --epoch-rate nan", "--epoch-rate"),
         ("path", "--vq-ckpt bad/loop.pt", "loop.pt: expected a file, found none"),
         ("--cluster-size", "--cluster-size 7",
-         "expected a divisor of the 64 codes, got 7"),
+         "--cluster-size: expected 8 as in good/mapping.pt, got 7"),
         ("--num-classes", "--num-classes 9", "--num-classes: expected 10"),
         ("--code-path", "--code-path bad/empty", "expected a code store"),
         ("--code-path", "--code-path bad/store-unfinished", "found an unfinished one"),
@@ -247,6 +250,37 @@ WRONG_INPUTS: dict[str, list[Row]] = {
         ("--ema-warmup", "--ema-warmup", "expected --ema"),
         ("--dropout-p", "--dropout-p 1", "--dropout-p: expected a fraction, 0 to below 1"),
         ("--parallel", "--parallel fsdp --mixed-precision fp16", "got fp16"),
+    ],
+    "export": [
+        ("run", "bad/none.pt new/export", "none.pt: expected a file, found none"),
+        ("run", "good/codes new/export", "codes: expected a checkpoint (<steps>.pt) in this"),
+        ("run", "good/vq.pt new/export", "found one without settings; name a run folder"),
+        ("run", "good/tokenizer.pt new/export", "expected cluster_size as int, found none"),
+        ("GPT file", "bad/gpt-infinite.pt new/export", "found NaN or infinity in output.weight"),
+        ("GPT settings", "bad/gpt-few-names.pt new/export", "expected class_names of 10 classes"),
+        ("GPT settings", "bad/gpt-settings-model.pt new/export", "expected a GPT of GPT-tiny, "),
+        ("GPT settings", "bad/gpt-settings-tensor.pt new/export", "expected plain settings"),
+        ("GPT settings", "bad/gpt-settings-zero-grid.pt new/export", "expected a grid of at least"),
+        ("config.json", "bad/results-config-number/000-GPT-tiny-lambda=1-cluster_size=8 new/export",
+         "config.json: expected a JSON object"),
+        ("safetensors", "bad/cut.safetensors new/export", "expected a whole safetensors file"),
+        ("--weights", f"{EXPORT} --weights ema", "expected an average of the weights"),
+        ("--weights", f"{EXPORT} --weights best", "--weights: invalid choice"),
+        ("--vq-ckpt", f"{EXPORT} --vq-ckpt bad/none.pt", "none.pt: expected a file, found none"),
+        ("--vq-ckpt", f"{EXPORT} --vq-ckpt good/vq.pt", "vq.pt: expected the codebook"),
+        ("--vq-ckpt", f"{EXPORT} --vq-ckpt good/gpt.pt", "expected a tokenizer with"),
+        ("--vq-model", f"{EXPORT} --vq-model VQ-16", "--vq-model: expected VQ-4-small as in"),
+        ("--codebook-embed-dim", f"{EXPORT} --codebook-embed-dim 4", "--codebook-embed-dim: expected 8 as in"),
+        ("--scores", f"{EXPORT} --scores bad/none.json", "none.json: No such file"),
+        ("--scores", f"{EXPORT} --scores good/reference.npz", "reference.npz: expected JSON"),
+        ("--scores", f"{EXPORT} --scores good/mapping.pt.json", "expected numbers as dict"),
+        ("--scores", f"{EXPORT} --scores good/scores.json",
+         "scores.json: expected scores of samples with gpt_sha256"),
+        ("--scores", f"{EXPORT} --scores "
+         "bad/sweep-numbers-text/20-samples/cfg-scale-1.5/samples.json", "expected numbers of the"),
+        ("out", "good/run good/codes", "codes: expected an export, found other files"),
+        ("out", "good/run good/run", "run: expected an export, found other files"),
+        ("out", "good/run good/vq.pt", "vq.pt: expected a writable folder"),
     ],
     "tokenizer": [
         ("tokenizer file", "--vq-ckpt good/gpt.pt", "expected a tokenizer with"),

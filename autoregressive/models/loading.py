@@ -3,6 +3,7 @@
 Letters: V codes.
 """
 
+import argparse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,9 @@ PUBLIC_NORMS = ("attention_norm", "ffn_norm")
 LABEL_TABLE = "cls_embedding.embedding_table.weight"
 # Flags that a checkpoint's settings name.
 RECORDED = ("gpt_model", "image_size", "num_classes", "cluster_size")
+SIZES = ("image_size", "num_classes", "cluster_size", "vocab_size", "grid")
 # Types of what settings may name.
-KINDS = {"gpt_model": str, "image_size": int, "num_classes": int, "cluster_size": int,
-         "vocab_size": int, "grid": int, "class_names": (list, type(None)),
+KINDS = dict.fromkeys(SIZES, int) | {"gpt_model": str, "class_names": (list, type(None)),
          "label_dropout": (int, float), "recipe": (str, type(None))}
 
 
@@ -70,6 +71,12 @@ class GPTFile:
         return flags
 
 
+def add_weights_arg(group: argparse._ActionsContainer) -> None:
+    """Declares which weights of a checkpoint are taken."""
+    group.add_argument("--weights", default="raw", choices=("raw", "ema"),
+                       help="of the GPT: as trained, or averaged")
+
+
 def read_gpt(path: str | Path | None, weights: str = "raw", bare: bool = False) -> GPTFile:
     """Reads the weights of a GPT, and what is recorded with them.
 
@@ -97,9 +104,13 @@ def read_gpt(path: str | Path | None, weights: str = "raw", bare: bool = False) 
     settings = parts.get("settings", {}) if isinstance(parts.get("model"), dict) else {}
     check_kinds({"settings": settings}, {"settings": dict}, path)
     check_kinds(settings, {name: kind for name, kind in KINDS.items() if name in settings}, path)
-    if settings.get("grid", 1) < 1:
-        raise ValueError(f"{path}: expected a grid of at least 1, found {settings['grid']}; take "
-                         "another checkpoint")
+    for name in SIZES:
+        if settings.get(name, 1) < 1:
+            raise ValueError(f"{path}: expected a {name} of at least 1, found {settings[name]}; "
+                             "take another checkpoint")
+    if settings.get("gpt_model", "GPT-B") not in GPT_MODELS:
+        raise ValueError(f"{path}: expected a GPT of {', '.join(GPT_MODELS)}, found "
+                         f"{settings['gpt_model']}; take another checkpoint")
     return GPTFile(path, state, settings, payload)
 
 

@@ -15,6 +15,11 @@ from torch import Tensor, nn
 
 from autoregressive.runtime.files import Kinds, atomic_write, check_file, check_kinds
 from autoregressive.runtime.log import LOGGER
+from autoregressive.runtime.safetensors_file import (
+    is_safetensors,
+    read_safetensors,
+    save_safetensors,
+)
 
 # Keys under which the weights lie: ours and DDP's, DeepSpeed's, others'. FSDP writes a bare dict.
 STATE_KEYS = ("model", "module", "state_dict")
@@ -23,6 +28,7 @@ WRAPPER_PREFIXES = ("_orig_mod.", "module.")         # torch.compile, Distribute
 DROPPED_KEYS = re.compile(r"freqs_cis|layers\.\d+\.attention\.kv_cache\..*")
 CHECKPOINT_SUFFIX = ".pt"
 CONSOLIDATED = "consolidated.pth"                    # LlamaGen's name for gathered shards
+EXPORTED = "model.safetensors"                       # a hub's name, which export_c2i.py writes
 # Keys of a checkpoint of our training, and their types.
 OPTIMIZER_KINDS: Kinds = {"state": dict, "param_groups": list}
 OWN_KINDS: Kinds = {"model": dict, "optimizer": OPTIMIZER_KINDS, "steps": int, "processes": list,
@@ -35,7 +41,13 @@ Saved = Any                                          # what a file holds; whoeve
 
 
 def save_checkpoint(path: str | Path, payload: object) -> None:
-    """Saves tensors and plain containers at `path`, atomically; equal payloads give equal bytes."""
+    """Saves tensors and plain containers at `path`, atomically; equal payloads give equal bytes.
+
+    A name in .safetensors gives such a file, of a state dict `model` and plain data beside it.
+    """
+    if is_safetensors(path):
+        save_safetensors(path, payload)
+        return
     with atomic_write(path) as file:
         target = _WatchedFile(file)
         try:
@@ -67,8 +79,8 @@ def read_checkpoint(path: str | Path, hint: str = "") -> Saved:
     Older files may hold an argparse.Namespace, too.
 
     Args:
-        path: a file made by torch.save; tensors of a zip-format file are mapped, not copied, and
-            lie on the CPU.
+        path: a file made by torch.save, or a .safetensors; tensors of these and of a zip-format
+            file are mapped, not copied, and lie on the CPU.
         hint: what to do if there is no such file.
 
     Returns:
@@ -78,6 +90,8 @@ def read_checkpoint(path: str | Path, hint: str = "") -> Saved:
         ValueError: the file is missing, damaged, or holds any other type, which the message names.
     """
     check_file(path, hint)
+    if is_safetensors(path):
+        return read_safetensors(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)    # of what is refused here or by readers
@@ -180,7 +194,7 @@ def check_weights(module: nn.Module, state: dict[str, Tensor], path: str | Path,
         advice = f". {hint}" if hint else ""
         raise ValueError(f"{path}: weights do not fit the model: {summarise(differences)}{advice}")
     for name, tensor in state.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if tensor.is_floating_point() and not tensor.to(expected[name].dtype).isfinite().all():
             raise ValueError(f"{path}: expected finite weights, found NaN or infinity in {name}; "
                              "take another checkpoint")
 
@@ -253,7 +267,7 @@ def delete_old_checkpoints(folder: str | Path, keep: int) -> None:
 def find_checkpoint(path: str | Path) -> Path:
     """Returns a file, or the newest whole checkpoint of a folder: of a run, or of its checkpoints.
 
-    In a folder of LlamaGen's sharded training it is {step}/consolidated.pth of the newest step.
+    In a folder of export_c2i.py it is the GPT's, of LlamaGen's sharded training the newest step's.
 
     Args:
         path: the file, which is taken as it is, or the folder.
@@ -265,6 +279,8 @@ def find_checkpoint(path: str | Path) -> Path:
     if not path.is_dir():
         check_file(path, "name a checkpoint or the checkpoints folder of a training run")
         return path
+    if (path / EXPORTED).is_file():
+        return path / EXPORTED
     for folder in (path, path / "checkpoints"):
         for kinds in (OWN_KINDS, {}):               # the rule of training; then whatever is whole
             newest, skipped = newest_whole_checkpoint(folder, kinds)

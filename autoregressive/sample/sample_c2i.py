@@ -5,6 +5,8 @@ Takes seconds on a GPU, a minute on a CPU.
     python autoregressive/sample/sample_c2i.py --gpt-model GPT-B --image-size 384 --cfg-scale 4 \
         --gpt-ckpt results/000-GPT-B-lambda=1-cluster_size=128/checkpoints --class-ids 207,360
 
+A folder of export_c2i.py needs no flag but --gpt-ckpt.
+
 On a CPU, after scripts/quickstart.sh:
 
     python autoregressive/sample/sample_c2i.py --precision none --class-ids 3,7 \
@@ -37,6 +39,9 @@ from autoregressive.runtime.log import LOGGER, open_logger
 from autoregressive.runtime.pictures import save_grid
 from tokenizer.tokenizer_image.vq_model import VQConfig
 
+IMAGENET_CLASSES = 1000
+NUM_SHOWN = 8                           # classes, if none are named
+
 
 def build_parser() -> Parser:
     """Returns the parser of this script's command line."""
@@ -45,11 +50,19 @@ def build_parser() -> Parser:
     parser.set_defaults(compile=False)              # compiling takes longer than a few pictures
     parser.add_argument("--class-ids", default="207,360,387,974,88,979,417,279",
                         help="classes, by index or by the name that travels in the checkpoint, "
-                             "with commas between")
+                             "with commas between; the default is that of 1000 classes, of others "
+                             "the first eight")
     parser.add_argument("--num-per-class", type=between(1, 1000), default=4,
                         help="pictures of each class, a row of the grid")
     parser.add_argument("--output", default="samples/classes.png", help="the PNG")
     return parser
+
+
+def classes_to_show(args: Flags) -> str:
+    """Returns --class-ids; the first classes if it is not given and its default does not fit."""
+    if args.is_given("class_ids") or args.num_classes == IMAGENET_CLASSES:
+        return args.class_ids
+    return ",".join(map(str, range(min(NUM_SHOWN, args.num_classes))))
 
 
 def read_classes(text: str, num_classes: int, class_names: list[str] | None) -> list[int]:
@@ -93,7 +106,7 @@ def main(args: Flags, session: Session) -> None:
         pipeline = load_pipeline(gpt_file, PipelineSettings(**args.pick(PipelineSettings)),
                                  Sampler(**args.pick(Sampler)), VQConfig(**args.pick(VQConfig)),
                                  session.device)
-        classes = read_classes(args.class_ids, args.num_classes, pipeline.class_names)
+        classes = read_classes(classes_to_show(args), args.num_classes, pipeline.class_names)
         check_output(args.output)
         session.hold(args.output)
     log_sampling(args.preset, gpt_file.settings, args.plain())

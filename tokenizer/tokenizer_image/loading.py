@@ -12,9 +12,9 @@ from tokenizer.tokenizer_image.vq_model import VQ_MODELS, VQConfig, VQModel
 
 VQ_HINT = ("name a tokenizer with --vq-ckpt; pretrained_models/README.md says where the published "
            "ones come from")
-
 CODEBOOK = "quantize.embedding.weight"
 REORDERED = "*-reorder-*.pt"        # names that balance_k_means.py gives to its tokenizers
+EXPORTED_VQ = "vq.safetensors"      # beside the GPT in a folder of export_c2i.py
 
 
 def default_vq_path(cluster_size: int) -> str:
