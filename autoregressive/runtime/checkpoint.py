@@ -252,7 +252,7 @@ def delete_old_checkpoints(folder: str | Path, keep: int) -> None:
 def find_checkpoint(path: str | Path) -> Path:
     """Returns a file, or the newest whole checkpoint of a folder: of a run, or of its checkpoints.
 
-    In a folder of LlamaGen's sharded training it is {step}/consolidated.pth of the newest step.
+    In one of LlamaGen's sharded training it is {step}/consolidated.pth of the newest step.
 
     Args:
         path: the file, which is taken as it is, or the folder.
@@ -271,7 +271,8 @@ def find_checkpoint(path: str | Path) -> Path:
                 for damaged in skipped:
                     LOGGER.warning("%s", damaged.reason)
                 return newest
-    folders = [folder for folder in (path, *path.iterdir()) if (folder / CONSOLIDATED).is_file()]
+    sharded = (path, *path.iterdir(), *path.glob("checkpoints/*"))
+    folders = [folder for folder in sharded if (folder / CONSOLIDATED).is_file()]
     if not folders:
         raise ValueError(f"{path}: expected a checkpoint (<steps>{CHECKPOINT_SUFFIX}) in this "
                          "folder, found none; name a file, or the checkpoints folder of a training "
