@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from autoregressive.data.class_names import names_to_show
 from autoregressive.data.codes import add_code_args
 from autoregressive.data.opening import open_older_stores
 from autoregressive.data.store_checks import verify_codes
@@ -205,8 +206,7 @@ def save_first_rows(path: Path, data: TrainingData, vq: VQModel) -> None:
     """Saves what the first batch of the training data looks like when its tokens are decoded."""
     batches = data.batches
     tokens, labels, *_ = batches[0, range(min(NUM_SHOWN, batches.batch_size))]
-    names = data.class_names or [f"class {label}" for label in range(batches.num_classes)]
-    names = [*names, "no label"]                            # of the null label
+    names = [*names_to_show(data.class_names, batches.num_classes), "no label"]     # the null label
     save_grid(path, to_uint8(vq.decode_codes(tokens, data.store.grid)), columns=4,
               captions=[names[label] for label in labels])
 
