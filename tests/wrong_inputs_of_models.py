@@ -163,6 +163,7 @@ WRONG_INPUTS: dict[str, list[Row]] = {
          "foreign.pt: expected a mapping with original_codebook_sha256"),
     ],
     "train": [
+        ("--log", "--log wandb", "--log: invalid choice: 'wandb'"),
         ("GPT file", "--gpt-ckpt good/vq.pt", "weights do not fit the model"),
         ("GPT file", "--gpt-ckpt bad/gpt-other-size.pt",
          "the file holds GPT-tiny with 32 codes and 10 classes"),
@@ -246,6 +247,7 @@ WRONG_INPUTS: dict[str, list[Row]] = {
         ("--parallel", "--parallel fsdp --mixed-precision fp16", "got fp16"),
     ],
     "tokenizer": [
+        ("--log", "--log wandb", "--log: invalid choice: 'wandb'"),
         ("tokenizer file", "--vq-ckpt good/gpt.pt", "weights do not fit the model"),
         ("LPIPS file", "--perceptual-weight 1 --vgg-path good/vq.pt --lpips-path good/vq.pt",
          "vq.pt: expected lin0.model.1.weight"),
