@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from autoregressive.data.class_names import names_to_show
 from autoregressive.data.mapping import Mapping
 from autoregressive.data.training_data import TrainingData
 from autoregressive.models.loading import GPTFile
@@ -98,7 +99,6 @@ def save_first_rows(path: Path, data: TrainingData, vq: VQModel) -> None:
     """Saves what the first batch of the training data looks like when its tokens are decoded."""
     batches = data.batches
     tokens, labels, *_ = batches[0, range(min(NUM_SHOWN, batches.batch_size))]
-    names = data.class_names or [f"class {label}" for label in range(batches.num_classes)]
-    names = [*names, "no label"]                            # of the null label
+    names = [*names_to_show(data.class_names, batches.num_classes), "no label"]     # the null label
     save_grid(path, to_uint8(vq.decode_codes(tokens, data.store.grid)), columns=4,
               captions=[names[label] for label in labels])

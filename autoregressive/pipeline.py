@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from autoregressive.data.class_names import names_to_show
 from autoregressive.decoder import find_decoder_of, load_decoder
 from autoregressive.models.captured import CapturedSteps, compile_decoding
 from autoregressive.models.config import GPTConfig, add_gpt_args, gpt_config, grid_of
@@ -84,7 +85,7 @@ class Pipeline:
         decode_batch_size: pictures decoded together, always so many: a picture then has the same
             bits whatever stands beside it.
         antialias: whether the resize filters.
-        class_names: list of the names of all classes, or None if they are not known.
+        class_names: list of the names of all classes as the GPT's file records them, or None.
         hashes: dict of codebook_sha256, vq_sha256 and gpt_sha256.
         steps: how the decode steps run; None is one by one.
     """
@@ -123,9 +124,8 @@ class Pipeline:
 
     def label_names(self, labels: Sequence[int] | np.ndarray) -> list[str]:
         """Returns what to call the labels (B,): names where they are known."""
-        if not self.class_names:
-            return [f"class {label}" for label in labels]
-        return [self.class_names[label] for label in labels]
+        names = names_to_show(self.class_names, self.gpt.config.num_classes)
+        return [names[label] for label in labels]
 
 
 def add_pipeline_args(parser: Parser) -> None:

@@ -1,5 +1,6 @@
 """Small trainings of a GPT by its entry script: their data, their flags, what they leave."""
 
+import argparse
 import functools
 import json
 
@@ -100,6 +101,38 @@ def sample_flags(folder, run, out, *more):
             "--vq-model", "VQ-4-small", "--codebook-size", 64, "--image-size-eval", 16,
             "--precision", "none", "--sample-dir", out, "--num-fid-samples", 12, "--save-codes",
             *more)
+
+
+def public_checkpoint(config):
+    """Returns a checkpoint after one step as the public code writes it, and its moments by name.
+
+    That is LlamaGen's and IAR's code, or GFT's if the config is guidance-free.
+    """
+    torch.manual_seed(1)
+    model = GPT(config)
+    weights = dict(model.named_parameters())
+    matrices = ["cls_embedding.embedding_table.weight", "tok_embeddings.weight"]
+    vectors = []
+    for layer in range(config.num_layers):
+        for name in ("attention.wqkv", "attention.wo",
+                     "feed_forward.w1", "feed_forward.w3", "feed_forward.w2"):
+            matrices.append(f"layers.{layer}.{name}.weight")
+        for name in ("attention_norm", "ffn_norm"):
+            vectors.append(f"layers.{layer}.{name}.weight")
+    matrices.append("output.weight")
+    vectors.append("norm.weight")
+    if config.guidance_free:
+        matrices += ["t_embedder.mlp.0.weight", "t_embedder.mlp.2.weight"]
+        vectors += ["t_embedder.mlp.0.bias", "t_embedder.mlp.2.bias"]
+    groups = [{"params": [weights[name] for name in names]} for names in (matrices, vectors)]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3)
+    for weight in weights.values():
+        weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    moments = {name: optimizer.state[weight]["exp_avg"] for name, weight in weights.items()}
+    payload = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "steps": 4,
+               "args": argparse.Namespace(lr=1e-3)}
+    return payload, moments
 
 
 def assert_same_end(results, others):

@@ -74,8 +74,8 @@ SCRIPTS = {
         "--disc-loss": "hinge", "--weight-decay": 0.0},
     "tokenizer/validation/val.py": {},
 }
-RUN = {"results_dir", "new_run", "no_local_save", "epochs", "max_steps", "log_every", "val_every",
-       "ckpt_every", "ckpt_steps", "ckpt_minutes", "keep_checkpoints",
+RUN = {"results_dir", "new_run", "no_local_save", "epochs", "max_steps", "log_every", "log",
+       "val_every", "ckpt_every", "ckpt_steps", "ckpt_minutes", "keep_checkpoints",
        "gradient_accumulation_steps", "num_workers"}
 # No result depends on these, nor on device and debug; every other flag counts.
 MAY_VARY = {

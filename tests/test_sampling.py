@@ -3,6 +3,7 @@
 import json
 import re
 import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from autoregressive.models.config import gpt_config
 from autoregressive.models.gpt import GPT
 from autoregressive.models.sampler import Sampler
 from autoregressive.runtime.checkpoint import save_checkpoint
-from autoregressive.sample import sample_c2i_ddp
+from autoregressive.sample import sample_c2i, sample_c2i_ddp
 from processes import run_forked, run_here, start, start_and_kill
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 
@@ -144,11 +145,53 @@ def test_antialiased_resize_is_another_file_with_other_pictures(folder, tmp_path
 
 
 def test_classes_are_sampled_by_index_and_by_name(folder, tmp_path):
-    for name, classes in (("a", "2,0"), ("b", "pear,apple")):
+    for name, classes in (("a", "2,0"), ("b", "PEAR, apple")):
         more = ("--class-ids", classes, "--output", tmp_path / f"{name}.png")
         assert run_here(LOOK, *flags(folder, *more)) == 0
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert Image.open(tmp_path / "a.png").size == (4 * 68 + 4, 2 * (64 + 15 + 4) + 4)
+
+
+@pytest.fixture
+def sheet(folder, tmp_path):
+    """One picture of each of the three classes, side by side on one PNG."""
+    assert run_here(LOOK, *flags(folder, "--all-classes", "--output", tmp_path / "all.png")) == 0
+    return np.asarray(Image.open(tmp_path / "all.png"))
+
+
+def test_a_sheet_shows_one_picture_of_every_class(folder, tmp_path, sheet):
+    words = ("--class-ids", "0,1,2", "--num-per-class", 1, "--output", tmp_path / "rows.png")
+    assert run_here(LOOK, *flags(folder, *words)) == 0
+    rows = np.asarray(Image.open(tmp_path / "rows.png"))        # the same, one below the other
+    height, width = 64 + 15 + 4, 64 + 4                         # pixels from one to the next
+    for label in range(3):
+        row, column = divmod(label, 2)
+        found = sheet[row * height:, column * width:][:height, :width]
+        assert np.array_equal(found, rows[label * height:][:height, :width])
+    assert sheet.shape == (2 * height + 4, 2 * width + 4, 3)
+
+
+def test_many_classes_go_to_several_sheets_and_are_sampled_in_batches(
+        folder, tmp_path, monkeypatch, capsys, sheet):
+    monkeypatch.setattr(sample_c2i, "SHEET_COLUMNS", 1)
+    monkeypatch.setattr(sample_c2i, "SAMPLED_TOGETHER", 2)
+    assert run_here(LOOK, *flags(folder, "--all-classes", "--output", tmp_path / "x.png")) == 0
+    height, width = 64 + 15 + 4, 64 + 4
+    for label in range(3):
+        row, column = divmod(label, 2)
+        page = np.asarray(Image.open(tmp_path / f"x-{label}-{label}.png"))
+        assert np.array_equal(page[:height, :width],
+                              sheet[row * height:, column * width:][:height, :width])
+    assert not (tmp_path / "x.png").exists()
+    assert "3 pictures in" in capsys.readouterr().out
+
+
+def test_the_sheets_of_a_thousand_classes_are_ten_of_a_hundred():
+    sheets = sample_c2i.sheets_of_all(Path("out/all.png"), 1000)
+    assert [sheet.path.name for sheet in sheets[:2]] == ["all-000-099.png", "all-100-199.png"]
+    shown = [label for sheet in sheets for label in range(1000)[sheet.rows]]
+    assert shown == list(range(1000)) and {sheet.columns for sheet in sheets} == {10}
+    assert sample_c2i.sheets_of_all(Path("a.png"), 1001)[-1].path.name == "a-1000-1000.png"
 
 
 def test_preset_of_another_model_is_refused(folder, capsys):

@@ -127,8 +127,8 @@ def run_settings(**changed):
     settings = {
         "global_batch_size": 8, "lr": 1e-3, "lr_schedule": "cosine", "lr_decay_from": 0.0,
         "min_lr": 0.0, "warmup": 0, "warmup_epochs": 0.0, "epochs": 450, "max_steps": 0,
-        "log_every": 1, "val_every": 0, "ckpt_every": 0, "ckpt_steps": 0, "ckpt_minutes": 0.0,
-        "keep_checkpoints": 0, "no_local_save": False, "num_workers": 0}
+        "log_every": 1, "log": "files", "val_every": 0, "ckpt_every": 0, "ckpt_steps": 0,
+        "ckpt_minutes": 0.0, "keep_checkpoints": 0, "no_local_save": False, "num_workers": 0}
     return RunSettings(**settings | changed)
 
 

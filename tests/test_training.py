@@ -1,6 +1,5 @@
 """Training: exact resume, any number of processes, and what happens when something goes wrong."""
 
-import argparse
 import dataclasses
 import json
 import os
@@ -49,6 +48,7 @@ from small_runs import (
     flags,
     last_checkpoint,
     metrics,
+    public_checkpoint,
     steps_done,
     train,
     write_data,
@@ -428,37 +428,15 @@ def test_a_run_that_went_on_from_another_does_so_again_whatever_became_of_it(fol
     assert last_checkpoint(tmp_path / "second")["steps"] == 6
 
 
-def public_checkpoint(config):
-    """Returns a checkpoint after one step as the public code writes it, and its moments by name."""
-    torch.manual_seed(1)
-    model = GPT(config)
-    weights = dict(model.named_parameters())
-    matrices = ["cls_embedding.embedding_table", "tok_embeddings"]
-    norms = []
-    for layer in range(config.num_layers):
-        for name in ("attention.wqkv", "attention.wo",
-                     "feed_forward.w1", "feed_forward.w3", "feed_forward.w2"):
-            matrices.append(f"layers.{layer}.{name}")
-        for name in ("attention_norm", "ffn_norm"):
-            norms.append(f"layers.{layer}.{name}")
-    groups = [{"params": [weights[f"{name}.weight"] for name in names]}
-              for names in ([*matrices, "output"], [*norms, "norm"])]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3)
-    for weight in weights.values():
-        weight.grad = torch.randn_like(weight)
-    optimizer.step()
-    moments = {name: optimizer.state[weight]["exp_avg"] for name, weight in weights.items()}
-    payload = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "steps": 4,
-               "args": argparse.Namespace(lr=1e-3)}
-    return payload, moments
-
-
-def test_moments_of_public_checkpoints_are_named_by_the_public_order_where_shapes_do_not_tell():
-    config = gpt_config("GPT-tiny", grid=4, vocab_size=64, num_classes=63)
+@pytest.mark.parametrize("guidance_free, count", [(False, 32), (True, 36)])
+def test_moments_of_public_checkpoints_are_named_by_the_public_order_where_shapes_do_not_tell(
+        guidance_free, count):
+    config = gpt_config("GPT-tiny", grid=4, vocab_size=64, num_classes=63,
+                        guidance_free=guidance_free)
     payload, moments = public_checkpoint(config)
     named = name_moments(payload["optimizer"], payload["model"], "a file")
     assert set(named["state"]) == set(moments)
-    assert sum(len(group["params"]) for group in named["param_groups"]) == 32
+    assert sum(len(group["params"]) for group in named["param_groups"]) == count
     assert all(torch.equal(named["state"][name]["exp_avg"], value)
                for name, value in moments.items())
     del payload["optimizer"]["state"][3]

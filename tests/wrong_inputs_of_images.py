@@ -65,8 +65,9 @@ WRONG_INPUTS: dict[str, list[Row]] = {
     "sample few": [
         ("--class-ids", "--class-ids ''", "--class-ids"),
         ("--class-ids", "--class-ids 3.0", "--class-ids"),
-        ("--class-ids", "--class-ids 0,grape", "or one of 0, 1, 2, 3, 4, ..., got 'grape'"),
+        ("--class-ids", "--class-ids 0,grape", "or names such as 0, got 'grape'"),
         ("--class-ids", "--class-ids 10", "--class-ids: expected indices in 0 .. 9"),
+        ("--all-classes", "--all-classes", "--class-ids: expected no --all-classes beside it"),
         ("--num-per-class", f"--num-per-class {HUGE}", "--num-per-class"),
         ("--num-per-class", "--num-per-class 0", "--num-per-class: expected 1 to 1000"),
         ("--output", "--output ''", "expected the name of a file"),

@@ -168,6 +168,7 @@ WRONG_INPUTS: dict[str, list[Row]] = {
     "train": [
         ("safetensors", "--gpt-ckpt bad/record-optimizer.safetensors",
          "expected a JSON object without tensors under iar_record"),
+        ("--log", "--log wandb", "--log: invalid choice: 'wandb'"),
         ("GPT file", "--gpt-ckpt good/vq.pt", "weights do not fit the model"),
         ("GPT file", "--gpt-ckpt bad/gpt-other-size.pt",
          "the file holds GPT-tiny with 32 codes and 10 classes"),
@@ -270,7 +271,8 @@ WRONG_INPUTS: dict[str, list[Row]] = {
         ("--vq-ckpt", f"{EXPORT} --vq-ckpt good/vq.pt", "vq.pt: expected the codebook"),
         ("--vq-ckpt", f"{EXPORT} --vq-ckpt good/gpt.pt", "expected a tokenizer with"),
         ("--vq-model", f"{EXPORT} --vq-model VQ-16", "--vq-model: expected VQ-4-small as in"),
-        ("--codebook-embed-dim", f"{EXPORT} --codebook-embed-dim 4", "--codebook-embed-dim: expected 8 as in"),
+        ("--codebook-embed-dim", f"{EXPORT} --codebook-embed-dim 4",
+         "--codebook-embed-dim: expected 8 as in"),
         ("--scores", f"{EXPORT} --scores bad/none.json", "none.json: No such file"),
         ("--scores", f"{EXPORT} --scores good/reference.npz", "reference.npz: expected JSON"),
         ("--scores", f"{EXPORT} --scores good/mapping.pt.json", "expected numbers as dict"),
@@ -283,6 +285,7 @@ WRONG_INPUTS: dict[str, list[Row]] = {
         ("out", "good/run good/vq.pt", "vq.pt: expected a writable folder"),
     ],
     "tokenizer": [
+        ("--log", "--log wandb", "--log: invalid choice: 'wandb'"),
         ("tokenizer file", "--vq-ckpt good/gpt.pt", "expected a tokenizer with"),
         ("LPIPS file", "--perceptual-weight 1 --vgg-path good/vq.pt --lpips-path good/vq.pt",
          "vq.pt: expected lin0.model.1.weight"),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from autoregressive.models.config import GPT_MODELS, GPTConfig
 from autoregressive.models.gpt import GPT
-from autoregressive.models.guidance_free import is_guidance_free
+from autoregressive.models.guidance_free import embedding_of, is_guidance_free
 from autoregressive.runtime.checkpoint import (
     OPTIMIZER_KINDS,
     find_checkpoint,
@@ -215,8 +215,8 @@ def name_moments(optimizer: dict[str, Any], weights: dict[str, Tensor],
                  path: Path) -> dict[str, Any]:
     """Returns the optimizer state of a public checkpoint by the names of its parameters.
 
-    The files of LlamaGen and IAR number the parameters in the order of their own model: matrices
-    first, then norms.
+    The files of LlamaGen, IAR and GFT number the parameters in the order of their own model:
+    matrices first, then norms and biases.
 
     Args:
         optimizer: "state" and "param_groups" as torch saves them; those of our own files come back
@@ -258,8 +258,12 @@ def _public_order(weights: dict[str, Tensor]) -> list[str]:
     """Returns the names of a GPT's parameters in the order of the public optimizers."""
     layers = [int(name.split(".")[1]) for name in weights if name.startswith("layers.")]
     matrices = ["cls_embedding.embedding_table.weight", "tok_embeddings.weight"]
-    norms = []
+    vectors = []
     for layer in range(1 + max(layers)):
         matrices += [f"layers.{layer}.{name}.weight" for name in PUBLIC_MATRICES]
-        norms += [f"layers.{layer}.{name}.weight" for name in PUBLIC_NORMS]
-    return [*matrices, "output.weight", *norms, "norm.weight"]
+        vectors += [f"layers.{layer}.{name}.weight" for name in PUBLIC_NORMS]
+    matrices.append("output.weight")
+    vectors.append("norm.weight")
+    for name, tensor in embedding_of(weights).items():      # of beta, GFT's last module
+        (matrices if tensor.ndim > 1 else vectors).append(name)
+    return matrices + vectors

@@ -267,7 +267,8 @@ def delete_old_checkpoints(folder: str | Path, keep: int) -> None:
 def find_checkpoint(path: str | Path) -> Path:
     """Returns a file, or the newest whole checkpoint of a folder: of a run, or of its checkpoints.
 
-    In a folder of export_c2i.py it is the GPT's, of LlamaGen's sharded training the newest step's.
+    In a folder of export_c2i.py it is the GPT's, in one of LlamaGen's sharded training
+    {step}/consolidated.pth of the newest step.
 
     Args:
         path: the file, which is taken as it is, or the folder.
@@ -288,14 +289,11 @@ def find_checkpoint(path: str | Path) -> Path:
                 for damaged in skipped:
                     LOGGER.warning("%s", damaged.reason)
                 return newest
-    folders = [folder for folder in (path, *path.iterdir()) if (folder / CONSOLIDATED).is_file()]
+    sharded = (path, *path.iterdir(), *path.glob("checkpoints/*"))
+    folders = [folder for folder in sharded if (folder / CONSOLIDATED).is_file()]
     if not folders:
         raise ValueError(f"{path}: expected a checkpoint (<steps>{CHECKPOINT_SUFFIX}) in this "
                          "folder, found none; name a file, or the checkpoints folder of a training "
                          "run")
-    return max(folders, key=_step_of) / CONSOLIDATED
-
-
-def _step_of(folder: Path) -> int:
-    """Returns the step that a folder is named after, or -1."""
-    return int(folder.name) if folder.name.isdigit() else -1
+    newest = max(folders, key=lambda each: int(each.name) if each.name.isdigit() else -1)
+    return newest / CONSOLIDATED

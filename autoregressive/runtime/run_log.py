@@ -1,8 +1,13 @@
-"""What a training shows while it runs: numbers in the log and in metrics.jsonl, curves, a bar."""
+"""What a training shows while it runs: numbers in the log and in metrics.jsonl, curves, a bar.
+
+On demand they go to TensorBoard, too.
+"""
 
 import time
+from pathlib import Path
 
 from autoregressive.runtime.distributed import Session
+from autoregressive.runtime.event_files import EventFiles
 from autoregressive.runtime.identity import RunFolder
 from autoregressive.runtime.log import LOGGER, MetricsFile, plot_metrics, progress, read_metrics
 
@@ -17,7 +22,7 @@ class RunLog:
     """
 
     def __init__(self, folder: RunFolder, session: Session, curves: tuple[str, ...], *,
-                 steps: int, num_steps: int, batch_size: int) -> None:
+                 steps: int, num_steps: int, batch_size: int, log: str) -> None:
         """
         Args:
             folder: RunFolder.
@@ -27,6 +32,7 @@ class RunLog:
                 start has left, are removed.
             num_steps: length of the run.
             batch_size: images of a step.
+            log: value of --log.
         """
         self._folder = folder
         self._is_main = session.is_main
@@ -35,6 +41,9 @@ class RunLog:
         self._plotted = time.monotonic()
         if self._is_main:
             self._metrics = MetricsFile(folder.metrics, steps)
+        self._events = None
+        if self._is_main and log == "tensorboard":
+            self._events = EventFiles(folder.path, steps)
         self._bar = progress(session, num_steps * batch_size, folder.path.name, "image",
                              initial=steps * batch_size)
 
@@ -50,15 +59,29 @@ class RunLog:
         if not self._is_main:
             return
         self._metrics.write(steps, **values)
+        if self._events:
+            self._events.write(steps, values)
         shown = [name for name in self._curves[:NUM_IN_BAR] if name in values]
         self._bar.set_postfix({name: f"{values[name]:.3f}" for name in shown}, refresh=False)
         if time.monotonic() - self._plotted > PLOT_SECONDS:
             plot_run(self._folder, self._curves)
             self._plotted = time.monotonic()
 
+    def add_pictures(self, steps: int, path: Path) -> None:
+        """Shows the PNG that was saved after `steps` steps, if one was."""
+        if self._events and path.is_file():
+            self._events.add_pictures(steps, path)
+
+    def flush(self) -> None:
+        """Puts all that was written so far on the disk."""
+        if self._events:
+            self._events.flush()
+
     def close(self) -> None:
-        """Ends the bar."""
+        """Ends the bar and the event files."""
         self._bar.close()
+        if self._events:
+            self._events.close()
 
 
 def plot_run(folder: RunFolder, curves: tuple[str, ...]) -> None:

@@ -9,6 +9,7 @@ from autoregressive.runtime.checkpoint import list_checkpoints
 from autoregressive.runtime.compute import PRECISIONS
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.entry import Parser, at_least, flag_of, may_vary, on_main
+from autoregressive.runtime.event_files import check_tensorboard
 from autoregressive.runtime.files import check_writable_folder
 from autoregressive.runtime.identity import RunFolder, find_run_folder
 from autoregressive.runtime.lock import hold
@@ -39,6 +40,9 @@ def add_training_args(parser: Parser, results_dir: str | None = None,
                                 help="length of the run in steps; 0: by --epochs"))
     may_vary(group.add_argument("--log-every", type=at_least(1), default=100,
                                 help="steps between two lines of the log"))
+    may_vary(group.add_argument("--log", default="files", choices=("files", "tensorboard"),
+                                help="files: log.txt, metrics.jsonl and curves.png; tensorboard: "
+                                     "event files beside them"))
     may_vary(group.add_argument("--ckpt-every", type=at_least(0), default=5,
                                 help="epochs between two checkpoints; 0: off"))
     may_vary(group.add_argument("--ckpt-steps", type=at_least(0), default=0,
@@ -90,6 +94,7 @@ class RunSettings:
     epochs: int
     max_steps: int
     log_every: int
+    log: str
     val_every: int
     ckpt_every: int
     ckpt_steps: int
@@ -99,7 +104,12 @@ class RunSettings:
     num_workers: int
 
     def check(self) -> None:
-        """Raises ValueError for flags of the learning rate that contradict each other."""
+        """Raises ValueError for flags of the learning rate that contradict each other.
+
+        So does a --log whose package is not installed.
+        """
+        if self.log == "tensorboard":
+            check_tensorboard()
         for name in ("min_lr", "lr_decay_from"):
             if getattr(self, name) and self.lr_schedule == "constant":
                 raise ValueError(f"{flag_of(name)}: expected --lr-schedule cosine or linear, got "

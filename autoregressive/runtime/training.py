@@ -170,7 +170,7 @@ class TrainingRun:
         self.speed.read()                                   # what came before does not count
         self._saved = time.monotonic()
         self._log = RunLog(self.folder, session, self.curves, steps=first, num_steps=self.num_steps,
-                           batch_size=batch_size)
+                           batch_size=batch_size, log=settings.log)
 
         learning_rate = settings.learning_rate(self.batches.per_epoch, self.stage_ends)
         for step, batch in enumerate(batches, first):
@@ -199,8 +199,7 @@ class TrainingRun:
             self._check_finite()
         if is_logged:
             means = self.trainable.meter.read(self.session)
-            images_seen = self.steps * settings.global_batch_size
-            progress = {"lr": lr, "images_seen": images_seen}
+            progress = {"lr": lr, "images_seen": self.steps * settings.global_batch_size}
             self._log.write(self.steps, means | progress | self.speed.read())
         if is_validated:
             with self.speed.paused():
@@ -210,6 +209,7 @@ class TrainingRun:
             path = self.folder.path / "pictures" / f"{self.steps:07d}.png"
             with self.speed.paused():
                 self.trainable.save_pictures(path)
+            self._log.add_pictures(self.steps, path)
 
     def _save_or_leave(self) -> None:
         """Saves a checkpoint if one is due; leaves if a signal asked to, or the data changed."""
@@ -236,6 +236,7 @@ class TrainingRun:
         is_due = is_last or main.is_late or epochs_are_due or self._is_due(settings.ckpt_steps)
         if is_due or received:
             self._check_finite()                            # saving waits for the device anyway
+            self._log.flush()                               # a run that resumes misses no step
             with self.speed.paused():
                 self._save()
             self._saved = time.monotonic()
