@@ -224,7 +224,8 @@ def test_a_run_learns_validates_at_beta_1_and_leaves_pictures(folder, free_run):
 
 
 @pytest.mark.parametrize("processes, more", [
-    (0, EVERYTHING), (2, ("--parallel", "fsdp", "--patch-level", 2)),
+    (0, EVERYTHING),
+    pytest.param(2, ("--parallel", "fsdp", "--patch-level", 2), marks=pytest.mark.long),
     pytest.param(2, EVERYTHING, marks=pytest.mark.long)])
 def test_a_run_killed_and_resumed_ends_like_a_straight_one(folder, tmp_path, processes, more):
     straight, killed = tmp_path / "straight", tmp_path / "killed"

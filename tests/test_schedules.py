@@ -236,7 +236,7 @@ def test_a_run_logs_its_lambda_and_ends_near_the_plain_likelihood(
 
 @pytest.mark.parametrize("processes, more", [
     (0, (*FADES, *EVERYTHING, "--log-every", 2)),
-    (2, (*FADES, "--parallel", "fsdp", "--no-fused-loss")),
+    pytest.param(2, (*FADES, "--parallel", "fsdp", "--no-fused-loss"), marks=pytest.mark.long),
     pytest.param(2, (*FADES, *EVERYTHING), marks=pytest.mark.long)])
 def test_a_run_of_changing_lambda_stopped_half_way_ends_like_a_straight_one(
         folder, tmp_path, processes, more):

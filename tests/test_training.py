@@ -363,6 +363,7 @@ def wait_until(condition, seconds=60):
         time.sleep(0.05)
 
 
+@pytest.mark.long
 def test_a_run_whose_killed_worker_torchrun_restarts_ends_like_a_straight_one(folder, tmp_path):
     train(folder, tmp_path / "straight", processes=2)
     launcher = launch(folder, tmp_path / "killed")
