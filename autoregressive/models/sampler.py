@@ -165,7 +165,7 @@ def invert_cdf(distribution: Tensor, uniforms: Tensor) -> Tensor:
         (B,) int64: the first token whose cumulative mass exceeds uniform * total; never one of
         probability 0.
     """
-    cdf = distribution.double().cumsum(-1)                          # (B, V)
+    cdf = distribution.to(torch.float64, copy=True).cumsum_(-1)     # (B, V), in place
     total = cdf[:, -1]                                              # (B,)
     tokens = torch.searchsorted(cdf, (uniforms * total)[:, None], right=True)[:, 0]
     # Rounding may push a uniform past the end: the last token of non-zero probability is there.
