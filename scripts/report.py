@@ -19,7 +19,7 @@ from xml.etree.ElementTree import Element
 
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.entry import Flags, Parser, checks, run
-from autoregressive.runtime.files import check_output, read_json
+from autoregressive.runtime.files import Kinds, check_kinds, check_output, read_json
 from autoregressive.runtime.identity import RunFolder
 from scripts.experiments.sweep import best_in_words, columns_of, panels_of, read_sweep, table_of
 from scripts.pages.chart import Line, chart, legend
@@ -32,7 +32,7 @@ from scripts.pages.page import (
     table,
     write_page,
 )
-from scripts.pages.quickstart import CAVEAT, facts, read_report, results
+from scripts.pages.quickstart import CAVEAT, NUMBER, TOKENIZER, facts, read_report, results
 from scripts.pages.runs import curves, last_values, read_logged
 
 # Of a quickstart or of own_images.sh: name -> the run folder; heading -> pictures and captions.
@@ -42,7 +42,8 @@ PICTURES = {
         "digits.png": "A row for each digit: four pictures of val, four that the tokenizer has "
                       "rebuilt, and four samples of each GPT."},
     "Samples": {
-        "samples.png": "A row for each class.",
+        "samples.png": "One sample of every class.",
+        "samples/*.png": "The first of the samples that are scored, with their classes.",
         "samples-lambda1/*.png": "The first samples of lambda 1, with their classes.",
         "samples-lambda0/*.png": "The first samples of lambda 0, with their classes."},
     "Reconstructions": {
@@ -56,6 +57,8 @@ PICTURES_OF_A_RUN = {
         "data.png": "The first rows of the training data, decoded.",
         "reconstructions.png": "Pictures of val above, what the tokenizer makes of them below.",
         "pictures/*.png": "What the run had learned when it last drew pictures."}}
+
+PLAN: Kinds = {"image_size": int, "codebook_size": int, "cluster_size": int}
 
 
 def build_parser() -> Parser:
@@ -106,13 +109,39 @@ def quickstart_page(folder: Path) -> list[Element]:
             columns = value if name == "runs" else {"value": value}
             details.append(folded_settings(name.replace("_", " "), columns))
     else:
-        content += section("Results", *last_values(logged))
+        content += own_results(folder)
+        content += section("Last numbers", *last_values(logged))
         for name, path in run_folders.items():
             details += config_of(path, name)
     return [*content,
             *pictures(folder, PICTURES),
             *section("Curves", *curves(logged)),
             *section("Settings and hashes", *details)]
+
+
+def own_results(folder: Path) -> list[Element]:
+    """Returns what own_images.sh chose and how its samples score, as far as it is there.
+
+    Raises:
+        ValueError: a record lacks something.
+    """
+    parts = []
+    if (folder / "plan.json").is_file():
+        plan = read_json(folder / "plan.json", PLAN)
+        known = {"pictures": f"{plan['image_size']} pixels, {plan['codebook_size']} codes in "
+                             f"clusters of {plan['cluster_size']}"}
+        if (folder / "vq.json").is_file():
+            tokenizer = read_json(folder / "vq.json", TOKENIZER)
+            known["reconstruction (val)"] = (f"{tokenizer['psnr']:.2f} dB, "
+                                             f"{tokenizer['codes_used']} codes used")
+        parts.append(facts_list(known))
+    if scores := newest(folder, "samples/*.json"):
+        numbers = read_json(scores, {"numbers": dict})["numbers"]
+        check_kinds(numbers, dict.fromkeys(numbers, NUMBER), scores)
+        rows = [[title, f"{number:.4f}"] for title, number in numbers.items()]
+        parts += section("Results", table("All scores are from a small classifier of these "
+                                          "images, not from Inception.", ["", "samples"], rows))
+    return parts
 
 
 def run_page(folder: Path) -> list[Element]:

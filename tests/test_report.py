@@ -285,7 +285,21 @@ def test_files_that_are_missing_are_left_out(quickstart):
     assert {name for _, name in page.curves()} == {"lambda 1", "lambda 1, val"}
     (quickstart / "report.json").unlink()           # as own_images.sh leaves it
     page = page_of(quickstart)
-    assert page.texts_in("h2") == ["Results", "Digits by class", "Curves"]
+    assert page.texts_in("h2") == ["Last numbers", "Digits by class", "Curves"]
+
+
+def test_the_page_of_own_images_shows_what_was_chosen_and_how_samples_score(tmp_path, capsys):
+    write(tmp_path / "gpt/000-x/metrics.jsonl", "")
+    write(tmp_path / "plan.json", {"image_size": 64, "codebook_size": 512, "cluster_size": 16})
+    write(tmp_path / "vq.json", {"psnr": 21.5, "codes_used": 300})
+    write(tmp_path / "samples/x.json", {"numbers": {"FID": 3.25, "Recall": 0.5}})
+    page = page_of(tmp_path)
+    assert page.texts_in("dd") == ["64 pixels, 512 codes in clusters of 16",
+                                   "21.50 dB, 300 codes used"]
+    assert page.texts_in("td") == ["3.2500", "0.5000"]
+    write(tmp_path / "samples/x.json", {"numbers": {"FID": "3"}})
+    assert run_here(REPORT, tmp_path) == 2
+    assert "samples/x.json: expected FID as int or float, found str" in capsys.readouterr().err
 
 
 def test_a_run_that_has_logged_nothing_has_a_page(tmp_path):
