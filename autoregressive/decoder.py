@@ -91,6 +91,12 @@ def open_decoder(args: Flags, mapping: Mapping) -> VQModel | None:
         return None
     args.take(recorded_flags(path), path)
     vq, _ = load_decoder(path, VQConfig(**args.pick(VQConfig)), wanted, mapping.path)
+    expected = (args.vocab_size, args.downsample_size)
+    found = (vq.config.codebook_size, vq.downsampling)
+    if found != expected:
+        raise ValueError(f"{path}: expected a tokenizer of {expected[0]} codes and {expected[1]} "
+                         f"pixels a token, found one of {found[0]} and {found[1]}; name that of "
+                         "the codes, reordered, with --vq-ckpt")
     return vq
 
 

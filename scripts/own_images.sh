@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Tokenizer and GPT for images of your own: a folder of class folders in; samples, scores and a page to look at out. Example:
 #   bash scripts/own_images.sh /data/my_images results/mine
-# Sizes are chosen from the data and printed; TOKENIZER_STEPS and GPT_STEPS make the trainings longer. A folder with train
-# and val inside is taken as it is divided. Run the same command again to continue where it was stopped.
+# Sizes are chosen from the data and printed; TOKENIZER_STEPS and GPT_STEPS are lengths of the trainings. A folder with train
+# and val inside is taken as it is divided. Run the same command again to continue where it was stopped; with larger
+# GPT_STEPS the GPT is trained for longer.
 set -euo pipefail
-[ $# -eq 2 ] || { echo "own_images.sh: error: expected IMAGES OUT, got $# arguments" >&2; exit 2; }
+[ $# -eq 2 ] || { echo "own_images.sh: error: expected IMAGES OUT, got $# arguments; put train and val into one folder" >&2; exit 2; }
 # absolute PATH: what the caller means by PATH, from any folder.
 absolute() { case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; }
 images=$(absolute "$1") out=$(absolute "$2")
@@ -40,7 +41,8 @@ python autoregressive/sample/sample_c2i_ddp.py --gpt-ckpt "$gpt" --precision non
     --sample-dir "$out/samples"
 [ -e "$out/reference.npz" ] || python evaluations/c2i/make_reference.py --data-path "$train" --image-size "$size" $few \
     --output "$out/reference.npz"
-python evaluations/c2i/evaluator.py "$out/reference.npz" "$out"/samples/*.npz --classifier "$out/classifier.pt"
+newest=$(printf '%s\n' "$out"/samples/*.npz | tail -n 1)        # a longer training has samples of its own
+python evaluations/c2i/evaluator.py "$out/reference.npz" "$newest" --classifier "$out/classifier.pt"
 echo "== 7/7 a page to look at"
 python autoregressive/sample/sample_c2i.py --gpt-ckpt "$gpt" --precision none --cfg-scale 2 --all-classes \
     --output "$out/samples.png"

@@ -12,7 +12,8 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])      # the root, not this folder
 
-import os
+import hashlib
+import json
 from dataclasses import asdict, astuple, dataclass
 
 import numpy as np
@@ -20,7 +21,8 @@ from PIL import Image
 
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.entry import Flags, Parser, at_least, checks, run
-from autoregressive.runtime.files import check_writable_folder, write_json
+from autoregressive.runtime.files import check_writable_folder, read_json, write_json
+from autoregressive.runtime.identity import find_difference
 from tokenizer.tokenizer_image.listing import list_images
 
 VAL_EVERY = 10                  # of a class without a val folder, every tenth image judges
@@ -28,9 +30,11 @@ SMALL = 48                      # pictures with a shorter median side are taken 
 FEW = 1000                      # images; with fewer the codebook is smaller
 TOKENIZER_EPOCHS, TOKENIZER_BATCH = 20, 32
 GPT_EPOCHS, GPT_BATCH = 30, 64
+FEWEST_IMAGES = 66              # a batch of the GPT, beside the share that its training holds out
 FEWEST_STEPS = 600
 MOST_TOKENIZER_STEPS, MOST_GPT_STEPS = 1500, 3000       # at 32 pixels; half and a quarter at 64
 MOST_SAMPLES = 2000
+OTHER_PARTS = ("train", "val", "test", "valid", "validation")   # names of folders that are no class
 
 Split = dict[str, dict[str, list[str]]]         # train or val -> class -> paths
 
@@ -72,7 +76,7 @@ def list_split(images: Path) -> Split:
     """Returns the images that train and those that judge.
 
     Raises:
-        ValueError: a folder is missing or empty, or a class has one image alone.
+        ValueError: a folder is missing or empty, a class has one image alone, or it is no class.
     """
     if (images / "train").is_dir() and (images / "val").is_dir():
         split = {part: list_by_class(images / part) for part in ("train", "val")}
@@ -81,6 +85,12 @@ def list_split(images: Path) -> Split:
             raise ValueError(f"{images}: expected equal class folders in train and val, found "
                              f"{', '.join(sorted(differing))} in one of them; rename or remove it")
         return split
+    for name in OTHER_PARTS:
+        inside = list((images / name).iterdir()) if (images / name).is_dir() else []
+        if inside and all(path.is_dir() for path in inside):
+            raise ValueError(f"{images}: expected class folders, or train and val that hold such, "
+                             f"found {name} with folders inside; give it as IMAGES, or rename the "
+                             "two to train and val")
     split = {"train": {}, "val": {}}
     for name, paths in list_by_class(images).items():
         if len(paths) < 2:
@@ -149,39 +159,58 @@ def choose_plan(sides: list[int], tokenizer_steps: int = 0, gpt_steps: int = 0) 
                 gpt_steps=gpt_steps or int(for_gpt), num_samples=min(MOST_SAMPLES, count))
 
 
+def check_places(images: Path, output: Path) -> None:
+    """Raises ValueError if images and results lie inside each other, whose folders would mix."""
+    for inner, outer in ((output, images), (images, output / "images")):
+        if inner.resolve().is_relative_to(outer.resolve()):
+            raise ValueError(f"{output}: expected a folder outside {images}, whose folders are "
+                             "classes, and not around it; name another one for the results")
+
+
+def check_record(record: dict[str, object], path: Path) -> None:
+    """Raises ValueError if results of another plan were begun in the folder of `path`.
+
+    A GPT may be trained for longer.
+    """
+    links = path.with_name("images")
+    if not path.is_file():
+        if links.exists():
+            raise ValueError(f"{links}: expected none in a new folder of results, found it there; "
+                             "name another folder")
+        return
+    fixed = record.keys() - {"gpt_steps"}
+    if difference := find_difference(record, read_json(path), sorted(fixed)):
+        raise ValueError(f"{path}: expected a plan with {difference}; the images or the lengths "
+                         "are others: name another folder for the results")
+
+
 def link_images(split: Split, output: Path) -> None:
-    """Makes `output` a folder of links to the images of a split, and of nothing else."""
-    wanted = {}
+    """Makes links to the images of a split in `output`, those that are missing."""
     for part, classes in split.items():
         for name, paths in classes.items():
+            (output / part / name).mkdir(parents=True, exist_ok=True)
             for number, path in enumerate(paths):
-                wanted[output / part / name / f"{number:07d}-{Path(path).name}"] = path
-    for folder, _, names in os.walk(output, topdown=False):
-        for name in names:
-            link = Path(folder) / name
-            if link.is_symlink() and os.readlink(link) != wanted.get(link):
-                link.unlink()
-        if not os.listdir(folder):                  # of a class that is gone
-            os.rmdir(folder)
-    for link, path in wanted.items():
-        if not link.is_symlink():
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(path)
+                link = output / part / name / f"{number:07d}-{Path(path).name}"
+                if not link.is_symlink():
+                    link.symlink_to(path)
 
 
 def main(args: Flags, session: Session) -> None:
     """Lists the images, chooses the sizes, makes the links, prints the plan."""
     with checks(session):
-        images = args.images.resolve()
-        if args.output.resolve().is_relative_to(images):
-            raise ValueError(f"{args.output}: expected a folder outside {args.images}, whose "
-                             "folders are classes; name another one for the results")
-        split = list_split(images)
+        check_places(args.images, args.output)
+        split = list_split(args.images.resolve())
         sides, broken = drop_broken(split)
+        if len(sides) < FEWEST_IMAGES:
+            raise ValueError(f"{args.images}: expected at least {FEWEST_IMAGES} images to train "
+                             f"on, found {len(sides)}; add some")
+        plan = choose_plan(sides, args.tokenizer_steps, args.gpt_steps)
+        listed = hashlib.sha256(json.dumps(split).encode()).hexdigest()
+        record = asdict(plan) | {"broken": broken, "images_sha256": listed}
         check_writable_folder(args.output)
-    plan = choose_plan(sides, args.tokenizer_steps, args.gpt_steps)
+        check_record(record, args.output / "plan.json")
+    write_json(args.output / "plan.json", record)           # first: it says whose links these are
     link_images(split, args.output / "images")
-    write_json(args.output / "plan.json", asdict(plan) | {"broken": broken})
     for path in broken:
         print(f"{path}: not read as an image, left out", file=sys.stderr)
     num_val = sum(map(len, split["val"].values()))

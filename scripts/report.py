@@ -36,7 +36,7 @@ from scripts.pages.quickstart import CAVEAT, NUMBER, TOKENIZER, facts, read_repo
 from scripts.pages.runs import curves, last_values, read_logged
 
 # Of a quickstart or of own_images.sh: name -> the run folder; heading -> pictures and captions.
-RUNS = {"lambda 1": "gpt-lambda1/0*", "lambda 0": "gpt-lambda0/0*", "GPT": "gpt/0*"}
+RUNS = {"lambda 1": "gpt-lambda1/[0-9]*", "lambda 0": "gpt-lambda0/[0-9]*", "GPT": "gpt/[0-9]*"}
 PICTURES = {
     "Digits by class": {
         "digits.png": "A row for each digit: four pictures of val, four that the tokenizer has "
@@ -47,7 +47,7 @@ PICTURES = {
         "samples-lambda1/*.png": "The first samples of lambda 1, with their classes.",
         "samples-lambda0/*.png": "The first samples of lambda 0, with their classes."},
     "Reconstructions": {
-        "vq/0*/reconstructions.png": "Pictures of val above, what the tokenizer makes of them "
+        "vq/[0-9]*/reconstructions.png": "Pictures of val above, what the tokenizer makes of them "
                                      "below."},
     "Codebook before and after": {
         "codebook-*.png": "Distances between codes, in the order of the tokenizer and in that of "

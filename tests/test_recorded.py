@@ -104,26 +104,71 @@ def test_flags_that_contradict_a_file_are_refused(folder, tmp_path, capsys, flag
     assert run_here(TRAIN, "--code-path", folder / "codes", "--results-dir", tmp_path,
                     "--gpt-model", "GPT-tiny", *LENGTH, flag, value) == 2
     line = capsys.readouterr().err
-    assert f"{flag}: expected {recorded} as in {folder / source}, got {value}" in line
+    assert f"{flag}: expected {recorded} as in {folder / source}, got {value}; leave" in line
     assert len(line.splitlines()) == 1
 
 
-def test_of_several_mappings_the_size_decides_or_all_are_listed(folder, tmp_path, capsys):
-    for path in folder.glob("[mcv]*"):
+@pytest.fixture
+def copied(folder, tmp_path):
+    """A folder of its own with the codes, their mapping and their tokenizers."""
+    for path in folder.glob("[mcvo]*"):
         (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
-    codebook = torch.zeros(64, 8)
-    write_mapping(tmp_path / "codes" / "mapping-c.pt", 16, codebook, seed=1)
-    command = ("--code-path", tmp_path / "codes", "--gpt-model", "GPT-tiny", *LENGTH,
-               "--results-dir")
-    assert run_here(TRAIN, *command, tmp_path / "a", "--cluster-size", 8) == 0
-    assert run_here(TRAIN, *command, tmp_path / "b", "--cluster-size", 16) == 0
+    return tmp_path
+
+
+def command_on(copied, *more):
+    return (TRAIN, "--code-path", copied / "codes", "--gpt-model", "GPT-tiny", *LENGTH, *more,
+            "--results-dir")
+
+
+def test_of_several_mappings_the_size_decides_or_all_are_listed(copied, capsys):
+    write_mapping(copied / "codes" / "mapping-c.pt", 16, torch.zeros(64, 8), seed=1)
+    for size in (8, 16):
+        assert run_here(*command_on(copied, "--cluster-size", size), copied / f"runs{size}") == 0
     capsys.readouterr()
-    assert run_here(TRAIN, *command, tmp_path / "c") == 2       # the default is of neither
+    assert run_here(*command_on(copied), copied / "none") == 2      # the default is of neither
     line = capsys.readouterr().err
     assert "--mapping-path: expected one mapping of these codes in these folders, found " in line
     for path in ("codes/mapping-c.pt", "mapping-a.pt"):
-        assert str(tmp_path / path) in line
+        assert str(copied / path) in line
     assert len(line.splitlines()) == 1
+    assert run_here(*command_on(copied, "--cluster-size", 32), copied / "none") == 2
+    assert "--mapping-path: expected one mapping of these codes" in capsys.readouterr().err
+
+
+def test_of_several_mappings_of_a_size_that_of_the_default_method_is_taken(copied, capsys):
+    name = "mapping-kmeans+nearest-cluster_size=8"
+    write_mapping(copied / f"{name}.pt", 8, torch.zeros(64, 8), seed=1)
+    write_mapping(copied / f"{name}-random.pt", 8, torch.zeros(64, 8), seed=2)
+    (copied / "mapping-damaged.pt.json").write_text("{")
+    (copied / "damaged-reorder-x.pt").write_text("no weights")
+    assert run_here(*command_on(copied), copied / "runs") == 0
+    config = json.loads(next((copied / "runs").glob("*/config.json")).read_text())
+    record = json.loads((copied / f"{name}.pt.json").read_text())
+    assert config["mapping_sha256"] == record["mapping_sha256"]
+    printed = capsys.readouterr()
+    for damaged in ("mapping-damaged.pt.json", "damaged-reorder-x.pt"):
+        assert damaged in printed.out + printed.err
+
+
+def test_a_run_that_was_begun_with_flags_or_wrong_defaults_goes_on_without(copied):
+    assert run_here(*command_on(copied, "--mapping-path", copied / "mapping-a.pt", "--vq-ckpt",
+                                copied / "vq-reorder-a.pt", "--max-steps", 2), copied / "runs") == 0
+    run, = (copied / "runs").glob("0*")
+    config = json.loads((run / "config.json").read_text())
+    write_json(run / "config.json", config | {"vq_model": "VQ-16"})     # an older default
+    assert run_here(*command_on(copied), copied / "runs") == 0
+    assert [path.name for path in (copied / "runs").glob("0*")] == [run.name]
+    assert json.loads((run / "finished.json").read_text())["steps"] == 3
+
+
+def test_a_tokenizer_of_another_size_is_refused_though_the_mapping_has_no_hashes(copied, capsys):
+    model = VQModel(VQConfig("VQ-4-small", 128, 8))
+    save_checkpoint(copied / "large.pt", {"model": model.state_dict()})
+    assert run_here(*command_on(copied, "--mapping-path", copied / "mapping.pt", "--cluster-size",
+                                8, "--vq-ckpt", copied / "large.pt"), copied / "runs") == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "large.pt: expected a tokenizer of 64 codes and 4 pixels a token, found one of" in line
 
 
 def test_of_several_tokenizers_of_a_codebook_all_are_listed(folder, short, tmp_path, capsys):

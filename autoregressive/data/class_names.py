@@ -69,7 +69,7 @@ def _read_class(word: str, recorded: Sequence[str] | None, num_classes: int) -> 
                              f"{numbers}; give the number")
         if found:
             return found[0]
-    if word.isdecimal() and int(word) < num_classes:
+    if word.isdecimal() and len(word) < 10 and int(word) < num_classes:
         return int(word)
     others = " (the checkpoint carries no names)"
     if known:

@@ -109,10 +109,11 @@ def check_some(source: CodeSource, manifest: dict[str, Any]) -> None:
 
 
 def check_written(source: CodeSource, writer: CodeWriter) -> None:
-    """Raises ValueError if one of the first images that were written has other codes by now."""
+    """Raises ValueError if one of a few images that are written has other codes by now."""
     written = writer.rows.array("codes")
     is_written = ~writer.rows.is_missing()
-    for row, read in itertools.islice(source.readers(is_written), LOOKED_AT):
+    count = min(LOOKED_AT, np.count_nonzero(is_written))            # no more: a tar is read for it
+    for row, read in itertools.islice(source.readers(is_written), count) if count else ():
         if not np.array_equal(read_codes(source, row, read, writer.manifest), written[row]):
             raise ValueError(f"{source.path / source.name_of(row)}: expected the codes that "
                              f"{writer.path} was begun with, found others; begin anew with "

@@ -15,6 +15,7 @@ import torch
 
 from autoregressive.runtime.checkpoint import read_checkpoint
 from autoregressive.runtime.files import check_kinds, mapping_sha256, read_json
+from autoregressive.runtime.log import LOGGER
 from autoregressive.runtime.nearby import files_in, only_one
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8,
@@ -53,13 +54,17 @@ def read_side_file(path: Path) -> dict[str, Any]:
     return record
 
 
-def find_mapping(folders: list[Path], wanted: str | None, cluster_size: int) -> Path | None:
+def find_mapping(folders: list[Path], wanted: str | None, cluster_size: int,
+                 is_given: bool) -> Path | None:
     """Returns the mapping in some folders whose side file names a codebook in its original order.
+
+    Of several, one of the cluster size is taken, and one of the default method.
 
     Args:
         folders: where to look, not in folders inside them.
         wanted: codebook_sha256 of the codes; None, which is unknown, finds nothing.
-        cluster_size: of the one to take if mappings of several sizes are there.
+        cluster_size: --cluster-size.
+        is_given: whether the flag is given, so that the published one of its size comes first.
 
     Raises:
         ValueError: several fit.
@@ -67,14 +72,22 @@ def find_mapping(folders: list[Path], wanted: str | None, cluster_size: int) -> 
     fitting: dict[str, Path] = {}
     sizes = {}
     for side_file in files_in(folders, "mapping-*.pt.json") if wanted else ():
-        record = read_side_file(side_file)
+        try:
+            record = read_side_file(side_file)
+        except ValueError as error:                 # of a file that nobody has named
+            LOGGER.warning("%s; it is left out", error)
+            continue
         path = side_file.with_suffix("")
         if record.get("original_codebook_sha256") == wanted and path.is_file():
             fitting.setdefault(record["mapping_sha256"], path)      # a copy fits as well
             sizes[path] = record.get("cluster_size")
     paths = list(fitting.values())
     of_size = [path for path in paths if sizes[path] == cluster_size]
-    return only_one(of_size or paths, "--mapping-path", "mapping of these codes")
+    if of_size or (is_given and Path(default_mapping_path(cluster_size)).is_file()):
+        paths = of_size
+    of_default = [path for path in paths
+                  if path.name == Path(default_mapping_path(sizes[path])).name]
+    return only_one(of_default or paths, "--mapping-path", "mapping of these codes")
 
 
 def read_mapping(path: str | Path, codebook_size: int) -> Mapping:

@@ -121,7 +121,8 @@ def open_codes_and_mapping(args: Flags, older: dict[str, CodeStore]) -> tuple[Co
     store = open_codes(*args.code_path, opened=older)
     args.take(recorded_flags(store), store.path)
     path = args.mapping_path or find_mapping(
-        folders_near(*args.code_path), store.manifest["codebook_sha256"], args.cluster_size)
+        folders_near(*args.code_path), store.manifest["codebook_sha256"], args.cluster_size,
+        args.is_given("cluster_size"))
     mapping = read_mapping(path or default_mapping_path(args.cluster_size), args.vocab_size)
     args.take({"cluster_size": mapping.hashes.get("cluster_size")}, mapping.path)
     return store, mapping

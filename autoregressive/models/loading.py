@@ -161,8 +161,9 @@ def sizes_of(state: dict[str, Tensor]) -> dict[str, Any]:
 
     gpt_model is missing if the size has no name.
     """
-    if "tok_embeddings.weight" not in state or LABEL_TABLE not in state:
-        return {}
+    for name in ("tok_embeddings.weight", LABEL_TABLE):
+        if name not in state or state[name].dim() != 2:
+            return {}
     vocab_size, width = state["tok_embeddings.weight"].shape
     sizes = {"codebook_size": vocab_size, "num_classes": len(state[LABEL_TABLE]) - 1}
     for name, size in GPT_MODELS.items():

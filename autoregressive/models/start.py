@@ -19,8 +19,6 @@ from autoregressive.models.loading import (
     describe_gpt,
     move_rows_to_tokens,
     name_moments,
-    read_gpt,
-    sizes_of,
 )
 from autoregressive.runtime.checkpoint import check_weights, model_state
 from autoregressive.runtime.entry import flag_of
@@ -59,21 +57,12 @@ def add_start_args(group: argparse._ActionsContainer) -> None:
                             "LlamaGen's: move its rows to their tokens")
 
 
-def recorded_size(path: Path) -> dict[str, str | None]:
-    """Returns the flag that the weights to start from tell, None if their size has no name.
-
-    Raises:
-        ValueError: the file is unreadable.
-    """
-    return {"gpt_model": sizes_of(read_gpt(path).state).get("gpt_model")}
-
-
-def read_start(path: Path | None, config: GPTConfig, settings: StartSettings, *,
+def read_start(file: GPTFile | None, config: GPTConfig, settings: StartSettings, *,
                tokens: np.ndarray, mapping_path: Path, mapping_sha256: str) -> GPTFile | None:
-    """Reads the checkpoint that a training starts from.
+    """Returns what a training starts from.
 
     Args:
-        path: the checkpoint, a file, or None.
+        file: the checkpoint, or None.
         config: of the GPT to train.
         settings: StartSettings.
         tokens: (V,) int64, code -> token, of the run's mapping.
@@ -83,14 +72,13 @@ def read_start(path: Path | None, config: GPTConfig, settings: StartSettings, *,
     Returns:
         GPTFile whose `state` is over tokens, perhaps that of an ordinary GPT though the model is
         guidance-free; if the weights alone are taken, its `payload` is empty and it does not
-        continue. None without a path.
+        continue. None without a checkpoint.
 
     Raises:
-        ValueError: the file is unreadable, of another model, or over other tokens.
+        ValueError: it is of another model, or over other tokens.
     """
-    if path is None:
+    if file is None:
         return None
-    file = read_gpt(path)
     _check_tokens(file, mapping_path, mapping_sha256, settings.init_from_original)
     is_ordinary = config.guidance_free and not is_guidance_free(file.state)
     if is_ordinary:

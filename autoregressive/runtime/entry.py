@@ -82,7 +82,7 @@ class Flags(argparse.Namespace):
                 setattr(self, name, value)
             elif getattr(self, name) != value:
                 raise ValueError(f"{flag_of(name)}: expected {value} as in {source}, got "
-                                 f"{getattr(self, name)}")
+                                 f"{getattr(self, name)}; leave the flag out")
 
     def resolve(self, recorded: dict[str, Any], source: str | Path, preset: dict[str, Any]) -> None:
         """Sets the flags that were not given to what a file records, or else to the preset.

@@ -104,10 +104,7 @@ class RunSettings:
     num_workers: int
 
     def check(self) -> None:
-        """Raises ValueError for flags of the learning rate that contradict each other.
-
-        So does a --log whose package is not installed.
-        """
+        """Raises ValueError for flags that contradict each other, or lack their package."""
         if self.log == "tensorboard":
             check_tensorboard()
         for name in ("min_lr", "lr_decay_from"):

@@ -263,8 +263,8 @@ def main(args: Flags, session: Session) -> None:
             check_output(out / name)
         session.hold(out, *(out / name for name in FILES))
 
-    # The file that says whose folder this is comes first, the model card last.
-    write_json(out / CONFIG, config)
+    # What says whose folder this is comes first, what says which weights lie in it last.
+    write_json(out / CONFIG, {name: config[name] for name in OWN_KINDS})
     save_checkpoint(out / EXPORTED, payload)
     save_checkpoint(out / EXPORTED_VQ, tokenizer.payload)
     save_samples(out / PICTURE, file.state, config=gpt, vq=tokenizer.model, device=session.device,
@@ -273,6 +273,7 @@ def main(args: Flags, session: Session) -> None:
                             picture=PICTURE, manifest=manifest, scores=scores))
     with atomic_write(out / CARD) as stream:
         stream.write(card.encode())
+    write_json(out / CONFIG, config)
     LOGGER.info("%s: sample from it by --gpt-ckpt %s, publish it by hf upload USER/NAME %s", out,
                 out, out)
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autoregressive.data.class_names import read_classes
+from autoregressive.data.class_names import NUM_IMAGENET_CLASSES, read_classes
 from autoregressive.models.loading import read_gpt
 from autoregressive.models.random_numbers import random_numbers
 from autoregressive.models.recipes import log_sampling
@@ -53,7 +53,6 @@ from autoregressive.runtime.pictures import save_grid
 from autoregressive.sample.labels import labels_in_turn
 from tokenizer.tokenizer_image.vq_model import VQConfig
 
-IMAGENET_CLASSES = 1000
 NUM_SHOWN = 8                           # classes, if none are named
 SAMPLED_TOGETHER = 32                   # pictures at most
 SHEET_COLUMNS = 10                      # of a sheet of all classes, and as many rows
@@ -94,7 +93,7 @@ def build_parser() -> Parser:
 
 def classes_to_show(args: Flags, class_names: list[str] | None) -> list[int]:
     """Returns --class-ids; the first classes if it is not given and its default does not fit."""
-    if args.is_given("class_ids") or args.num_classes == IMAGENET_CLASSES:
+    if args.is_given("class_ids") or args.num_classes == NUM_IMAGENET_CLASSES:
         return read_classes(args.class_ids, class_names, args.num_classes)
     return list(range(min(NUM_SHOWN, args.num_classes)))
 

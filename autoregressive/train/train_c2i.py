@@ -43,7 +43,7 @@ from autoregressive.models.config import (
 )
 from autoregressive.models.gpt import GPT
 from autoregressive.models.guidance_free import embedding_of
-from autoregressive.models.loading import GPTFile
+from autoregressive.models.loading import GPTFile, read_gpt, sizes_of
 from autoregressive.models.loss_settings import LossSettings, add_loss_args, build_head_loss
 from autoregressive.models.patches import (
     StageSettings,
@@ -52,13 +52,7 @@ from autoregressive.models.patches import (
     patch_at,
 )
 from autoregressive.models.recipes import add_recipe_arg, log_recipe, training_flags
-from autoregressive.models.start import (
-    StartSettings,
-    add_start_args,
-    check_start,
-    read_start,
-    recorded_size,
-)
+from autoregressive.models.start import StartSettings, add_start_args, check_start, read_start
 from autoregressive.pipeline import save_samples
 from autoregressive.runtime.checkpoint import find_checkpoint, load_strictly
 from autoregressive.runtime.compute import (
@@ -86,6 +80,7 @@ from autoregressive.runtime.training import TrainingRun
 from autoregressive.train.objective import CURVES, GPTTrainer, Objective
 from tokenizer.tokenizer_image.vq_model import VQModel, add_vq_args
 
+OF_FILES = ("mapping_path", "vq_ckpt", "vq_model", "codebook_embed_dim")
 RESULT = ("token_loss", "cluster_loss", "val_token_loss", "val_cluster_loss")
 
 
@@ -149,6 +144,8 @@ def build_identity(args: Flags, data: TrainingData, start: GPTFile | None,
                    stage_ends: tuple[int, ...]) -> dict[str, Any]:
     """Returns all that the run depends on."""
     identity = args.identity() | data.identity()
+    for name in OF_FILES:                           # the hashes say which files these are
+        del identity[name]
     if len(stage_ends) > 1:                         # a longer run would go back to patches
         identity["stage_ends"] = list(stage_ends)
     # Weights alone are part of the identity. A checkpoint to go on from is not: its run may have a
@@ -246,13 +243,14 @@ def main(args: Flags, session: Session) -> None:
     # Open and compare all that the run depends on, before any work.
     with checks(session):
         store, mapping = open_codes_and_mapping(args, older)
-        if start_path:
-            args.take(recorded_size(start_path), start_path)
+        start_file = read_gpt(start_path) if start_path else None
+        if start_file:
+            args.take({"gpt_model": sizes_of(start_file.state).get("gpt_model")}, start_path)
         config = build_config(args)
         data = open_data(DataSettings(**args.pick(DataSettings)), store, mapping, config.grid,
                          session.world_size)
         vq = open_decoder(args, mapping)
-        start = read_start(start_path, config, StartSettings(**args.pick(StartSettings)),
+        start = read_start(start_file, config, StartSettings(**args.pick(StartSettings)),
                            tokens=mapping.tokens, mapping_path=mapping.path,
                            mapping_sha256=mapping.hashes["mapping_sha256"])
         settings = RunSettings(**args.pick(RunSettings))

@@ -7,6 +7,7 @@ import torch
 
 from autoregressive.runtime.checkpoint import load_strictly, model_state, read_checkpoint
 from autoregressive.runtime.files import codebook_sha256, weights_sha256
+from autoregressive.runtime.log import LOGGER
 from autoregressive.runtime.nearby import files_in, only_one
 from tokenizer.tokenizer_image.vq_model import VQ_MODELS, VQConfig, VQModel
 
@@ -30,11 +31,15 @@ def find_vq(folders: list[Path], wanted: str | None) -> Path | None:
         wanted: codebook_sha256; None, which is unknown, finds nothing.
 
     Raises:
-        ValueError: several different ones have it, or a file is damaged.
+        ValueError: several different ones have it.
     """
     fitting: dict[str, Path] = {}
     for path in files_in(folders, REORDERED) if wanted else ():
-        state = model_state(read_checkpoint(path), path)
+        try:
+            state = model_state(read_checkpoint(path), path)
+        except ValueError as error:                 # of a file that nobody has named
+            LOGGER.warning("%s; it is left out", error)
+            continue
         if CODEBOOK in state and codebook_sha256(state[CODEBOOK]) == wanted:
             fitting.setdefault(weights_sha256(state), path)         # a copy fits as well
     return only_one(list(fitting.values()), "--vq-ckpt", "tokenizer of this codebook")
