@@ -15,7 +15,7 @@ CDPATH="" cd "$(dirname "$0")/.."
 plan=$(python scripts/own_images_plan.py "$images" "$out" \
     --tokenizer-steps "${TOKENIZER_STEPS:-0}" --gpt-steps "${GPT_STEPS:-0}")
 echo "== 1/7 looked at the images"
-read -r size codes cluster tokenizer_steps gpt_steps samples <<<"$plan"
+read -r size codes cluster tokenizer_steps classifier_steps gpt_steps samples <<<"$plan"
 train="$out/images/train" val="$out/images/val"
 few="--max-failures 0.05"       # of the images may be broken inside
 
@@ -25,7 +25,7 @@ python tokenizer/tokenizer_image/vq_train.py --data-path "$train" --val-path "$v
     --global-batch-size 32 --max-steps "$tokenizer_steps" --lr 2e-3 --lr-schedule linear --warmup 50 --revive-every 50 \
     --log-every 50 --val-every 500 --ckpt-steps 250 --keep-checkpoints 2 $few --results-dir "$out/vq" --output "$out/vq.pt"
 [ -e "$out/classifier.pt" ] || python evaluations/c2i/train_classifier.py --data-path "$train" --val-path "$val" \
-    --image-size "$size" --flip --epochs 30 --max-steps 2000 $few --output "$out/classifier.pt"
+    --image-size "$size" --flip --max-steps "$classifier_steps" $few --output "$out/classifier.pt"
 echo "== 3/7 extract codes"
 python autoregressive/train/extract_codes_c2i.py --data-path "$train" --image-size "$size" --vq-ckpt "$out/vq.pt" $few \
     --code-path "$out/codes"

@@ -29,10 +29,11 @@ VAL_EVERY = 10                  # of a class without a val folder, every tenth i
 SMALL = 48                      # pictures with a shorter median side are taken at 32 pixels
 FEW = 1000                      # images; with fewer the codebook is smaller
 TOKENIZER_EPOCHS, TOKENIZER_BATCH = 20, 32
-GPT_EPOCHS, GPT_BATCH = 30, 64
+CLASSIFIER_EPOCHS, GPT_EPOCHS, GPT_BATCH = 30, 30, 64       # a batch of the classifier is as large
 FEWEST_IMAGES = 66              # a batch of the GPT, beside the share that its training holds out
 FEWEST_STEPS = 600
-MOST_TOKENIZER_STEPS, MOST_GPT_STEPS = 1500, 3000       # at 32 pixels; half and a quarter at 64
+# At 32 pixels; at 64 half of the first, a quarter of the others.
+MOST_TOKENIZER_STEPS, MOST_CLASSIFIER_STEPS, MOST_GPT_STEPS = 1500, 2000, 3000
 MOST_SAMPLES = 2000
 OTHER_PARTS = ("train", "val", "test", "valid", "validation")   # names of folders that are no class
 
@@ -47,7 +48,7 @@ class Plan:
         image_size: pixels of a picture's side; 4 pixels are a token.
         codebook_size: codes of the tokenizer.
         cluster_size: codes per cluster.
-        tokenizer_steps, gpt_steps: of the two trainings.
+        tokenizer_steps, classifier_steps, gpt_steps: of the three trainings.
         num_samples: pictures that are scored.
     """
 
@@ -55,6 +56,7 @@ class Plan:
     codebook_size: int
     cluster_size: int
     tokenizer_steps: int
+    classifier_steps: int
     gpt_steps: int
     num_samples: int
 
@@ -148,15 +150,17 @@ def choose_plan(sides: list[int], tokenizer_steps: int = 0, gpt_steps: int = 0) 
     """
     count = len(sides)
     is_small = np.median(sides) < SMALL
-    most_tokenizer = MOST_TOKENIZER_STEPS if is_small else MOST_TOKENIZER_STEPS // 2
-    most_gpt = MOST_GPT_STEPS if is_small else MOST_GPT_STEPS // 4
+    half, quarter = (1, 1) if is_small else (2, 4)
     for_tokenizer = np.clip(TOKENIZER_EPOCHS * count // TOKENIZER_BATCH, FEWEST_STEPS,
-                            most_tokenizer)
-    for_gpt = np.clip(GPT_EPOCHS * count // GPT_BATCH, FEWEST_STEPS, most_gpt)
+                            MOST_TOKENIZER_STEPS // half)
+    for_classifier = min(max(1, CLASSIFIER_EPOCHS * count // GPT_BATCH),
+                         MOST_CLASSIFIER_STEPS // quarter)
+    for_gpt = np.clip(GPT_EPOCHS * count // GPT_BATCH, FEWEST_STEPS, MOST_GPT_STEPS // quarter)
     return Plan(image_size=32 if is_small else 64, codebook_size=512 if count < FEW else 1024,
                 cluster_size=16 if count < FEW else 32,
                 tokenizer_steps=tokenizer_steps or int(for_tokenizer),
-                gpt_steps=gpt_steps or int(for_gpt), num_samples=min(MOST_SAMPLES, count))
+                classifier_steps=for_classifier, gpt_steps=gpt_steps or int(for_gpt),
+                num_samples=min(MOST_SAMPLES, count))
 
 
 def check_places(images: Path, output: Path) -> None:

@@ -33,7 +33,7 @@ def test_every_tenth_image_of_a_class_judges_and_none_does_both(tmp_path, capsys
     write_images(tmp_path / "in/cat", 75)
     write_images(tmp_path / "in/a dog", 3)
     printed = plan(tmp_path / "in", tmp_path / "out", capsys)
-    assert printed.out == "32 512 16 600 600 70\n"
+    assert printed.out == "32 512 16 600 32 600 70\n"
     assert "70 images of 2 classes train, 8 judge" in printed.err
     links = links_of(tmp_path / "out")
     sources = {os.path.relpath(path, tmp_path / "in"): link.split("/")[1:3]
@@ -72,11 +72,11 @@ def test_a_folder_that_is_divided_is_taken_as_it_is(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("count, side, expected", [
-    (66, 32, Plan(32, 512, 16, 600, 600, 66)),
-    (2000, 32, Plan(32, 1024, 32, 1250, 937, 2000)),
-    (50000, 32, Plan(32, 1024, 32, 1500, 3000, 2000)),
-    (1345, 256, Plan(64, 1024, 32, 750, 630, 1345)),
-    (50000, 256, Plan(64, 1024, 32, 750, 750, 2000))])
+    (66, 32, Plan(32, 512, 16, 600, 30, 600, 66)),
+    (2000, 32, Plan(32, 1024, 32, 1250, 937, 937, 2000)),
+    (50000, 32, Plan(32, 1024, 32, 1500, 2000, 3000, 2000)),
+    (1345, 256, Plan(64, 1024, 32, 750, 500, 630, 1345)),
+    (50000, 256, Plan(64, 1024, 32, 750, 500, 750, 2000))])
 def test_sizes_follow_from_number_and_side_of_the_images(count, side, expected):
     assert choose_plan([side] * count) == expected
     given = choose_plan([side] * count, tokenizer_steps=5, gpt_steps=7)

@@ -22,7 +22,7 @@ WRAPPERS = [path for path in SHELL
             if len(path.parts) == 3 and path.name not in OF_SEVERAL_STEPS]
 STUB = """#!/bin/sh
 echo "$(basename "$0") $PWD $*" >>"$CALLS"
-case "$*" in *--best-of*) echo "$BEST" ;; *own_images_plan*) echo 32 512 16 700 600 80 ;; esac
+case "$*" in *--best-of*) echo "$BEST" ;; *own_images_plan*) echo 32 512 16 700 300 600 80 ;; esac
 case "$*" in *sys.prefix*) echo "$CALLS.prefix" ;; *--fail*) exit 2 ;; esac
 for last; do :; done
 case "$*" in *sample_c2i_ddp.py*--cfg-scale*) mkdir -p "$last" && touch "$last/x.npz" ;; esac
@@ -88,7 +88,7 @@ def test_own_images_hands_on_the_callers_paths(caller):
     assert f"--output {out}/vq.pt" in train and f"--vq-ckpt {out}/vq.pt" in extract
     assert f"--cluster-size 16 --output-dir {out}" in balance
     assert f"--code-path {out}/codes" in gpt and "--max-steps 600" in gpt
-    assert "--num-fid-samples 80" in sample
+    assert "--max-steps 300" in classifier and "--num-fid-samples 80" in sample
     for words in (sample, look):
         assert f"--gpt-ckpt {out}/gpt/000-x" in words
     for words in (reference, evaluate):
