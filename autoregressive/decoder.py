@@ -19,7 +19,7 @@ from tokenizer.tokenizer_image.loading import (
     default_vq_path,
     find_vq,
     load_vq,
-    recorded_flags,
+    open_vq,
 )
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 
@@ -77,7 +77,7 @@ def open_decoder(args: Flags, mapping: Mapping) -> VQModel | None:
     """Returns the VQ model whose codebook a mapping has reordered; warns and returns None without.
 
     Args:
-        args: flags of a training, those of VQConfig among them: set as recorded_flags says.
+        args: flags of a training, those of VQConfig among them: set as open_vq says.
         mapping: of the run.
 
     Raises:
@@ -89,8 +89,8 @@ def open_decoder(args: Flags, mapping: Mapping) -> VQModel | None:
     if not args.vq_ckpt and not Path(path).exists():
         LOGGER.warning("%s: not there, so no pictures are made; name it with --vq-ckpt", path)
         return None
-    args.take(recorded_flags(path), path)
-    vq, _ = load_decoder(path, VQConfig(**args.pick(VQConfig)), wanted, mapping.path)
+    vq, hashes = open_vq(args, path)
+    check_codebook(wanted, hashes["codebook_sha256"], mapping.path, path)
     expected = (args.vocab_size, args.downsample_size)
     found = (vq.config.codebook_size, vq.downsampling)
     if found != expected:

@@ -166,8 +166,9 @@ def sizes_of(state: dict[str, Tensor]) -> dict[str, Any]:
             return {}
     vocab_size, width = state["tok_embeddings.weight"].shape
     sizes = {"codebook_size": vocab_size, "num_classes": len(state[LABEL_TABLE]) - 1}
+    num_layers = count_layers(state)
     for name, size in GPT_MODELS.items():
-        if size.num_layers == count_layers(state) and size.width == width:
+        if size.num_layers == num_layers and size.width == width:
             return sizes | {"gpt_model": name}
     return sizes
 

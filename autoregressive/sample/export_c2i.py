@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from autoregressive.decoder import find_decoder_of, load_decoder
+from autoregressive.decoder import find_decoder_of
 from autoregressive.models.config import GPTConfig, gpt_config
 from autoregressive.models.gpt import GPT
 from autoregressive.models.guidance_free import fold_beta, is_guidance_free
@@ -56,11 +56,11 @@ from autoregressive.runtime.files import (
     weights_sha256,
     write_json,
 )
-from autoregressive.runtime.identity import find_difference
+from autoregressive.runtime.identity import check_codebook, find_difference
 from autoregressive.runtime.log import LOGGER, open_logger
 from autoregressive.sample.model_card import MANIFEST_KINDS, Facts, read_scores, write_card
-from tokenizer.tokenizer_image.loading import EXPORTED_VQ, recorded_flags
-from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel, add_vq_args
+from tokenizer.tokenizer_image.loading import EXPORTED_VQ, open_vq
+from tokenizer.tokenizer_image.vq_model import VQModel, add_vq_args
 
 CONFIG = "config.json"
 PICTURE = "samples.png"
@@ -157,16 +157,15 @@ def load_tokenizer(args: Flags, file: GPTFile) -> Tokenizer:
     """
     settings = file.settings
     path = find_decoder_of(file, args.vq_ckpt, settings["cluster_size"])
-    args.take(recorded_flags(path), path)
-    config = VQConfig(**args.pick(VQConfig))
-    model, hashes = load_decoder(path, config, settings.get("codebook_sha256"), file.path)
+    model, hashes = open_vq(args, path)
+    check_codebook(settings.get("codebook_sha256"), hashes["codebook_sha256"], file.path, path)
     pixels_of_a_token = settings["image_size"] // settings["grid"]
     if model.downsampling != pixels_of_a_token:
         raise ValueError(f"--vq-model: expected one of {pixels_of_a_token} pixels a token, as in "
-                         f"{file.path}, got {config.vq_model} of {model.downsampling}")
+                         f"{file.path}, got {model.config.vq_model} of {model.downsampling}")
     payload = read_checkpoint(path)
     state = model_state(payload, path)
-    record = {"settings": dataclasses.asdict(config), **hashes}
+    record = {"settings": dataclasses.asdict(model.config), **hashes}
     reordering = payload.get("reordering", {})
     check_kinds({"reordering": reordering}, {"reordering": dict}, path)
     for name in ("original_codebook_sha256", "mapping_sha256"):

@@ -37,7 +37,7 @@ from tokenizer.tokenizer_image.images import (
     enlarged_side,
     open_dataset,
 )
-from tokenizer.tokenizer_image.loading import load_vq, recorded_flags
+from tokenizer.tokenizer_image.loading import open_vq
 from tokenizer.tokenizer_image.vq_model import (
     VQConfig,
     VQModel,
@@ -111,8 +111,7 @@ def main(args: Flags, session: Session) -> None:
     # Open images and tokenizer, and lay out the store, or find the one that was begun.
     with checks(session):
         dataset = open_dataset(args.dataset, args.data_path)
-        args.take(recorded_flags(args.vq_ckpt), args.vq_ckpt)
-        vq, hashes = load_vq(args.vq_ckpt, VQConfig(**args.pick(VQConfig)))
+        vq, hashes = open_vq(args, args.vq_ckpt)
         writer = CodeWriter(args.code_path, describe_store(args, dataset, hashes))
         if session.is_main:
             check_writable_folder(args.code_path)

@@ -40,7 +40,7 @@ from autoregressive.runtime.files import check_file, check_writable_folder
 from autoregressive.runtime.log import LOGGER, open_logger
 from tokenizer.tokenizer_image.crops import add_crop_range_arg, check_crop_range
 from tokenizer.tokenizer_image.images import crop_names, dataset_sha256
-from tokenizer.tokenizer_image.loading import load_vq, recorded_flags
+from tokenizer.tokenizer_image.loading import open_vq
 from tokenizer.tokenizer_image.vq_model import (
     VQConfig,
     add_vq_args,
@@ -112,9 +112,8 @@ def main(args: Flags, session: Session) -> None:
     # Open the codes and the tokenizer, and lay out the store, or find the one that was begun.
     with checks(session):
         check_one_process(session)
-        args.take(recorded_flags(args.vq_ckpt), args.vq_ckpt)
+        _, hashes = open_vq(args, args.vq_ckpt)
         check_image_size(args.image_size, args.vq_model)
-        _, hashes = load_vq(args.vq_ckpt, VQConfig(**args.pick(VQConfig)))
         given_names = None
         if args.class_names is not None:
             check_file(args.class_names, "name one with --class-names")

@@ -254,8 +254,8 @@ def main(args: Flags, session: Session) -> None:
                            tokens=mapping.tokens, mapping_path=mapping.path,
                            mapping_sha256=mapping.hashes["mapping_sha256"])
         settings = RunSettings(**args.pick(RunSettings))
-        stages = StageSettings(**args.pick(StageSettings))
-        stage_ends = stages.ends(args.epochs, args.max_steps, data.batches.per_epoch)
+        stage_ends = StageSettings(**args.pick(StageSettings)).ends(
+            args.epochs, args.max_steps, data.batches.per_epoch)
         num_steps = stage_ends[-1]
         settings.learning_rate(data.batches.per_epoch, stage_ends)      # ends in every stage
         identity = build_identity(args, data, start, stage_ends)

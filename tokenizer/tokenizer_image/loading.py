@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from autoregressive.runtime.checkpoint import load_strictly, model_state, read_checkpoint
+from autoregressive.runtime.entry import Flags
 from autoregressive.runtime.files import codebook_sha256, weights_sha256
 from autoregressive.runtime.log import LOGGER
 from autoregressive.runtime.nearby import files_in, only_one
@@ -33,7 +35,7 @@ def find_vq(folders: list[Path], wanted: str | None) -> Path | None:
     Raises:
         ValueError: several different ones have it.
     """
-    fitting: dict[str, Path] = {}
+    fitting = []
     for path in files_in(folders, REORDERED) if wanted else ():
         try:
             state = model_state(read_checkpoint(path), path)
@@ -41,8 +43,12 @@ def find_vq(folders: list[Path], wanted: str | None) -> Path | None:
             LOGGER.warning("%s; it is left out", error)
             continue
         if CODEBOOK in state and codebook_sha256(state[CODEBOOK]) == wanted:
-            fitting.setdefault(weights_sha256(state), path)         # a copy fits as well
-    return only_one(list(fitting.values()), "--vq-ckpt", "tokenizer of this codebook")
+            fitting.append((path, state))
+    paths = [path for path, _ in fitting]
+    if len(fitting) > 1:                            # copies are no other ones
+        different = {weights_sha256(state): path for path, state in reversed(fitting)}
+        paths = list(different.values())[::-1]
+    return only_one(paths, "--vq-ckpt", "tokenizer of this codebook")
 
 
 def recorded_flags(path: str | Path) -> dict[str, Any]:
@@ -53,19 +59,7 @@ def recorded_flags(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is missing or unreadable.
     """
-    state = model_state(read_checkpoint(path, VQ_HINT), path)
-    codebook = state.get(CODEBOOK)
-    if codebook is None or codebook.dim() != 2:
-        return {}
-    shapes = {name: tensor.shape for name, tensor in state.items()}
-    codebook_size, width = codebook.shape
-    sizes = {"codebook_size": codebook_size, "codebook_embed_dim": width}
-    for name in VQ_MODELS:
-        with torch.device("meta"):
-            model = VQModel(VQConfig(name, **sizes))
-        if {key: tensor.shape for key, tensor in model.state_dict().items()} == shapes:
-            return {"vq_model": name, **sizes}
-    return sizes
+    return _flags_of(_read_state(path))
 
 
 def load_vq(path: str | Path, config: VQConfig) -> tuple[VQModel, dict[str, str]]:
@@ -81,7 +75,46 @@ def load_vq(path: str | Path, config: VQConfig) -> tuple[VQModel, dict[str, str]
     Raises:
         ValueError: unreadable, or weights of another model.
     """
-    state = model_state(read_checkpoint(path, VQ_HINT), path)
+    return _build(_read_state(path), path, config)
+
+
+def open_vq(args: Flags, path: str | Path) -> tuple[VQModel, dict[str, str]]:
+    """Loads a VQ model as load_vq does, of what it holds.
+
+    Args:
+        args: flags of add_vq_args; those that were not given are set to what the file tells, those
+            that were are compared with it.
+        path: the file.
+
+    Raises:
+        ValueError: as load_vq, or a flag was given with another value.
+    """
+    state = _read_state(path)
+    args.take(_flags_of(state), path)
+    return _build(state, path, VQConfig(**args.pick(VQConfig)))
+
+
+def _read_state(path: str | Path) -> dict[str, Tensor]:
+    return model_state(read_checkpoint(path, VQ_HINT), path)
+
+
+def _flags_of(state: dict[str, Tensor]) -> dict[str, Any]:
+    codebook = state.get(CODEBOOK)
+    if codebook is None or codebook.dim() != 2:
+        return {}
+    shapes = {name: tensor.shape for name, tensor in state.items()}
+    codebook_size, width = codebook.shape
+    sizes = {"codebook_size": codebook_size, "codebook_embed_dim": width}
+    for name in VQ_MODELS:
+        with torch.device("meta"):
+            model = VQModel(VQConfig(name, **sizes))
+        if {key: tensor.shape for key, tensor in model.state_dict().items()} == shapes:
+            return {"vq_model": name, **sizes}
+    return sizes
+
+
+def _build(state: dict[str, Tensor], path: str | Path,
+           config: VQConfig) -> tuple[VQModel, dict[str, str]]:
     if CODEBOOK not in state:
         raise ValueError(f"{path}: expected a tokenizer with {CODEBOOK}, found "
                          f"{', '.join(list(state)[:3])}, ...; name the tokenizer's file with "

@@ -51,7 +51,7 @@ from autoregressive.runtime.training import TrainingRun
 from tokenizer.tokenizer_image.crops import TrainingCrops
 from tokenizer.tokenizer_image.discriminator import NORMS, SMALLEST_IMAGE, PatchDiscriminator
 from tokenizer.tokenizer_image.images import add_image_args, dataset_sha256, open_dataset
-from tokenizer.tokenizer_image.loading import load_vq, recorded_flags
+from tokenizer.tokenizer_image.loading import open_vq
 from tokenizer.tokenizer_image.lpips import LPIPS, add_lpips_args, load_lpips
 from tokenizer.tokenizer_image.vq_loss import GAN_LOSSES
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel, add_vq_args, check_image_size
@@ -204,15 +204,13 @@ def main(args: Flags, session: Session) -> None:
 
     # Open and check all that the run needs; what its result depends on is its identity.
     with checks(session):
+        start = None
+        start_hashes = {}
         if args.vq_ckpt:                            # fine-tuning
-            args.take(recorded_flags(args.vq_ckpt), args.vq_ckpt)
+            start, start_hashes = open_vq(args, args.vq_ckpt)
         config = VQConfig(**args.pick(VQConfig))
         data = open_images(args, session)
         perceptual = load_lpips(args.vgg_path, args.lpips_path) if args.perceptual_weight else None
-        start = None
-        start_hashes = {}
-        if args.vq_ckpt:
-            start, start_hashes = load_vq(args.vq_ckpt, config)
         images_sha256 = dataset_sha256(data.crops.dataset)
         identity = args.identity() | start_hashes | {"images_sha256": images_sha256}
         settings = RunSettings(**args.pick(RunSettings))

@@ -26,9 +26,9 @@ from autoregressive.runtime.failures import add_failure_args
 from autoregressive.runtime.files import check_output, open_npz, open_spool, write_json
 from autoregressive.runtime.log import LOGGER, open_logger
 from tokenizer.tokenizer_image.images import add_image_args, dataset_sha256, open_dataset, to_float
-from tokenizer.tokenizer_image.loading import load_vq, recorded_flags
+from tokenizer.tokenizer_image.loading import open_vq
 from tokenizer.tokenizer_image.lpips import LPIPS, add_lpips_args, load_lpips
-from tokenizer.tokenizer_image.vq_model import VQConfig, add_vq_args, check_image_size
+from tokenizer.tokenizer_image.vq_model import add_vq_args, check_image_size
 from tokenizer.validation.metrics import SSIM_WINDOW, psnr, ssim
 from tokenizer.validation.reconstruction import Measure, ReconstructionMeter, Validation
 
@@ -67,8 +67,7 @@ def main(args: Flags, session: Session) -> None:
     with checks(session):
         check_one_process(session)
         dataset = open_dataset(args.dataset, args.data_path)
-        args.take(recorded_flags(args.vq_ckpt), args.vq_ckpt)
-        vq, hashes = load_vq(args.vq_ckpt, VQConfig(**args.pick(VQConfig)))
+        vq, hashes = open_vq(args, args.vq_ckpt)
         check_image_size(args.image_size, args.vq_model)
         lpips = None
         if Path(args.vgg_path).is_file():
