@@ -256,18 +256,16 @@ def main(args: Flags, session: Session) -> None:
         settings = RunSettings(**args.pick(RunSettings))
         stage_ends = StageSettings(**args.pick(StageSettings)).ends(
             args.epochs, args.max_steps, data.batches.per_epoch)
-        num_steps = stage_ends[-1]
         settings.learning_rate(data.batches.per_epoch, stage_ends)      # ends in every stage
         identity = build_identity(args, data, start, stage_ends)
 
     # Find the run that this command continues, or begin one.
-    can_start = functools.partial(check_start, start, num_steps, needs_ema=args.ema,
+    can_start = functools.partial(check_start, start, stage_ends[-1], needs_ema=args.ema,
                                   needs_scaler=args.mixed_precision == "fp16")
-    request = RunRequest(args.results_dir, run_name(args), identity,
-                         config=args.plain() | identity, defaults=args.defaults(),
-                         new_run=args.new_run)
-    folder = open_run_folder(session, request, num_steps, can_start)
-    if folder.is_finished(num_steps):
+    request = RunRequest(args.results_dir, run_name(args), identity, args.plain() | identity,
+                         defaults=args.defaults(), new_run=args.new_run)
+    folder = open_run_folder(session, request, stage_ends[-1], can_start)
+    if folder.is_finished(stage_ends[-1]):
         LOGGER.info("%s is finished: %s", folder.path, folder.result)
         return
 
