@@ -65,6 +65,16 @@ class Samples:
     num_samples: int
     seed: int
 
+    @property
+    def folder_name(self) -> str:
+        """The name of their folder, in that of the run."""
+        return f"samples-{self.num_samples}-seed{self.seed}-cfg-{self.scale:g}"
+
+    @property
+    def name(self) -> str:
+        """The name of the log of what makes and scores them."""
+        return f"{self.run.name}-{self.folder_name}"
+
 
 class Experiment:
     """An experiment file and its folders.
@@ -151,9 +161,23 @@ class Experiment:
         """Returns the run that chooses the guidance of an arm."""
         return Run(arm, self.plan["arms"][arm]["seeds"][0])
 
+    def guidance_samples(self, run: Run) -> list[Samples]:
+        """Returns the samples of a run by which the guidance of its arm is chosen."""
+        guidance = self.plan["guidance"]
+        return [Samples(run, float(scale), guidance["num_samples"], guidance["seed"])
+                for scale in guidance["scales"]]
+
+    def scored_samples(self, run: Run, scale: float) -> Samples:
+        """Returns the samples of a run that its result holds the scores of."""
+        return Samples(run, scale, self.plan["num_samples"], self.plan["sampling_seed"])
+
     def result(self, run: Run) -> Path:
         """Returns where the result of a run is kept."""
         return self._results / f"{run.name}.json"
+
+    def metrics(self, run: Run) -> Path:
+        """Returns where the losses of a run's training are kept."""
+        return self._results / f"{run.name}.jsonl"
 
     def guidance(self, arm: str) -> Path:
         """Returns where the choice of an arm's guidance is kept."""
@@ -213,8 +237,7 @@ class Experiment:
 
     def _samples(self, samples: Samples) -> Path:
         """Returns the folder of samples."""
-        name = f"samples-{samples.num_samples}-seed{samples.seed}-cfg-{samples.scale:g}"
-        return self.folder(samples.run) / name
+        return self.folder(samples.run) / samples.folder_name
 
 
 def _check_seeds(where: str | Path, seeds: list[Any]) -> None:

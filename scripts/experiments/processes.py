@@ -19,7 +19,15 @@ LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class JobFailed(Exception):
-    """A command ended with an error; the text names its log."""
+    """A command ended with an error, which its log tells, or was asked to leave.
+
+    Attributes:
+        seconds: CPU seconds that it used.
+    """
+
+    def __init__(self, message: str, seconds: float = 0.0) -> None:
+        super().__init__(message)
+        self.seconds = seconds
 
 
 @dataclass
@@ -71,42 +79,47 @@ class Jobs:
                 process.send_signal(signal.SIGCONT)
         return Job(name, process, slot)
 
-    def poll(self, job: Job) -> float | None:
-        """Returns the CPU seconds of a job and its processes once it has ended; None before.
+    def poll(self, job: Job) -> float | JobFailed | None:
+        """Returns None while a job runs, then the CPU seconds of it and its processes.
 
-        Raises:
-            JobFailed: it ended with an error.
+        If it ended with an error, that is returned.
         """
         pid, status, usage = os.wait4(job.process.pid, os.WNOHANG)
         if not pid:
             return None
         job.process.returncode = os.waitstatus_to_exitcode(status)
         self._record(job.name).unlink(missing_ok=True)
+        seconds = usage.ru_utime + usage.ru_stime
         if job.process.returncode:
-            raise JobFailed(f"{job.name}: ended with {job.process.returncode}; "
-                            f"{self._log(job.name)} says why")
-        return usage.ru_utime + usage.ru_stime
+            return JobFailed(f"{job.name}: ended with {job.process.returncode}; "
+                             f"{self._log(job.name)} says why", seconds)
+        return seconds
 
     def wait(self) -> None:
         """Waits until no job of an earlier start runs; they were told to leave when it died."""
         while any(self.alive(path.stem) for path in self._records.glob("*.json")):
             time.sleep(0.5)
 
-    def stop(self, jobs: list[Job]) -> None:
+    def stop(self, jobs: list[Job]) -> list[float | JobFailed]:
         """Asks everything that runs to leave, and waits for it: a training saves first.
 
         Args:
             jobs: those that are known; one more may just have been started when a signal came.
+
+        Returns:
+            what `poll` says of each.
         """
         self._send(signal.SIGTERM)
         self._send(signal.SIGCONT)
+        outcomes = []
         for job in jobs:
-            with contextlib.suppress(JobFailed):
-                while self.poll(job) is None:
-                    time.sleep(0.1)
+            while (outcome := self.poll(job)) is None:
+                time.sleep(0.1)
+            outcomes.append(outcome)
         self.wait()
         for path in self._records.glob("*.json"):
             path.unlink()
+        return outcomes
 
     def alive(self, name: str) -> str | None:
         """Returns the script that runs under a name, perhaps since an earlier start, or None."""

@@ -31,8 +31,9 @@ from autoregressive.runtime.files import check_writable_folder, read_json, write
 from autoregressive.runtime.log import LOGGER, open_logger, read_metrics
 from scripts.experiments.plan import ROOT, Experiment
 from scripts.experiments.processes import Jobs
-from scripts.experiments.runner import Runner, read_results
+from scripts.experiments.runner import Runner
 from scripts.experiments.table import make_table
+from scripts.experiments.works import Works, read_results
 
 
 def build_parser() -> Parser:
@@ -90,6 +91,8 @@ def show_status(experiment: Experiment, jobs: Jobs) -> None:
             state = f"{script}, step {max(steps)}"
         elif experiment.result(each).exists():
             state = "done"
+        elif any(jobs.alive(samples.name) for samples in experiment.guidance_samples(each)):
+            state = "chooses its guidance"
         elif (folder / "begun.json").exists():
             state = "begun"
         print(f"{each.name:60s} {state}")
@@ -121,8 +124,8 @@ def main(args: Flags, session: Session) -> None:
         if not args.table:
             check_writable_folder(experiment.work)
             session.hold(experiment.work / "experiment")
-            runner = Runner(experiment, choose_commit(experiment.work, args.commit), args.jobs)
-            runner.check()
+            works = Works(experiment, choose_commit(experiment.work, args.commit))
+            works.check()
 
     # Everything that is missing.
     is_whole = args.table
@@ -130,9 +133,10 @@ def main(args: Flags, session: Session) -> None:
         if jobs.are_paused:
             LOGGER.warning("paused: nothing begins before --go-on")
         jobs.wait()
+        runner = Runner(works, args.jobs)
         is_whole = runner.prepare()
         with checks(session):
-            runner.check_inputs(results if is_whole else [])
+            works.check_inputs(results if is_whole else [])
         is_whole = is_whole and runner.run()
 
     # The table of what is done.
