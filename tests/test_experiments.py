@@ -16,8 +16,11 @@ from scipy import stats
 from autoregressive.runtime.files import write_json
 from conftest import ROOT
 from processes import ENVIRONMENT, descendants, kill_and_wait, run_here, stat_of
+from scripts.experiments import figures
 from scripts.experiments.plan import Experiment, Run
+from scripts.experiments.processes import JobFailed
 from scripts.experiments.table import detectable, interval, make_table
+from scripts.experiments.works import Works
 
 RUN = "scripts/experiments/run.py"
 VQ = "--vq-model VQ-4-small --codebook-size 64"
@@ -98,14 +101,14 @@ def test_differences_are_paired_by_seed():
     """Seeds differ by far more than arms do, so that only pairs show the difference."""
     def result(arm, seed, number):
         return {"arm": arm, "seed": seed, "numbers": {"x": number}, "cfg_scale": 1.5,
-                "cpu_hours": 0.5, "commit": "a" * 40}
+                "cpu_hours": 0.5, "device": "cpu", "commit": "a" * 40}
 
     results = [result("base", seed, 10.0 * seed) for seed in range(3)]
     results += [result("other", seed, 10.0 * seed + 1) for seed in (2, 1, 0)]
     results.append(result("other", 7, 99.0))
     table = make_table(results, {"floor": {"x": 0.25}}, "base", {"x": "number"}, 5)
-    assert "| base | 3 | 10.0000 ± 24.8414 | 1.5 | 0.50 | aaaaaaa |" in table
-    assert "| floor |  | 0.2500 |  |  |  |" in table
+    assert "| base | 3 | 10.0000 ± 24.8414 | 1.5 | cpu | 0.50 | aaaaaaa |" in table
+    assert "| floor |  | 0.2500 |  |  |  |  |" in table
     assert "| other | 3 | +1.0000 ± 0.0000 |" in table
     head = "| what 5 seeds can show | pairs | number |\n|---|---|---|\n"
     assert head + "| other | 3 | 0.0000 |" in table
@@ -155,7 +158,7 @@ def finish(folder):
     printed, error = harness.communicate()
     assert harness.returncode == 0, error + printed
     rows = [line.split("|") for line in printed.splitlines() if line.startswith("|")]
-    return [row[:-3] if len(row) == 11 else row for row in rows]
+    return [row[:-3] if len(row) == 12 else row for row in rows]
 
 
 def kinds_of_times(folder):
@@ -199,6 +202,7 @@ def write_result(folder, arm, seed, **more):
     run = Run(arm, seed)
     result = {"arm": arm, "seed": seed, **experiment.identity(run), "commit": "a" * 40,
               "inputs": {"codes": "1" * 64}, "cfg_scale": 1.5, "cpu_hours": 0.5,
+              "device": "cpu",
               "numbers": {"val_token_loss": 3.0 + seed, "FID": 0.5}}
     write_json(experiment.result(run), result | more)
 
@@ -208,7 +212,58 @@ def test_a_table_is_made_of_results_alone_and_lacks_what_they_lack(tmp_path, cap
     write_result(tmp_path, "lambda1", 0)
     assert run_here(RUN, tmp_path / "experiment.json", "--table") == 0
     table = capsys.readouterr().out
-    assert "| lambda1 | 1 | 3.0000 | nan | 0.5000 | nan | 1.5 | 0.50 | aaaaaaa |" in table
+    assert "| lambda1 | 1 | 3.0000 | nan | 0.5000 | nan | 1.5 | cpu | 0.50 | aaaaaaa |" in table
+
+
+def test_curves_are_means_and_differences_paired_by_seed(tmp_path, monkeypatch):
+    (tmp_path / "experiment.json").write_text(json.dumps(PLAN))
+    experiment = Experiment(tmp_path / "experiment.json", tmp_path / "work", None)
+    (tmp_path / "results").mkdir()
+    for arm, seed, loss in (("lambda0", 0, 3.0), ("lambda0", 1, 5.0), ("lambda1", 1, 5.25)):
+        lines = [{"step": 10, "token_loss": 9.0}, {"step": 15, "val_token_loss": loss}]
+        experiment.metrics(Run(arm, seed)).write_text("\n".join(map(json.dumps, lines)) + "\n")
+    shown = []
+    monkeypatch.setattr(figures, "plot_panels", lambda path, panels: shown.extend(panels))
+    figures.draw_curves(experiment, tmp_path / "curves.png")
+    whole, minus = shown
+    assert whole.curves == {"lambda0": [(15, 4.0)], "lambda1": [(15, 5.25)]}
+    assert whole.halves == {"lambda0": [pytest.approx(stats.t.ppf(0.975, 1))]}
+    assert minus.curves == {"lambda1": [(15, 0.25)]} and minus.halves == {}
+
+
+def test_samples_of_arms_stand_below_each_other_class_by_class(tmp_path, monkeypatch):
+    (tmp_path / "experiment.json").write_text(json.dumps(PLAN))
+    experiment = Experiment(tmp_path / "experiment.json", tmp_path / "work", None)
+    labels = np.array([1, 0, 1, 0, 0, 1])
+    for number, arm in enumerate(PLAN["arms"]):
+        folder = experiment.samples_folder(experiment.scored_samples(Run(arm, 0), 1.5))
+        folder.mkdir(parents=True)
+        images = np.full((6, 2, 2, 3), 100 * number, np.uint8)
+        images[:, 0, 0, 0] = np.arange(6)
+        np.savez(folder / "samples.npz", arr_0=images, labels=labels)
+    shown = []
+    monkeypatch.setattr(figures, "save_grid", lambda *args, **more: shown.append((args, more)))
+    scales = {"lambda0": 1.5, "lambda1": 1.5, "unfinished": 2.0}
+    arms = PLAN["arms"] | {"unfinished": {"train": "", "sample": ""}}
+    write_json(tmp_path / "experiment.json", PLAN | {"arms": arms})
+    experiment = Experiment(tmp_path / "experiment.json", tmp_path / "work", None)
+    assert figures.draw_samples(experiment, scales, tmp_path / "samples.png")
+    (_, pictures), more = shown[0]
+    assert pictures[:, 0, 0, 0].tolist() == 2 * [1, 3, 0, 2]        # two of each class
+    assert pictures[:, 1, 1, 0].tolist() == 4 * [0] + 4 * [100]
+    assert more == {"columns": 4, "row_titles": ["lambda0, guidance 1.5", "lambda1, guidance 1.5"]}
+
+
+def test_what_a_stopped_command_used_counts(tmp_path):
+    (tmp_path / "experiment.json").write_text(json.dumps(PLAN))
+    experiment = Experiment(tmp_path / "experiment.json", tmp_path / "work", None)
+    for seconds in (7.0, 5.0):
+        work = Works(experiment, "a" * 40).runs()["lambda0-seed0"]
+        assert next(work).words == experiment.train_words(Run("lambda0", 0))
+        with pytest.raises(JobFailed):
+            work.throw(JobFailed("asked to leave", seconds))
+    begun = json.loads((experiment.folder(Run("lambda0", 0)) / "begun.json").read_text())
+    assert begun["cpu_seconds"] == 12.0
 
 
 @pytest.mark.parametrize("more, words", [

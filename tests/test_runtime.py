@@ -232,6 +232,11 @@ def test_pictures_stand_where_they_belong(tmp_path):
     upper, left = GAP + CAPTION_HEIGHT, GAP + side + GAP
     assert (canvas[upper:upper + side, left:left + side] == 100).all()
     assert (canvas[upper + side + GAP + CAPTION_HEIGHT:][:side, GAP:GAP + side] == 200).all()
+    save_grid(tmp_path / "rows.png", images, columns=1, row_titles=["a", "of all its row", ""])
+    rows = np.asarray(Image.open(tmp_path / "rows.png"))
+    assert (rows[upper:upper + side, GAP:GAP + side] == 0).all()
+    titles = [rows[GAP + row * (side + CAPTION_HEIGHT + GAP):][:CAPTION_HEIGHT] for row in range(3)]
+    assert [(title < 128).any() for title in titles] == [True, True, False]
 
 
 @pytest.mark.parametrize("error, line", [
@@ -431,3 +436,15 @@ def test_curves_show_validation_beside_training_and_mark_a_point_that_is_alone(
         picture = np.asarray(Image.open(tmp_path / "one.png").convert("RGB"), dtype=int)
         sizes.append((np.ptp(picture, axis=-1) > 50).sum())         # coloured pixels
     assert sizes[0] == 0 and sizes[1] > 20
+
+
+def test_bands_are_drawn_where_they_are_known_and_large_values_by_their_logarithm(tmp_path):
+    curves = {"a": [(0, 0.01), (1, 0.02)], "b": [(0, 0.5), (1, 0.6)]}
+    panel = log.Panel("steps", "difference", curves, {"a": [0.01, 0.02]}, linear_to=0.02)
+    bare = log.Panel("steps", "difference", curves, linear_to=0.02)
+    sizes = []
+    for name, each in (("bands.png", panel), ("bare.png", bare)):
+        log.plot_panels(tmp_path / name, [each])
+        picture = np.asarray(Image.open(tmp_path / name).convert("RGB"), dtype=int)
+        sizes.append((np.ptp(picture, axis=-1) > 20).sum())
+    assert sizes[0] > 2 * sizes[1]

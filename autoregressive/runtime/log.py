@@ -1,14 +1,16 @@
 """Log lines, metrics, curves and progress bars."""
 
+import itertools
 import json
 import logging
 import re
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from tqdm import tqdm
 
 from autoregressive.runtime.files import atomic_write
@@ -136,11 +138,15 @@ class Panel:
     Attributes:
         xlabel, ylabel: of the axes.
         curves: legend -> points.
+        halves: legend -> half the height of a band around each of its points; of some curves.
+        linear_to: |y| beyond which the axis is logarithmic; None is nowhere.
     """
 
     xlabel: str
     ylabel: str
     curves: dict[str, Points]
+    halves: dict[str, list[float]] = field(default_factory=dict)
+    linear_to: float | None = None
 
 
 def plot_panels(path: str | Path, panels: list[Panel], marker: str = "") -> None:
@@ -161,7 +167,8 @@ def plot_panels(path: str | Path, panels: list[Panel], marker: str = "") -> None
     size = (5.5 * len(panels), 4 + 0.2 * -(-len(legends) // len(panels)))       # inches
     figure, axes = pyplot.subplots(1, len(panels), figsize=size, squeeze=False,
                                    layout="constrained")
-    colors = {legend: f"C{number}" for number, legend in enumerate(legends)}
+    palette = pyplot.get_cmap("tab10" if len(legends) <= 10 else "tab20").colors
+    colors = dict(zip(legends, itertools.cycle(palette)))
     lines = {}
     for axis, panel in zip(axes[0], panels, strict=True):
         for legend, points in panel.curves.items():
@@ -169,7 +176,14 @@ def plot_panels(path: str | Path, panels: list[Panel], marker: str = "") -> None
                 few = "o" if len(points) <= FEW_POINTS else ""      # one alone is no line
                 lines[legend], = axis.plot(*zip(*points, strict=True), marker=marker or few,
                                            color=colors[legend])
+            if legend in panel.halves:
+                steps, values = np.transpose(points)
+                half = np.array(panel.halves[legend])
+                axis.fill_between(steps, values - half, values + half, color=colors[legend],
+                                  alpha=0.2, linewidth=0)
         axis.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
+        if panel.linear_to:
+            axis.set_yscale("symlog", linthresh=panel.linear_to)
         axis.grid(alpha=0.3)
     # Below the panels, where it hides nothing.
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(panels))

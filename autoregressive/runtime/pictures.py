@@ -16,7 +16,8 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def save_grid(path: str | Path, images: np.ndarray, columns: int,
-              captions: Sequence[str] | None = None) -> None:
+              captions: Sequence[str] | None = None,
+              row_titles: Sequence[str] | None = None) -> None:
     """Saves pictures as one PNG, row by row; small ones are enlarged.
 
     Args:
@@ -24,12 +25,14 @@ def save_grid(path: str | Path, images: np.ndarray, columns: int,
         images: (N, P, P, 3) uint8.
         columns: pictures in a row.
         captions: N texts to print above the pictures, cut to their width; or None.
+        row_titles: a text to print above each row, in place of captions; or None.
     """
     images = np.asarray(images)
     scale = max(1, LEGIBLE_SIDE // images.shape[1])
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)
     height, width = images.shape[1:3]
-    caption_height = CAPTION_HEIGHT if captions is not None else 0
+    has_captions = captions is not None or row_titles is not None
+    caption_height = CAPTION_HEIGHT if has_captions else 0
     step_across = width + GAP                       # pixels from one picture to the next
     step_down = height + caption_height + GAP
     rows = -(-len(images) // columns)
@@ -44,6 +47,8 @@ def save_grid(path: str | Path, images: np.ndarray, columns: int,
         if captions is not None:
             text = _shorten(str(captions[position]), width, draw, font)
             draw.text((left, upper), text, fill="black", font=font)
+        elif row_titles is not None and column == 0:
+            draw.text((left, upper), row_titles[row], fill="black", font=font)
         canvas.paste(Image.fromarray(image), (left, upper + caption_height))
     with atomic_write(path) as file:
         canvas.save(file, format="PNG")

@@ -223,19 +223,20 @@ class Experiment:
         words = self.words(self.identity(samples.run)["sample"])
         return [SAMPLE, *words, "--gpt-ckpt", str(self.run_folder(samples.run)),
                 "--cfg-scale", str(samples.scale), "--num-fid-samples", str(samples.num_samples),
-                "--global-seed", str(samples.seed), "--sample-dir", str(self._samples(samples))]
+                "--global-seed", str(samples.seed),
+                "--sample-dir", str(self.samples_folder(samples))]
 
     def evaluate_words(self, samples: Samples) -> list[str]:
         """Returns the command that scores samples, once they are there."""
-        (path,) = self._samples(samples).glob("*.npz")
+        (path,) = self.samples_folder(samples).glob("*.npz")
         return [EVALUATE, *self.words(self.plan["evaluate"], samples=path), "--reuse"]
 
     def scores(self, samples: Samples) -> dict[str, Any]:
         """Returns the record that the command of evaluate_words has left."""
-        (path,) = self._samples(samples).glob("*.json")
-        return read_json(path, {"numbers": dict, "versions": dict})
+        (path,) = self.samples_folder(samples).glob("*.json")
+        return read_json(path, {"numbers": dict, "samples": dict, "versions": dict})
 
-    def _samples(self, samples: Samples) -> Path:
+    def samples_folder(self, samples: Samples) -> Path:
         """Returns the folder of samples."""
         return self.folder(samples.run) / samples.folder_name
 

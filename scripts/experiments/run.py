@@ -16,6 +16,7 @@ if __name__ == "__main__":
 
 import os
 import subprocess
+from typing import Any
 
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.entry import (
@@ -29,6 +30,7 @@ from autoregressive.runtime.entry import (
 )
 from autoregressive.runtime.files import check_writable_folder, read_json, write_json
 from autoregressive.runtime.log import LOGGER, open_logger, read_metrics
+from scripts.experiments.figures import draw_curves, draw_samples
 from scripts.experiments.plan import ROOT, Experiment
 from scripts.experiments.processes import Jobs
 from scripts.experiments.runner import Runner
@@ -48,6 +50,9 @@ def build_parser() -> Parser:
                                          "the first start")
     may_vary(parser.add_argument("--jobs", type=at_least(1), default=2,
                                  help="runs at a time; with GPUs, each has its own"))
+    parser.add_argument("--figures", metavar="FOLDER",
+                        help="also draw curves.png there and, of what the work folder holds, "
+                             "samples.png")
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--status", action="store_true",
                        help="say what is done, running and missing")
@@ -100,6 +105,15 @@ def show_status(experiment: Experiment, jobs: Jobs) -> None:
         print("paused; --go-on lets it go on")
 
 
+def draw_figures(experiment: Experiment, results: list[dict[str, Any]], folder: Path) -> None:
+    """Draws curves.png and samples.png into a folder, and says so."""
+    draw_curves(experiment, folder / "curves.png")
+    LOGGER.info("validation losses in %s", folder / "curves.png")
+    if draw_samples(experiment, {result["arm"]: result["cfg_scale"] for result in results},
+                    folder / "samples.png"):
+        LOGGER.info("samples in %s", folder / "samples.png")
+
+
 def main(args: Flags, session: Session) -> None:
     """Runs what is missing of an experiment and prints its table, or does what a flag asks."""
     open_logger(session)
@@ -108,6 +122,8 @@ def main(args: Flags, session: Session) -> None:
         work = Path(args.work).absolute() if args.work else None
         data = os.path.abspath(args.data) if args.data else None
         experiment = Experiment(args.experiment, work, data)
+        if args.figures:
+            check_writable_folder(args.figures)
         jobs = Jobs(experiment.work)
 
         # What only looks at the experiment, or holds it still.
@@ -146,6 +162,8 @@ def main(args: Flags, session: Session) -> None:
         table = make_table(results, floors, baseline=plan["baseline"], columns=plan["columns"],
                            num_seeds=len(plan["seeds"]))
         print(table, end="")
+        if args.figures:
+            draw_figures(experiment, results, Path(args.figures))
     if not is_whole:
         raise SystemExit(1)
 

@@ -50,7 +50,7 @@ def make_table(results: list[dict[str, Any]], floors: dict[str, dict[str, float]
 
     Args:
         results: finished runs: "arm", "seed", "numbers" by name, "cfg_scale", "cpu_hours",
-            "commit".
+            "device", "commit".
         floors: title -> numbers by name, of what no arm can beat.
         baseline: the arm that differences are taken to, over the seeds that both have.
         columns: name of a number -> title.
@@ -62,16 +62,18 @@ def make_table(results: list[dict[str, Any]], floors: dict[str, dict[str, float]
     titles = list(columns.values())
 
     # What each arm reached, and what no arm can beat.
-    rows = [["arm", "seeds", *titles, "guidance", "CPU h", "commit"]]
+    rows = [["arm", "seeds", *titles, "guidance", "device", "CPU h", "commit"]]
     for arm, runs in by_arm.items():
         numbers = [_text([_number(run, name) for run in runs.values()]) for name in columns]
         scales = sorted({f"{run['cfg_scale']:g}" for run in runs.values()})
         hours = f"{np.mean([run['cpu_hours'] for run in runs.values()]):.2f}"
         commits = sorted({run["commit"][:7] for run in runs.values()})
-        rows.append([arm, str(len(runs)), *numbers, ", ".join(scales), hours, ", ".join(commits)])
+        devices = sorted({run["device"] for run in runs.values()})
+        rows.append([arm, str(len(runs)), *numbers, ", ".join(scales), ", ".join(devices), hours,
+                     ", ".join(commits)])
     for title, numbers in floors.items():
         known = [f"{numbers[name]:.4f}" if name in numbers else "" for name in columns]
-        rows.append([title, "", *known, "", "", ""])
+        rows.append([title, "", *known, "", "", "", ""])
     tables = [rows]
 
     # Differences to the baseline, over the seeds that both arms have.

@@ -10,7 +10,7 @@ from scripts.experiments.plan import Experiment, Run, Samples, sha256_of
 from scripts.experiments.processes import JobFailed
 
 RESULT = {"arm": str, "seed": int, "commit": str, "cfg_scale": float, "numbers": dict,
-          "cpu_hours": float, "inputs": dict}
+          "cpu_hours": float, "device": str, "inputs": dict}
 BEGUN = {"commit": str, "cpu_seconds": float}
 WAIT = "wait"
 
@@ -177,7 +177,8 @@ class Works:
             "arm": each.arm, "seed": each.seed, **identity, "commit": record["commit"],
             "inputs": experiment.inputs(each), "cfg_scale": scale,
             "numbers": numbers | scores["numbers"],
-            "cpu_hours": round(record["cpu_seconds"] / 3600, 3), "versions": scores["versions"]})
+            "cpu_hours": round(record["cpu_seconds"] / 3600, 3),
+            "device": scores["samples"]["settings"]["device"], "versions": scores["versions"]})
 
     def _choose_guidance(self, each: Run, commit: str) -> Generator[str, float, float]:
         """Returns the guidance scale of an arm: that of the lowest FID of its first seed's run.

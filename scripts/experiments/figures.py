@@ -1,0 +1,82 @@
+"""Figures of an experiment: validation losses with bands over the seeds, samples of its arms."""
+
+from pathlib import Path
+
+import numpy as np
+
+from autoregressive.runtime.log import Panel, Points, plot_panels, read_metrics
+from autoregressive.runtime.pictures import save_grid
+from scripts.experiments.plan import Experiment, Run
+from scripts.experiments.table import interval
+
+LOSS = "val_token_loss"
+LINEAR_TO = 0.02                # differences of losses; larger ones are drawn by their logarithm
+SHOWN_PER_CLASS = 2             # samples
+
+
+def draw_curves(experiment: Experiment, path: Path) -> None:
+    """Draws the validation token loss of every arm, and that minus the baseline's, paired by seed.
+
+    Bands are 95 % intervals over the seeds; an arm of one seed has none.
+    """
+    losses = {run: _read_losses(experiment.metrics(run)) for run in experiment.runs
+              if experiment.metrics(run).exists()}
+    baseline = experiment.plan["baseline"]
+    whole = Panel("steps", "val token loss", {})
+    minus = Panel("steps", f"val token loss minus that of {baseline}", {}, linear_to=LINEAR_TO)
+    for arm in experiment.plan["arms"]:
+        runs = [run for run in losses if run.arm == arm]
+        _add_curve(whole, arm, [losses[run] for run in runs])
+        if arm == baseline:
+            continue
+        pairs = [(losses[run], losses[Run(baseline, run.seed)]) for run in runs
+                 if Run(baseline, run.seed) in losses]
+        _add_curve(minus, arm, [{step: loss - base[step] for step, loss in own.items()}
+                                for own, base in pairs])
+    plot_panels(path, [whole, minus])
+
+
+def _read_losses(path: Path) -> dict[int, float]:
+    """Returns the validation loss by step."""
+    return {values["step"]: values[LOSS] for values in read_metrics(path) if LOSS in values}
+
+
+def _add_curve(panel: Panel, arm: str, losses: list[dict[int, float]]) -> None:
+    """Adds the mean of an arm's losses, and its band, to a panel; of no losses nothing."""
+    if not losses:
+        return
+    points: Points = []
+    halves = []
+    for step in losses[0]:
+        mean, half = interval([each[step] for each in losses])
+        points.append((step, mean))
+        halves.append(half)
+    panel.curves[arm] = points
+    if len(losses) > 1:
+        panel.halves[arm] = halves
+
+
+def draw_samples(experiment: Experiment, scales: dict[str, float], path: Path) -> bool:
+    """Draws samples of the arms' first seeds, a row for each arm; says whether there are any.
+
+    Pictures of one column are of the same class, and made with the same random numbers.
+
+    Args:
+        experiment: Experiment.
+        scales: guidance scale by arm; arms without one, or without samples, are left out.
+        path: the PNG.
+    """
+    rows = []
+    titles = []
+    for arm, scale in scales.items():
+        samples = experiment.scored_samples(experiment.first(arm), scale)
+        for found in experiment.samples_folder(samples).glob("*.npz"):
+            with np.load(found) as archive:
+                images, labels = archive["arr_0"], archive["labels"]
+            shown = [np.flatnonzero(labels == label)[:SHOWN_PER_CLASS]
+                     for label in np.unique(labels)]
+            rows.append(images[np.concatenate(shown)])
+            titles.append(f"{arm}, guidance {scale:g}")
+    if rows:
+        save_grid(path, np.concatenate(rows), columns=len(rows[0]), row_titles=titles)
+    return bool(rows)
