@@ -7,7 +7,8 @@ from autoregressive.runtime.files import Kinds, check_kinds, read_json
 
 METRICS = ("Inception Score", "FID", "sFID", "Precision", "Recall", "Label agreement")
 ACCURACY = "Validation accuracy of the classifier"
-CAVEAT = "one seed, few pictures: this shows that all works, not which column is better"
+CAVEAT = ("one seed decides nothing, it shows that all works; seeds and intervals are in "
+          "scripts/experiments/README.md")
 NUMBER = (int, float)
 LOSSES: Kinds = {"token_loss": NUMBER, "cluster_loss": NUMBER}
 CODES: Kinds = {"dataset": str, "num_images": int, "image_size": int, "codebook_size": int}
