@@ -4,6 +4,7 @@ import copy
 import functools
 import importlib.util
 import logging
+import warnings
 
 import pytest
 import torch
@@ -197,6 +198,15 @@ def test_a_compiled_step_has_no_product_of_matrices_that_would_copy_the_cache_to
     uniforms = torch.rand(2, 9, dtype=torch.float64)
     generate(model, torch.tensor([0, 4]), uniforms, Sampler(2.0), CapturedSteps(model))
     assert [graph.code.count("matmul") for graph in backend.graphs] == [0]
+
+
+def test_the_advice_to_use_tf32_is_not_shown():
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        set_up_compiler(CPU, "raise")
+        warnings.warn("TensorFloat32 tensor cores for float32 matrix multiplication", stacklevel=1)
+        warnings.warn("another", stacklevel=1)
+    assert [str(warning.message) for warning in shown] == ["another"]
 
 
 def first_step(monkeypatch, errors, backend):

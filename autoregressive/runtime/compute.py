@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import logging
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -83,6 +84,8 @@ def set_up_compiler(device: torch.device, errors: str) -> bool:
         LOGGER.warning("torch.compile needs the package triton, which is not installed: running "
                        "without it, slower")
         return False
+    # Older versions of torch advise TF32 wherever float32 is exact, which was asked for.
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
     config = torch._dynamo.config
     config.suppress_errors = errors == "warn"
     config.fail_on_recompile_limit_hit = errors == "raise"
