@@ -113,9 +113,12 @@ def quickstart_page(folder: Path) -> list[Element]:
         content += section("Last numbers", *last_values(logged))
         for name, path in run_folders.items():
             details += config_of(path, name)
+    tokenizer = newest(folder, "vq/[0-9]*/metrics.jsonl")
+    trained = {"tokenizer": read_logged(tokenizer)} if tokenizer else {}
     return [*content,
             *pictures(folder, PICTURES),
             *section("Curves", *curves(logged)),
+            *section("Curves of the tokenizer", *curves(trained)),
             *section("Settings and hashes", *details)]
 
 

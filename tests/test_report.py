@@ -297,6 +297,9 @@ def test_the_page_of_own_images_shows_what_was_chosen_and_how_samples_score(tmp_
     assert page.texts_in("dd") == ["64 pixels, 512 codes in clusters of 16",
                                    "21.50 dB, 300 codes used"]
     assert page.texts_in("td") == ["3.2500", "0.5000"]
+    lines = [{"step": 50, "reconstruction": 0.5}, {"step": 100, "reconstruction": 0.25}]
+    write(tmp_path / "vq/000-y/metrics.jsonl", "\n".join(map(json.dumps, lines)))
+    assert "Curves of the tokenizer" in page_of(tmp_path).texts_in("h2")
     write(tmp_path / "samples/x.json", {"numbers": {"FID": "3"}})
     assert run_here(REPORT, tmp_path) == 2
     assert "samples/x.json: expected FID as int or float, found str" in capsys.readouterr().err

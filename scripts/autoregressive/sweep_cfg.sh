@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Finds the best guidance: samples and scores every combination of some lists with few samples, then the one of lowest FID
-# with many; leaves one table, one plot and sweep.json. Example:
+# with many; leaves one table, one plot, sweep.json and report.html. Example:
 #   CFG_SCALES="1.75 2.25 3 4" CFG_SCHEDULES="constant linear" REFERENCE=evaluations/VIRTUAL_imagenet256_labeled.npz \
 #   OUT=sweep bash scripts/autoregressive/sweep_cfg.sh --gpt-ckpt results/000-GPT-B/checkpoints --image-size 384
 #
@@ -92,4 +92,5 @@ if [ "$num_final" != 0 ]; then
     # shellcheck disable=SC2086
     score "$num_final" $best
 fi
-exec "${report[@]}"
+"${report[@]}"
+exec python "$root/scripts/report.py" "$out"
