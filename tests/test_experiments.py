@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,11 +17,11 @@ from scipy import stats
 from autoregressive.runtime.files import write_json
 from conftest import ROOT
 from processes import ENVIRONMENT, descendants, kill_and_wait, run_here, stat_of
-from scripts.experiments import figures
+from scripts.experiments import figures, runner
 from scripts.experiments.plan import Experiment, Run
-from scripts.experiments.processes import JobFailed
+from scripts.experiments.processes import Job, JobFailed
 from scripts.experiments.table import detectable, interval, make_table
-from scripts.experiments.works import Works
+from scripts.experiments.works import Command, Works
 
 RUN = "scripts/experiments/run.py"
 VQ = "--vq-model VQ-4-small --codebook-size 64"
@@ -91,7 +92,7 @@ def test_intervals_are_those_of_student():
 def test_the_least_difference_that_shows_is_shown_by_eight_of_ten_experiments():
     random_numbers = np.random.default_rng(0)
     seen = [0.3, -0.1, 0.5, 0.2]
-    least = detectable(seen, num_seeds=5)
+    least = detectable(seen, num_pairs=5)
     experiments = random_numbers.normal(least, np.std(seen, ddof=1), (20_000, 5))
     halves = stats.t.ppf(0.975, 4) * stats.sem(experiments, axis=1)
     assert np.mean(experiments.mean(axis=1) > halves) == pytest.approx(0.8, abs=0.01)
@@ -106,12 +107,17 @@ def test_differences_are_paired_by_seed():
     results = [result("base", seed, 10.0 * seed) for seed in range(3)]
     results += [result("other", seed, 10.0 * seed + 1) for seed in (2, 1, 0)]
     results.append(result("other", 7, 99.0))
-    table = make_table(results, {"floor": {"x": 0.25}}, "base", {"x": "number"}, 5)
+    seeds = {"base": [0, 1, 2, 7, 8], "other": [0, 1, 2, 7, 9]}
+    table = make_table(results, {"floor": {"x": 0.25}}, "base", {"x": "number"}, seeds)
     assert "| base | 3 | 10.0000 ± 24.8414 | 1.5 | cpu | 0.50 | aaaaaaa |" in table
     assert "| floor |  | 0.2500 |  |  |  |  |" in table
     assert "| other | 3 | +1.0000 ± 0.0000 |" in table
-    head = "| what 5 seeds can show | pairs | number |\n|---|---|---|\n"
-    assert head + "| other | 3 | 0.0000 |" in table
+    # Four pairs are planned.
+    head = "| least difference that shows | pairs | number |\n|---|---|---|\n"
+    assert head + "| other | 4 | 0.0000 |" in table
+    results.append(result("base", 7, 90.0) | {"device": "cuda"})
+    table = make_table(results, {}, "base", {"x": "number"}, seeds)
+    assert "| other | 4, 1 of two devices | +3.0000 ± 6.3649 |" in table
 
 
 @pytest.mark.parametrize("change, words", [
@@ -134,6 +140,12 @@ def test_a_wrong_plan_is_one_line(tmp_path, capsys, change, words):
     assert run_here(RUN, tmp_path / "experiment.json", "--work", tmp_path / "work") == 2
     error = capsys.readouterr().err
     assert words in error and len(error.splitlines()) == 1
+
+
+def test_figures_are_of_results(tmp_path, capsys):
+    (tmp_path / "experiment.json").write_text(json.dumps(PLAN))
+    assert run_here(RUN, tmp_path / "experiment.json", "--status", "--figures", tmp_path) == 2
+    assert "--figures: expected --table or a run" in capsys.readouterr().err
 
 
 def test_an_arm_may_have_seeds_of_its_own(tmp_path):
@@ -224,11 +236,20 @@ def test_curves_are_means_and_differences_paired_by_seed(tmp_path, monkeypatch):
         experiment.metrics(Run(arm, seed)).write_text("\n".join(map(json.dumps, lines)) + "\n")
     shown = []
     monkeypatch.setattr(figures, "plot_panels", lambda path, panels: shown.extend(panels))
-    figures.draw_curves(experiment, tmp_path / "curves.png")
+    finished = [Run("lambda0", 0), Run("lambda0", 1), Run("lambda1", 1)]
+    figures.draw_curves(experiment, finished, tmp_path / "curves.png")
     whole, minus = shown
     assert whole.curves == {"lambda0": [(15, 4.0)], "lambda1": [(15, 5.25)]}
     assert whole.halves == {"lambda0": [pytest.approx(stats.t.ppf(0.975, 1))]}
     assert minus.curves == {"lambda1": [(15, 0.25)]} and minus.halves == {}
+    # Only finished runs; without stages of patches; where all have a loss.
+    lines = [{"step": 5, "patch": 2}, {"step": 15, "val_token_loss": 7.0}, {"step": 20, "patch": 1},
+             {"step": 30, "val_token_loss": 2.0}]
+    experiment.metrics(Run("lambda1", 0)).write_text("\n".join(map(json.dumps, lines)) + "\n")
+    figures.draw_curves(experiment, finished[:1] + [Run("lambda1", 0)], tmp_path / "curves.png")
+    whole, minus = shown[2:]
+    assert whole.curves == {"lambda0": [(15, 3.0)], "lambda1": [(30, 2.0)]}
+    assert minus.curves == {"lambda1": []}
 
 
 def test_samples_of_arms_stand_below_each_other_class_by_class(tmp_path, monkeypatch):
@@ -252,6 +273,76 @@ def test_samples_of_arms_stand_below_each_other_class_by_class(tmp_path, monkeyp
     assert pictures[:, 0, 0, 0].tolist() == 2 * [1, 3, 0, 2]        # two of each class
     assert pictures[:, 1, 1, 0].tolist() == 4 * [0] + 4 * [100]
     assert more == {"columns": 4, "row_titles": ["lambda0, guidance 1.5", "lambda1, guidance 1.5"]}
+
+
+def test_a_stop_counts_what_had_just_ended_and_what_it_ends(tmp_path, monkeypatch):
+    class FakeJobs:
+        """Its first job ends by itself while a signal comes, the second when it is asked to."""
+        are_paused = False
+
+        def __init__(self, work):
+            pass
+
+        def start(self, name, words, slot):
+            return Job(name, None, slot)
+
+        def poll(self, job):
+            if job.name == "first":
+                os.kill(os.getpid(), signal.SIGTERM)
+            return 3.0 if job.name == "first" else None
+
+        def stop(self, jobs):
+            assert [job.name for job in jobs] == ["second"]
+            return [4.0]
+
+    def work(name):
+        try:
+            yield Command(name, ["script.py"], "a" * 40)
+        except JobFailed as error:
+            seconds[name] = error.seconds
+            raise
+
+    seconds = {}
+    monkeypatch.setattr(runner, "Jobs", FakeJobs)
+    monkeypatch.setattr(runner, "make_clone", lambda work, commit: tmp_path)
+    works = SimpleNamespace(experiment=SimpleNamespace(work=tmp_path), failed=set(),
+                            runs=lambda: {name: work(name) for name in ("first", "second")})
+    with pytest.raises(SystemExit):
+        runner.Runner(works, 2).run()
+    assert seconds == {"first": 3.0, "second": 4.0}
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"train": "--lambda-cce 3"}, "lambda1-guidance.json: expected one with train"),
+    ({"inputs": {"codes": "2" * 64}}, "lambda1-guidance.json: expected one with classifier.pt")])
+def test_a_choice_of_guidance_of_other_flags_or_files_is_refused(tmp_path, change, words):
+    (tmp_path / "experiment.json").write_text(json.dumps(PLAN))
+    experiment = Experiment(tmp_path / "experiment.json", tmp_path / "work", None)
+    for path in ("codes", "reference.npz", "classifier.pt", f"mapping-{SUFFIX}.pt",
+                 f"vq-reorder-{SUFFIX}.pt"):
+        write_json(tmp_path / "work" / path, {})
+    first = experiment.first("lambda1")
+    choice = {"cfg_scale": 2.0, "inputs": experiment.inputs(first), **experiment.identity(first)}
+    write_json(experiment.guidance("lambda1"), choice)
+    works = Works(experiment, "a" * 40)
+    works.check()
+    works.check_inputs([])
+    write_json(experiment.guidance("lambda1"), choice | change)
+    with pytest.raises(ValueError, match=words):
+        works.check()
+        works.check_inputs([])
+
+
+def test_a_run_whose_choice_of_guidance_has_vanished_does_not_wait_for_ever(tmp_path):
+    (tmp_path / "experiment.json").write_text(json.dumps(PLAN))
+    experiment = Experiment(tmp_path / "experiment.json", tmp_path / "work", None)
+    chosen = experiment.guidance("lambda0")
+    write_json(chosen, {"cfg_scale": 2.0, "inputs": {}})
+    work = Works(experiment, "a" * 40).runs()["lambda0-seed0"]
+    next(work)
+    chosen.unlink()
+    with pytest.raises(JobFailed, match="needs lambda0-seed0-samples-20-seed1000-cfg-1"):
+        work.send(1.0)
 
 
 def test_what_a_stopped_command_used_counts(tmp_path):

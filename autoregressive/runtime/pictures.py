@@ -25,7 +25,7 @@ def save_grid(path: str | Path, images: np.ndarray, columns: int,
         images: (N, P, P, 3) uint8.
         columns: pictures in a row.
         captions: N texts to print above the pictures, cut to their width; or None.
-        row_titles: a text to print above each row, in place of captions; or None.
+        row_titles: without captions, a text to print above each row; or None.
     """
     images = np.asarray(images)
     scale = max(1, LEGIBLE_SIDE // images.shape[1])

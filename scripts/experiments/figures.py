@@ -14,12 +14,18 @@ LINEAR_TO = 0.02                # differences of losses; larger ones are drawn b
 SHOWN_PER_CLASS = 2             # samples
 
 
-def draw_curves(experiment: Experiment, path: Path) -> None:
+def draw_curves(experiment: Experiment, finished: list[Run], path: Path) -> None:
     """Draws the validation token loss of every arm, and that minus the baseline's, paired by seed.
 
-    Bands are 95 % intervals over the seeds; an arm of one seed has none.
+    Bands are 95 % intervals over the seeds; an arm of one seed has none. Losses in a stage of
+    patches are left out: they are of other predictions.
+
+    Args:
+        experiment: Experiment.
+        finished: runs that have results.
+        path: the PNG.
     """
-    losses = {run: _read_losses(experiment.metrics(run)) for run in experiment.runs
+    losses = {run: _read_losses(experiment.metrics(run)) for run in finished
               if experiment.metrics(run).exists()}
     baseline = experiment.plan["baseline"]
     whole = Panel("steps", "val token loss", {})
@@ -31,23 +37,29 @@ def draw_curves(experiment: Experiment, path: Path) -> None:
             continue
         pairs = [(losses[run], losses[Run(baseline, run.seed)]) for run in runs
                  if Run(baseline, run.seed) in losses]
-        _add_curve(minus, arm, [{step: loss - base[step] for step, loss in own.items()}
+        _add_curve(minus, arm, [{step: own[step] - base[step] for step in own if step in base}
                                 for own, base in pairs])
     plot_panels(path, [whole, minus])
 
 
 def _read_losses(path: Path) -> dict[int, float]:
-    """Returns the validation loss by step."""
-    return {values["step"]: values[LOSS] for values in read_metrics(path) if LOSS in values}
+    """Returns the validation loss by step, without those in a stage of patches."""
+    losses = {}
+    patch = 1
+    for values in read_metrics(path):
+        patch = values.get("patch", patch)
+        if LOSS in values and patch == 1:
+            losses[values["step"]] = values[LOSS]
+    return losses
 
 
 def _add_curve(panel: Panel, arm: str, losses: list[dict[int, float]]) -> None:
-    """Adds the mean of an arm's losses, and its band, to a panel; of no losses nothing."""
+    """Adds the mean of an arm's losses, and its band, to a panel, where all have one."""
     if not losses:
         return
     points: Points = []
     halves = []
-    for step in losses[0]:
+    for step in sorted(set.intersection(*map(set, losses))):
         mean, half = interval([each[step] for each in losses])
         points.append((step, mean))
         halves.append(half)

@@ -72,7 +72,7 @@ class Samples:
 
     @property
     def name(self) -> str:
-        """The name of the log of what makes and scores them."""
+        """What tells them from all others of an experiment."""
         return f"{self.run.name}-{self.folder_name}"
 
 

@@ -19,7 +19,7 @@ LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class JobFailed(Exception):
-    """A command ended with an error, which its log tells, or was asked to leave.
+    """A command ended with an error, which its log tells, was asked to leave, or cannot begin.
 
     Attributes:
         seconds: CPU seconds that it used.

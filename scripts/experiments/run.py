@@ -31,7 +31,7 @@ from autoregressive.runtime.entry import (
 from autoregressive.runtime.files import check_writable_folder, read_json, write_json
 from autoregressive.runtime.log import LOGGER, open_logger, read_metrics
 from scripts.experiments.figures import draw_curves, draw_samples
-from scripts.experiments.plan import ROOT, Experiment
+from scripts.experiments.plan import ROOT, Experiment, Run
 from scripts.experiments.processes import Jobs
 from scripts.experiments.runner import Runner
 from scripts.experiments.table import make_table
@@ -49,7 +49,7 @@ def build_parser() -> Parser:
     parser.add_argument("--commit", help="the commit that new runs are made with; default: that of "
                                          "the first start")
     may_vary(parser.add_argument("--jobs", type=at_least(1), default=2,
-                                 help="runs at a time; with GPUs, each has its own"))
+                                 help="commands at a time; GPUs are dealt out to them in turn"))
     parser.add_argument("--figures", metavar="FOLDER",
                         help="also draw curves.png there and, of what the work folder holds, "
                              "samples.png")
@@ -107,7 +107,8 @@ def show_status(experiment: Experiment, jobs: Jobs) -> None:
 
 def draw_figures(experiment: Experiment, results: list[dict[str, Any]], folder: Path) -> None:
     """Draws curves.png and samples.png into a folder, and says so."""
-    draw_curves(experiment, folder / "curves.png")
+    draw_curves(experiment, [Run(result["arm"], result["seed"]) for result in results],
+                folder / "curves.png")
     LOGGER.info("validation losses in %s", folder / "curves.png")
     if draw_samples(experiment, {result["arm"]: result["cfg_scale"] for result in results},
                     folder / "samples.png"):
@@ -122,9 +123,12 @@ def main(args: Flags, session: Session) -> None:
         work = Path(args.work).absolute() if args.work else None
         data = os.path.abspath(args.data) if args.data else None
         experiment = Experiment(args.experiment, work, data)
-        if args.figures:
-            check_writable_folder(args.figures)
         jobs = Jobs(experiment.work)
+
+        if args.figures:
+            if args.status or args.pause or args.go_on:
+                raise ValueError("--figures: expected --table or a run, whose results it draws")
+            check_writable_folder(args.figures)
 
         # What only looks at the experiment, or holds it still.
         if args.status:
@@ -152,15 +156,17 @@ def main(args: Flags, session: Session) -> None:
         runner = Runner(works, args.jobs)
         is_whole = runner.prepare()
         with checks(session):
-            works.check_inputs(results if is_whole else [])
+            if is_whole:
+                works.check_inputs(results)
         is_whole = is_whole and runner.run()
 
     # The table of what is done.
     if results := read_results(experiment):
         floors = read_json(experiment.floors()) if experiment.floors().exists() else {}
         plan = experiment.plan
+        seeds = {name: arm["seeds"] for name, arm in plan["arms"].items()}
         table = make_table(results, floors, baseline=plan["baseline"], columns=plan["columns"],
-                           num_seeds=len(plan["seeds"]))
+                           seeds=seeds)
         print(table, end="")
         if args.figures:
             draw_figures(experiment, results, Path(args.figures))

@@ -43,11 +43,7 @@ def gpus() -> list[str | None]:
 
 
 class Runner:
-    """Runs what is missing of an experiment.
-
-    Attributes:
-        jobs: its processes.
-    """
+    """Runs what is missing of an experiment."""
 
     def __init__(self, works: Works, num_jobs: int) -> None:
         """
@@ -55,7 +51,7 @@ class Runner:
             works: the pieces of work.
             num_jobs: commands at a time.
         """
-        self.jobs = Jobs(works.experiment.work)
+        self._jobs = Jobs(works.experiment.work)
         self._works = works
         slots = gpus()
         self._slots = [slots[number % len(slots)] for number in range(num_jobs)]
@@ -92,7 +88,7 @@ class Runner:
 
                 # Start the next command of what is ready, as long as there is room for it.
                 parked = []
-                while ready and slots and not self.jobs.are_paused:
+                while ready and slots and not self._jobs.are_paused:
                     name, outcome = ready.popleft()
                     command = self._next(name, works[name], outcome)
                     if command is WAIT:
@@ -100,23 +96,26 @@ class Runner:
                     elif command:
                         tree = make_clone(self._works.experiment.work, command.commit)
                         words = [str(tree / command.words[0]), *command.words[1:]]
-                        running.append((name, self.jobs.start(command.name, words, slots.pop(0))))
+                        running.append((name, self._jobs.start(command.name, words, slots.pop(0))))
                 ready.extendleft(reversed(parked))
 
                 # What has ended goes on before the others, so that runs end one after the other.
                 time.sleep(POLL_SECONDS)
                 for name, job in list(running):
-                    if (outcome := self.jobs.poll(job)) is not None:
+                    if (outcome := self._jobs.poll(job)) is not None:
                         ready.appendleft((name, outcome))
                         running.remove((name, job))
                         slots.append(job.slot)
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-            outcomes = self.jobs.stop([job for _, job in running])
+            stopped = self._jobs.stop([job for _, job in running])
+            ended = zip([name for name, _ in running], stopped, strict=True)
             # They add up what their commands have used.
-            for (name, _), outcome in zip(running, outcomes, strict=True):
-                if isinstance(outcome, JobFailed):
+            for name, outcome in [*ready, *ended]:
+                if isinstance(outcome, float):
+                    outcome = JobFailed("asked to leave", outcome)
+                if outcome:
                     with contextlib.suppress(JobFailed):
                         works[name].throw(outcome)
         return not self._works.failed & works.keys()

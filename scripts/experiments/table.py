@@ -24,17 +24,17 @@ def interval(values: list[float]) -> tuple[float, float]:
     return mean, float(bound * stats.sem(values))
 
 
-def detectable(differences: list[float], num_seeds: int) -> float:
+def detectable(differences: list[float], num_pairs: int) -> float:
     """Returns the smallest true difference of two arms that would show in 8 of 10 experiments.
 
     It shows if its 95 % interval leaves out 0.
 
     Args:
-        differences: seen so far, of pairs of runs: their spread is taken for that of all seeds.
-        num_seeds: pairs in an experiment.
+        differences: seen so far, of pairs of runs: their spread is taken for that of all pairs.
+        num_pairs: in an experiment.
     """
-    freedom = num_seeds - 1
-    error = float(np.std(differences, ddof=1)) / math.sqrt(num_seeds)
+    freedom = num_pairs - 1
+    error = float(np.std(differences, ddof=1)) / math.sqrt(num_pairs)
     bound = stats.t.ppf((1 + CONFIDENCE) / 2, freedom)
     # In units of the error the mean of the differences follows a noncentral t (Johnson and Welch
     # 1940).
@@ -45,7 +45,7 @@ def detectable(differences: list[float], num_seeds: int) -> float:
 
 
 def make_table(results: list[dict[str, Any]], floors: dict[str, dict[str, float]], baseline: str,
-               columns: dict[str, str], num_seeds: int) -> str:
+               columns: dict[str, str], seeds: dict[str, list[int]]) -> str:
     """Returns tables in Markdown: arms, arms minus the baseline, the least visible differences.
 
     Args:
@@ -54,7 +54,7 @@ def make_table(results: list[dict[str, Any]], floors: dict[str, dict[str, float]
         floors: title -> numbers by name, of what no arm can beat.
         baseline: the arm that differences are taken to, over the seeds that both have.
         columns: name of a number -> title.
-        num_seeds: seeds of the whole experiment.
+        seeds: of each arm, in the whole experiment.
     """
     by_arm: dict[str, dict[int, dict[str, Any]]] = {}           # by arm and seed
     for result in sorted(results, key=lambda result: result["seed"]):
@@ -62,7 +62,7 @@ def make_table(results: list[dict[str, Any]], floors: dict[str, dict[str, float]
     titles = list(columns.values())
 
     # What each arm reached, and what no arm can beat.
-    rows = [["arm", "seeds", *titles, "guidance", "device", "CPU h", "commit"]]
+    rows = [["arm", "seeds", *titles, "guidance", "sampled on", "CPU h", "commit"]]
     for arm, runs in by_arm.items():
         numbers = [_text([_number(run, name) for run in runs.values()]) for name in columns]
         scales = sorted({f"{run['cfg_scale']:g}" for run in runs.values()})
@@ -79,19 +79,22 @@ def make_table(results: list[dict[str, Any]], floors: dict[str, dict[str, float]
     # Differences to the baseline, over the seeds that both arms have.
     base = by_arm.get(baseline, {})
     minus = [[f"minus {baseline}", "pairs", *titles]]
-    least = [[f"what {num_seeds} seeds can show", "pairs", *titles]]
+    least = [["least difference that shows", "pairs", *titles]]
     for arm, runs in by_arm.items():
-        seeds = [seed for seed in runs if seed in base]
-        if arm == baseline or not seeds:
+        paired = [seed for seed in runs if seed in base]
+        if arm == baseline or not paired:
             continue
         differences = []                            # of each column, over the seeds
         for name in columns:
             differences.append([_number(runs[seed], name) - _number(base[seed], name)
-                                for seed in seeds])
-        minus.append([arm, str(len(seeds)), *map(_signed, differences)])
-        if len(seeds) > 1 and num_seeds > 1:
-            shown = [f"{detectable(each, num_seeds):.4f}" for each in differences]
-            least.append([arm, str(len(seeds)), *shown])
+                                for seed in paired])
+        mixed = sum(runs[seed]["device"] != base[seed]["device"] for seed in paired)
+        count = str(len(paired)) + (f", {mixed} of two devices" if mixed else "")
+        minus.append([arm, count, *map(_signed, differences)])
+        num_pairs = len(set(seeds[arm]) & set(seeds[baseline]))
+        if len(paired) > 1 and num_pairs > 1:
+            shown = [f"{detectable(each, num_pairs):.4f}" for each in differences]
+            least.append([arm, str(num_pairs), *shown])
     tables += [table for table in (minus, least) if len(table) > 1]
     return "\n".join(map(_markdown, tables))
 

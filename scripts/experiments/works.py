@@ -11,6 +11,7 @@ from scripts.experiments.processes import JobFailed
 
 RESULT = {"arm": str, "seed": int, "commit": str, "cfg_scale": float, "numbers": dict,
           "cpu_hours": float, "device": str, "inputs": dict}
+CHOSEN = {"cfg_scale": float, "inputs": dict}
 BEGUN = {"commit": str, "cpu_seconds": float}
 WAIT = "wait"
 
@@ -29,9 +30,9 @@ class Command(NamedTuple):
     commit: str
 
 
-# Yields commands, and WAIT while it needs what another one makes; is sent the CPU seconds of each,
-# or JobFailed is raised where it stands.
-Work = Generator[Command | str, float, None]
+# Yields commands, and WAIT while it needs what another one makes. It is sent the CPU seconds of a
+# command, or JobFailed is raised where it stands; after WAIT it is sent None.
+Work = Generator[Command | str, float | None, None]
 
 
 def check_same(path: Path, expected: dict[str, Any], found: dict[str, Any]) -> None:
@@ -81,11 +82,17 @@ class Works:
         self._commit = commit
         self._record = experiment.work / "prepared.json"
         self._prepared = read_json(self._record) if self._record.exists() else {}
+        self._names: set[str] = set()               # of the runs and choices that are made
         self._trained: set[str] = set()
         self._scored: set[str] = set()              # samples to choose guidance by
 
     def check(self) -> None:
-        """Raises ValueError if prepared files have changed, or the commands that make them have."""
+        """Checks what is there against the experiment file.
+
+        Raises:
+            ValueError: prepared files have changed, or the commands that make them, or the flags of
+                a run that a guidance was chosen by.
+        """
         for step, command in self.experiment.steps().items():
             if made := self._prepared.get(step):
                 path = self.experiment.work / step
@@ -93,12 +100,29 @@ class Works:
                 check_same(self._record, {"command": command, "sha256": sha256}, made)
             elif "{data}" in self.experiment.words(command):
                 raise ValueError(f"--data: expected what {step} is made of, got none")
+        for each, chosen in self._chosen():
+            check_same(self.experiment.guidance(each.arm), self.experiment.identity(each), chosen)
 
     def check_inputs(self, results: list[dict[str, Any]]) -> None:
-        """Raises ValueError if results were made of other files than the work folder holds."""
+        """Raises ValueError if results were made of other files than the work folder holds.
+
+        So do the choices of guidance.
+        """
         for result in results:
             each = Run(result["arm"], result["seed"])
             check_same(self.experiment.result(each), self.experiment.inputs(each), result["inputs"])
+        for each, chosen in self._chosen():
+            check_same(self.experiment.guidance(each.arm), self.experiment.inputs(each),
+                       chosen["inputs"])
+
+    def _chosen(self) -> list[tuple[Run, dict[str, Any]]]:
+        """Returns the choices of guidance that are there, with the runs they were made by."""
+        found = []
+        for arm in self.experiment.plan["arms"]:
+            path = self.experiment.guidance(arm)
+            if path.exists():
+                found.append((self.experiment.first(arm), read_json(path, CHOSEN)))
+        return found
 
     def preparations(self) -> list[dict[str, Work]]:
         """Returns what is missing of what is made once, group after group."""
@@ -117,7 +141,9 @@ class Works:
             if each == experiment.first(each.arm) and not experiment.guidance(each.arm).exists():
                 for samples in experiment.guidance_samples(each):
                     works[samples.name] = self._score_guidance(samples)
-        return works | {each.name: self._run(each) for each in todo}
+        works |= {each.name: self._run(each) for each in todo}
+        self._names = set(works)
+        return works
 
     def write_floors(self) -> None:
         """Keeps the numbers of the floors, which have been prepared."""
@@ -180,7 +206,7 @@ class Works:
             "cpu_hours": round(record["cpu_seconds"] / 3600, 3),
             "device": scores["samples"]["settings"]["device"], "versions": scores["versions"]})
 
-    def _choose_guidance(self, each: Run, commit: str) -> Generator[str, float, float]:
+    def _choose_guidance(self, each: Run, commit: str) -> Generator[str, None, float]:
         """Returns the guidance scale of an arm: that of the lowest FID of its first seed's run.
 
         The run of the first seed chooses it, by samples at each scale; the others wait for that.
@@ -188,31 +214,28 @@ class Works:
         experiment = self.experiment
         chosen = experiment.guidance(each.arm)
         first = experiment.first(each.arm)
-        identity = experiment.identity(each)
         while each != first and not chosen.exists():
             if experiment.result(first).exists():
                 return read_json(experiment.result(first), RESULT)["cfg_scale"]
-            self._check_not_failed(first.name)
+            self._check_coming(first.name)
             yield WAIT
         if not chosen.exists():
             fids = {}
             for samples in experiment.guidance_samples(each):
                 while samples.name not in self._scored:
-                    self._check_not_failed(samples.name)
+                    self._check_coming(samples.name)
                     yield WAIT
                 fids[samples.scale] = experiment.scores(samples)["numbers"]["FID"]
-            write_json(chosen, {"arm": each.arm, "seed": each.seed, **identity, "commit": commit,
-                                "inputs": experiment.inputs(each),
+            write_json(chosen, {"arm": each.arm, "seed": each.seed, **experiment.identity(each),
+                                "commit": commit, "inputs": experiment.inputs(each),
                                 "cfg_scale": min(fids, key=fids.get), "fid": fids})
-        record = read_json(chosen, {"cfg_scale": float})
-        check_same(chosen, identity, record)
-        return record["cfg_scale"]
+        return read_json(chosen, CHOSEN)["cfg_scale"]
 
     def _score_guidance(self, samples: Samples) -> Work:
         """Makes and scores samples at one scale, once their model is trained."""
         experiment = self.experiment
         while samples.run.name not in self._trained:
-            self._check_not_failed(samples.run.name)
+            self._check_coming(samples.run.name)
             yield WAIT
         commit = read_json(self._begun(samples.run), BEGUN)["commit"]
         yield Command(samples.name, experiment.sample_words(samples), commit)
@@ -220,10 +243,10 @@ class Works:
         yield Command(samples.name, words, commit)
         self._scored.add(samples.name)
 
-    def _check_not_failed(self, name: str) -> None:
-        """Raises JobFailed if the work of that name, which another one waits for, has failed."""
-        if name in self.failed:
-            raise JobFailed(f"needs {name}, which did not come to its end")
+    def _check_coming(self, name: str) -> None:
+        """Raises JobFailed if the work of that name, which another one waits for, will not end."""
+        if name in self.failed or name not in self._names:
+            raise JobFailed(f"needs {name}, which did not come to its end; start again")
 
     def _begun(self, each: Run) -> Path:
         """Returns the record of a run that has begun."""
