@@ -225,6 +225,12 @@ def test_a_table_is_made_of_results_alone_and_lacks_what_they_lack(tmp_path, cap
     assert run_here(RUN, tmp_path / "experiment.json", "--table") == 0
     table = capsys.readouterr().out
     assert "| lambda1 | 1 | 3.0000 | nan | 0.5000 | nan | 1.5 | cpu | 0.50 | aaaaaaa |" in table
+    assert "| minus lambda0 |" in table
+    table_to = (RUN, tmp_path / "experiment.json", "--table", "--baseline")
+    assert run_here(*table_to, "lambda1") == 0
+    assert "| minus lambda1 |" in capsys.readouterr().out
+    assert run_here(*table_to, "none") == 2
+    assert "--baseline: expected one of lambda0, lambda1" in capsys.readouterr().err
 
 
 def test_curves_are_means_and_differences_paired_by_seed(tmp_path, monkeypatch):
