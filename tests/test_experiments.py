@@ -230,7 +230,7 @@ def test_a_table_is_made_of_results_alone_and_lacks_what_they_lack(tmp_path, cap
     assert run_here(*table_to, "lambda1") == 0
     assert "| minus lambda1 |" in capsys.readouterr().out
     assert run_here(*table_to, "none") == 2
-    assert "--baseline: expected one of lambda0, lambda1" in capsys.readouterr().err
+    assert "expected a baseline among lambda0, lambda1, got none" in capsys.readouterr().err
 
 
 def test_curves_are_means_and_differences_paired_by_seed(tmp_path, monkeypatch):
@@ -256,6 +256,10 @@ def test_curves_are_means_and_differences_paired_by_seed(tmp_path, monkeypatch):
     whole, minus = shown[2:]
     assert whole.curves == {"lambda0": [(15, 3.0)], "lambda1": [(30, 2.0)]}
     assert minus.curves == {"lambda1": []}
+    # To another arm.
+    other = Experiment(tmp_path / "experiment.json", tmp_path / "work", None, "lambda1")
+    figures.draw_curves(other, finished, tmp_path / "curves.png")
+    assert shown[-1].curves == {"lambda0": [(15, -0.25)]}
 
 
 def test_samples_of_arms_stand_below_each_other_class_by_class(tmp_path, monkeypatch):

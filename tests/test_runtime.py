@@ -442,6 +442,7 @@ def test_bands_are_drawn_where_they_are_known_and_large_values_by_their_logarith
     curves = {"a": [(0, 0.01), (1, 0.02)], "b": [(0, 0.5), (1, 0.6)]}
     panel = log.Panel("steps", "difference", curves, {"a": [0.01, 0.02]}, linear_to=0.02)
     bare = log.Panel("steps", "difference", curves, linear_to=0.02)
+    log.plot_panels(tmp_path / "none.png", [log.Panel("steps", "difference", {"a": []}, {"a": []})])
     sizes = []
     for name, each in (("bands.png", panel), ("bare.png", bare)):
         log.plot_panels(tmp_path / name, [each])

@@ -172,10 +172,11 @@ def plot_panels(path: str | Path, panels: list[Panel], marker: str = "") -> None
     lines = {}
     for axis, panel in zip(axes[0], panels, strict=True):
         for legend, points in panel.curves.items():
-            if points:
-                few = "o" if len(points) <= FEW_POINTS else ""      # one alone is no line
-                lines[legend], = axis.plot(*zip(*points, strict=True), marker=marker or few,
-                                           color=colors[legend])
+            if not points:
+                continue
+            few = "o" if len(points) <= FEW_POINTS else ""      # one alone is no line
+            lines[legend], = axis.plot(*zip(*points, strict=True), marker=marker or few,
+                                       color=colors[legend])
             if legend in panel.halves:
                 steps, values = np.transpose(points)
                 half = np.array(panel.halves[legend])

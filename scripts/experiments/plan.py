@@ -85,13 +85,15 @@ class Experiment:
         runs: every Run, all arms of the first seed first.
     """
 
-    def __init__(self, path: str | Path, work: Path | None, data: str | None) -> None:
+    def __init__(self, path: str | Path, work: Path | None, data: str | None,
+                 baseline: str | None = None) -> None:
         """
         Args:
             path: the experiment file; finished runs are kept in the folder `results` beside it.
             work: the work folder; None is results/experiments/NAME in the repository, NAME that of
                 the file's folder.
             data: what {data} stands for.
+            baseline: the arm that differences are taken to; None is that of the file.
 
         Raises:
             ValueError: the file is no experiment, or a command has a {name} without a meaning.
@@ -102,7 +104,8 @@ class Experiment:
         self.plan = read_json(path, KINDS)
         arms = self.plan["arms"]
         seeds = self.plan["seeds"]
-        baseline = self.plan["baseline"]
+        baseline = baseline or self.plan["baseline"]
+        self.plan["baseline"] = baseline
         if baseline not in arms:
             raise ValueError(f"{path}: expected a baseline among {', '.join(arms)}, got {baseline}")
         _check_seeds(path, seeds)

@@ -50,7 +50,7 @@ def build_parser() -> Parser:
                                          "the first start")
     may_vary(parser.add_argument("--jobs", type=at_least(1), default=2,
                                  help="commands at a time; GPUs are dealt out to them in turn"))
-    parser.add_argument("--baseline", help="the arm that differences of the table are taken to; "
+    parser.add_argument("--baseline", help="the arm that differences are taken to; "
                                            "default: that of the experiment file")
     parser.add_argument("--figures", metavar="FOLDER",
                         help="also draw curves.png there and, of what the work folder holds, "
@@ -124,13 +124,9 @@ def main(args: Flags, session: Session) -> None:
         check_one_process(session)
         work = Path(args.work).absolute() if args.work else None
         data = os.path.abspath(args.data) if args.data else None
-        experiment = Experiment(args.experiment, work, data)
+        experiment = Experiment(args.experiment, work, data, args.baseline)
         jobs = Jobs(experiment.work)
 
-        baseline = args.baseline or experiment.plan["baseline"]
-        if baseline not in experiment.plan["arms"]:
-            raise ValueError(f"--baseline: expected one of {', '.join(experiment.plan['arms'])}, "
-                             f"got {baseline}")
         if args.figures:
             if args.status or args.pause or args.go_on:
                 raise ValueError("--figures: expected --table or a run, whose results it draws")
@@ -171,8 +167,8 @@ def main(args: Flags, session: Session) -> None:
         floors = read_json(experiment.floors()) if experiment.floors().exists() else {}
         plan = experiment.plan
         seeds = {name: arm["seeds"] for name, arm in plan["arms"].items()}
-        table = make_table(results, floors, baseline=baseline, columns=plan["columns"],
-                           seeds=seeds)
+        table = make_table(results, floors, baseline=plan["baseline"],
+                           columns=plan["columns"], seeds=seeds)
         print(table, end="")
         if args.figures:
             draw_figures(experiment, results, Path(args.figures))
