@@ -241,13 +241,14 @@ def test_curves_are_means_and_differences_paired_by_seed(tmp_path, monkeypatch):
         lines = [{"step": 10, "token_loss": 9.0}, {"step": 15, "val_token_loss": loss}]
         experiment.metrics(Run(arm, seed)).write_text("\n".join(map(json.dumps, lines)) + "\n")
     shown = []
-    monkeypatch.setattr(figures, "plot_panels", lambda path, panels: shown.extend(panels))
+    monkeypatch.setattr(figures, "plot_panels", lambda path, panels, columns: shown.extend(panels))
     finished = [Run("lambda0", 0), Run("lambda0", 1), Run("lambda1", 1)]
     figures.draw_curves(experiment, finished, tmp_path / "curves.png")
     whole, minus = shown
     assert whole.curves == {"lambda0": [(15, 4.0)], "lambda1": [(15, 5.25)]}
     assert whole.halves == {"lambda0": [pytest.approx(stats.t.ppf(0.975, 1))]}
-    assert minus.curves == {"lambda1": [(15, 0.25)]} and minus.halves == {}
+    assert minus.curves == {"lambda1": [(15, 0.25)], "lambda0": [(15, 0.0)]}
+    assert minus.ylabel == "lambda1 minus lambda0" and minus.halves == {}
     # Only finished runs; without stages of patches; where all have a loss.
     lines = [{"step": 5, "patch": 2}, {"step": 15, "val_token_loss": 7.0}, {"step": 20, "patch": 1},
              {"step": 30, "val_token_loss": 2.0}]
@@ -255,11 +256,11 @@ def test_curves_are_means_and_differences_paired_by_seed(tmp_path, monkeypatch):
     figures.draw_curves(experiment, finished[:1] + [Run("lambda1", 0)], tmp_path / "curves.png")
     whole, minus = shown[2:]
     assert whole.curves == {"lambda0": [(15, 3.0)], "lambda1": [(30, 2.0)]}
-    assert minus.curves == {"lambda1": []}
+    assert minus.curves == {"lambda1": [], "lambda0": []}
     # To another arm.
     other = Experiment(tmp_path / "experiment.json", tmp_path / "work", None, "lambda1")
     figures.draw_curves(other, finished, tmp_path / "curves.png")
-    assert shown[-1].curves == {"lambda0": [(15, -0.25)]}
+    assert shown[-1].curves == {"lambda0": [(15, -0.25)], "lambda1": [(15, 0.0)]}
 
 
 def test_samples_of_arms_stand_below_each_other_class_by_class(tmp_path, monkeypatch):

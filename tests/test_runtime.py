@@ -438,10 +438,10 @@ def test_curves_show_validation_beside_training_and_mark_a_point_that_is_alone(
     assert sizes[0] == 0 and sizes[1] > 20
 
 
-def test_bands_are_drawn_where_they_are_known_and_large_values_by_their_logarithm(tmp_path):
+def test_bands_are_drawn_where_they_are_known(tmp_path):
     curves = {"a": [(0, 0.01), (1, 0.02)], "b": [(0, 0.5), (1, 0.6)]}
-    panel = log.Panel("steps", "difference", curves, {"a": [0.01, 0.02]}, linear_to=0.02)
-    bare = log.Panel("steps", "difference", curves, linear_to=0.02)
+    panel = log.Panel("steps", "difference", curves, {"a": [0.01, 0.02]})
+    bare = log.Panel("steps", "difference", curves)
     log.plot_panels(tmp_path / "none.png", [log.Panel("steps", "difference", {"a": []}, {"a": []})])
     sizes = []
     for name, each in (("bands.png", panel), ("bare.png", bare)):
@@ -449,3 +449,16 @@ def test_bands_are_drawn_where_they_are_known_and_large_values_by_their_logarith
         picture = np.asarray(Image.open(tmp_path / name).convert("RGB"), dtype=int)
         sizes.append((np.ptp(picture, axis=-1) > 20).sum())
     assert sizes[0] > 2 * sizes[1]
+
+
+def test_panels_stand_in_columns(tmp_path):
+    panel = log.Panel("steps", "loss", {"a": [(0, 1.0), (1, 2.0)]})
+    shapes = []
+    for number, columns in ((1, None), (1, 2), (3, None), (3, 2)):
+        log.plot_panels(tmp_path / "panels.png", number * [panel], columns=columns)
+        shapes.append(np.asarray(Image.open(tmp_path / "panels.png").convert("L")).shape)
+    one, few, row, block = shapes
+    assert few == one and row == (one[0], 3 * one[1])
+    assert one[0] < block[0] < 2 * one[0] and block[1] == 2 * one[1]
+    last = np.asarray(Image.open(tmp_path / "panels.png").convert("L"))[one[0]:, one[1]:]
+    assert (last[:, last.shape[1] // 2:] == 255).all()              # nothing in the fourth place

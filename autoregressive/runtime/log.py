@@ -139,24 +139,24 @@ class Panel:
         xlabel, ylabel: of the axes.
         curves: legend -> points.
         halves: legend -> half the height of a band around each of its points; of some curves.
-        linear_to: |y| beyond which the axis is logarithmic; None is nowhere.
     """
 
     xlabel: str
     ylabel: str
     curves: dict[str, Points]
     halves: dict[str, list[float]] = field(default_factory=dict)
-    linear_to: float | None = None
 
 
-def plot_panels(path: str | Path, panels: list[Panel], marker: str = "") -> None:
-    """Plots panels side by side into one PNG.
+def plot_panels(path: str | Path, panels: list[Panel], marker: str = "",
+                columns: int | None = None) -> None:
+    """Plots panels into one PNG.
 
     Args:
         path: the PNG.
         panels: at least one.
         marker: matplotlib's name of what stands at every point; "" is nothing, where lines have
             more than FEW_POINTS.
+        columns: panels side by side, at most; None is all.
     """
     import matplotlib  # here: it takes half a second, and only rank 0 plots
 
@@ -164,13 +164,17 @@ def plot_panels(path: str | Path, panels: list[Panel], marker: str = "") -> None
     from matplotlib import pyplot
 
     legends = dict.fromkeys(legend for panel in panels for legend in panel.curves)
-    size = (5.5 * len(panels), 4 + 0.2 * -(-len(legends) // len(panels)))       # inches
-    figure, axes = pyplot.subplots(1, len(panels), figsize=size, squeeze=False,
+    columns = min(columns or len(panels), len(panels))
+    rows = -(-len(panels) // columns)
+    size = (5.5 * columns, 4 * rows + 0.2 * -(-len(legends) // columns))       # inches
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False,
                                    layout="constrained")
+    for axis in axes.flat[len(panels):]:
+        axis.remove()
     palette = pyplot.get_cmap("tab10" if len(legends) <= 10 else "tab20").colors
     colors = dict(zip(legends, itertools.cycle(palette)))
     lines = {}
-    for axis, panel in zip(axes[0], panels, strict=True):
+    for axis, panel in zip(axes.flat, panels, strict=False):
         for legend, points in panel.curves.items():
             if not points:
                 continue
@@ -183,11 +187,9 @@ def plot_panels(path: str | Path, panels: list[Panel], marker: str = "") -> None
                 axis.fill_between(steps, values - half, values + half, color=colors[legend],
                                   alpha=0.2, linewidth=0)
         axis.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
-        if panel.linear_to:
-            axis.set_yscale("symlog", linthresh=panel.linear_to)
         axis.grid(alpha=0.3)
     # Below the panels, where it hides nothing.
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(panels))
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=columns)
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=110)
     pyplot.close(figure)

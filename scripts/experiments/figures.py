@@ -10,13 +10,14 @@ from scripts.experiments.plan import Experiment, Run
 from scripts.experiments.table import interval
 
 LOSS = "val_token_loss"
-LINEAR_TO = 0.02                # differences of losses; larger ones are drawn by their logarithm
+PANELS = 3                      # side by side
 SHOWN_PER_CLASS = 2             # samples
 
 
 def draw_curves(experiment: Experiment, finished: list[Run], path: Path) -> None:
     """Draws the validation token loss of every arm, and that minus the baseline's, paired by seed.
 
+    The first panel has the losses; each difference has a panel of its own, and its own y axis.
     Bands are 95 % intervals over the seeds; an arm of one seed has none. Losses in a stage of
     patches are left out: they are of other predictions.
 
@@ -29,17 +30,20 @@ def draw_curves(experiment: Experiment, finished: list[Run], path: Path) -> None
               if experiment.metrics(run).exists()}
     baseline = experiment.plan["baseline"]
     whole = Panel("steps", "val token loss", {})
-    minus = Panel("steps", f"val token loss minus that of {baseline}", {}, linear_to=LINEAR_TO)
+    differences = []
     for arm in experiment.plan["arms"]:
         runs = [run for run in losses if run.arm == arm]
         _add_curve(whole, arm, [losses[run] for run in runs])
-        if arm == baseline:
-            continue
         pairs = [(losses[run], losses[Run(baseline, run.seed)]) for run in runs
                  if Run(baseline, run.seed) in losses]
+        if arm == baseline or not pairs:
+            continue
+        minus = Panel("steps", f"{arm} minus {baseline}", {})
         _add_curve(minus, arm, [{step: own[step] - base[step] for step in own if step in base}
                                 for own, base in pairs])
-    plot_panels(path, [whole, minus])
+        minus.curves[baseline] = [(step, 0.0) for step, _ in minus.curves[arm]]
+        differences.append(minus)
+    plot_panels(path, [whole, *differences], columns=PANELS)
 
 
 def _read_losses(path: Path) -> dict[int, float]:
