@@ -14,6 +14,7 @@ if __name__ == "__main__":
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, astuple, dataclass
 
 import numpy as np
@@ -203,7 +204,7 @@ def main(args: Flags, session: Session) -> None:
     """Lists the images, chooses the sizes, makes the links, prints the plan."""
     with checks(session):
         check_places(args.images, args.output)
-        split = list_split(args.images.resolve())
+        split = list_split(Path(os.path.abspath(args.images)))     # for the links; as it was named
         sides, broken = drop_broken(split)
         if len(sides) < FEWEST_IMAGES:
             raise ValueError(f"{args.images}: expected at least {FEWEST_IMAGES} images to train "

@@ -248,7 +248,7 @@ def test_curves_are_means_and_differences_paired_by_seed(tmp_path, monkeypatch):
     assert whole.curves == {"lambda0": [(15, 4.0)], "lambda1": [(15, 5.25)]}
     assert whole.halves == {"lambda0": [pytest.approx(stats.t.ppf(0.975, 1))]}
     assert minus.curves == {"lambda1": [(15, 0.25)], "lambda0": [(15, 0.0)]}
-    assert minus.ylabel == "lambda1 minus lambda0" and minus.halves == {}
+    assert minus.ylabel == "loss, lambda1 minus lambda0" and minus.halves == {}
     # Only finished runs; without stages of patches; where all have a loss.
     lines = [{"step": 5, "patch": 2}, {"step": 15, "val_token_loss": 7.0}, {"step": 20, "patch": 1},
              {"step": 30, "val_token_loss": 2.0}]

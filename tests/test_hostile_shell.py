@@ -33,7 +33,7 @@ from odd_inputs import (
 )
 from processes import ENVIRONMENT
 
-TIMEOUT = 300                   # seconds
+TIMEOUT = 900                   # seconds, also on a machine that does other work
 MOST_OF_A_KIND = 5
 FEWEST_OF_A_SCRIPT = 6
 TORCHRUN = {"extract", "sample many", "train", "tokenizer", "sweep"}
@@ -138,7 +138,7 @@ ROWS: list[Row] = [
     ("tokenizer", "--output", "", "--output good/pictures", "pictures"),
     ("tokenizer", "NPROC_PER_NODE", "NPROC_PER_NODE=2", "--results-dir new", tokenizer_is_there),
     ("tokenizer", "--val-path", "", "--val-path ''", tokenizer_is_there),
-    ("tokenizer", "--val-path", "", "--val-path test", "--data-path"),
+    ("tokenizer", "--val-path", "", "--val-path test", "--val-path"),
     ("tokenizer", "--lr-schedule", "", "--lr-schedule none", "--lr-schedule"),
     ("tokenizer", "--mixed-precision", "", "--mixed-precision fp16", "--mixed-precision"),
 

@@ -30,7 +30,7 @@ def draw_curves(experiment: Experiment, finished: list[Run], path: Path) -> None
               if experiment.metrics(run).exists()}
     baseline = experiment.plan["baseline"]
     whole = Panel("steps", "val token loss", {})
-    differences = []
+    panels = [whole]
     for arm in experiment.plan["arms"]:
         runs = [run for run in losses if run.arm == arm]
         _add_curve(whole, arm, [losses[run] for run in runs])
@@ -38,12 +38,13 @@ def draw_curves(experiment: Experiment, finished: list[Run], path: Path) -> None
                  if Run(baseline, run.seed) in losses]
         if arm == baseline or not pairs:
             continue
-        minus = Panel("steps", f"{arm} minus {baseline}", {})
-        _add_curve(minus, arm, [{step: own[step] - base[step] for step in own if step in base}
-                                for own, base in pairs])
-        minus.curves[baseline] = [(step, 0.0) for step, _ in minus.curves[arm]]
-        differences.append(minus)
-    plot_panels(path, [whole, *differences], columns=PANELS)
+        differences = [{step: own[step] - base[step] for step in own if step in base}
+                       for own, base in pairs]
+        zeros = [(step, 0.0) for step in _shared_steps(differences)]
+        panels.append(Panel(f"steps, {len(pairs)} pairs", f"loss, {arm} minus {baseline}",
+                            {baseline: zeros}))
+        _add_curve(panels[-1], arm, differences)
+    plot_panels(path, panels, columns=PANELS)
 
 
 def _read_losses(path: Path) -> dict[int, float]:
@@ -63,13 +64,18 @@ def _add_curve(panel: Panel, arm: str, losses: list[dict[int, float]]) -> None:
         return
     points: Points = []
     halves = []
-    for step in sorted(set.intersection(*map(set, losses))):
+    for step in _shared_steps(losses):
         mean, half = interval([each[step] for each in losses])
         points.append((step, mean))
         halves.append(half)
     panel.curves[arm] = points
     if len(losses) > 1:
         panel.halves[arm] = halves
+
+
+def _shared_steps(losses: list[dict[int, float]]) -> list[int]:
+    """Returns the steps at which all have a loss."""
+    return sorted(set.intersection(*map(set, losses)))
 
 
 def draw_samples(experiment: Experiment, scales: dict[str, float], path: Path) -> bool:
