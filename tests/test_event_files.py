@@ -18,7 +18,7 @@ from autoregressive.runtime.run_log import RunLog
 from processes import run_here
 from small_runs import TRAIN, metrics, train, write_data
 
-TENSORBOARD = ("--log", "tensorboard")
+TENSORBOARD = ("--log-to", "tensorboard")
 SETTINGS = {"lr": 0.5, "name": "a run"}
 
 
@@ -114,7 +114,7 @@ def test_tensorboard_that_is_missing_is_one_line_before_any_work(
         tmp_path, no_tensorboard, capsys, script, words):
     assert run_here(script, *words, "--results-dir", tmp_path / "results", *TENSORBOARD) == 2
     printed = capsys.readouterr()
-    line = "--log tensorboard: expected the package tensorboard, found none"
+    line = "--log-to tensorboard: expected the package tensorboard, found none"
     assert line in printed.err and len(printed.err.splitlines()) == 1 and not printed.out
     assert "pip install tensorboard" in printed.err and not list(tmp_path.iterdir())
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 
 import pytest
+from torch.distributed.run import get_args_parser as torchrun_parser
 
 from conftest import FIXTURES, ROOT
 
@@ -220,6 +221,14 @@ def test_every_entry_script_is_frozen():
     entries = [path for path in tracked("*.py")
                if is_entry(path) and not path.startswith(("tests/", "scripts/"))]
     assert sorted(entries) == sorted(SCRIPTS)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_flags_pass_torchrun(script):
+    # It takes a flag behind the script for its own where that begins several of its own.
+    flags = [flag for flag in flags_of(script) if flag.startswith("--")]
+    given = torchrun_parser().parse_args([script, *flags])
+    assert given.training_script_args == flags
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -168,7 +168,7 @@ WRONG_INPUTS: dict[str, list[Row]] = {
     "train": [
         ("safetensors", "--gpt-ckpt bad/record-optimizer.safetensors",
          "expected a JSON object without tensors under iar_record"),
-        ("--log", "--log wandb", "--log: invalid choice: 'wandb'"),
+        ("--log-to", "--log-to wandb", "--log-to/--log: invalid choice: 'wandb'"),
         ("GPT file", "--gpt-ckpt good/vq.pt", "weights do not fit the model"),
         ("GPT file", "--gpt-ckpt bad/gpt-other-size.pt",
          "the file holds GPT-tiny with 32 codes and 10 classes"),
@@ -285,7 +285,7 @@ WRONG_INPUTS: dict[str, list[Row]] = {
         ("out", "good/run good/vq.pt", "vq.pt: expected a writable folder"),
     ],
     "tokenizer": [
-        ("--log", "--log wandb", "--log: invalid choice: 'wandb'"),
+        ("--log-to", "--log-to wandb", "--log-to/--log: invalid choice: 'wandb'"),
         ("tokenizer file", "--vq-ckpt good/gpt.pt", "expected a tokenizer with"),
         ("LPIPS file", "--perceptual-weight 1 --vgg-path good/vq.pt --lpips-path good/vq.pt",
          "vq.pt: expected lin0.model.1.weight"),

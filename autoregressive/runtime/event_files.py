@@ -25,7 +25,7 @@ def check_tensorboard() -> None:
     try:
         _import_writer()
     except ImportError as error:
-        raise ValueError("--log tensorboard: expected the package tensorboard, found none "
+        raise ValueError("--log-to tensorboard: expected the package tensorboard, found none "
                          f"({error}); pip install tensorboard, or leave the flag out") from None
 
 

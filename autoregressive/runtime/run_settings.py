@@ -40,7 +40,8 @@ def add_training_args(parser: Parser, results_dir: str | None = None,
                                 help="length of the run in steps; 0: by --epochs"))
     may_vary(group.add_argument("--log-every", type=at_least(1), default=100,
                                 help="steps between two lines of the log"))
-    may_vary(group.add_argument("--log", default="files", choices=("files", "tensorboard"),
+    may_vary(group.add_argument("--log-to", "--log", dest="log", default="files",
+                                choices=("files", "tensorboard"),
                                 help="files: log.txt, metrics.jsonl and curves.png; tensorboard: "
                                      "event files beside them"))
     may_vary(group.add_argument("--ckpt-every", type=at_least(0), default=5,
