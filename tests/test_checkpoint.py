@@ -8,6 +8,7 @@ import os
 import pickle
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -95,6 +96,25 @@ def test_a_truncated_file_is_refused(tmp_path, keep):
     (tmp_path / "cut.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:keep])
     with pytest.raises(ValueError, match=r"cut\.pt: expected a .*checkpoint"):
         read_checkpoint(tmp_path / "cut.pt")
+
+
+def test_one_changed_bit_of_a_weight_is_refused(tmp_path):
+    path = tmp_path / "changed.pt"
+    save_checkpoint(path, {"weight": torch.arange(1.0, 500.0)})
+    content = bytearray(path.read_bytes())
+    content[content.find(np.float32([250, 251]).tobytes())] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"changed\.pt: .* a damaged one \(.*has changed"):
+        read_checkpoint(path)
+
+
+def test_a_file_without_checksums_is_read(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(STATE, tmp_path / "bare.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert torch.equal(read_checkpoint(tmp_path / "bare.pt")["b"], STATE["b"])
 
 
 @pytest.mark.parametrize("payload", [{"steps": 3}, [1, 2], {"model": {"a": "text"}}, {}])

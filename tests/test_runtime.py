@@ -237,6 +237,13 @@ def test_pictures_stand_where_they_belong(tmp_path):
     assert (rows[upper:upper + side, GAP:GAP + side] == 0).all()
     titles = [rows[GAP + row * (side + CAPTION_HEIGHT + GAP):][:CAPTION_HEIGHT] for row in range(3)]
     assert [(title < 128).any() for title in titles] == [True, True, False]
+    # Letters beyond ASCII are not all the same box; what is cut says so.
+    texts = ["ü", "ö", "ł", "a very long name", "a very long story"]
+    save_grid(tmp_path / "letters.png", images[[0] * 5], columns=1, captions=texts)
+    letters = np.asarray(Image.open(tmp_path / "letters.png"))
+    shown = {letters[GAP + row * (side + CAPTION_HEIGHT + GAP):][:CAPTION_HEIGHT].tobytes()
+             for row in range(5)}
+    assert len(shown) == 4
 
 
 @pytest.mark.parametrize("error, line", [

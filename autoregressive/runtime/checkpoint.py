@@ -92,11 +92,13 @@ def read_checkpoint(path: str | Path, hint: str = "") -> Saved:
     check_file(path, hint)
     if is_safetensors(path):
         return read_safetensors(path)
+    is_zip = zipfile.is_zipfile(path)
     try:
+        if is_zip:
+            _check_sums(path)
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)    # of what is refused here or by readers
-            return torch.load(path, map_location="cpu", weights_only=True,
-                              mmap=zipfile.is_zipfile(path) or None)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip or None)
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:GLOBAL|global|type|class) ([\w.]+\.[\w.]+)", str(error))
         if found:
@@ -114,6 +116,14 @@ def read_checkpoint(path: str | Path, hint: str = "") -> Saved:
         reason = str(error).splitlines()[0] if says_why else "no checkpoint at all, or cut off"
         raise ValueError(f"{path}: expected a whole checkpoint, found a damaged one ({reason}); "
                          "copy or download the file again") from None
+
+
+def _check_sums(path: str | Path) -> None:
+    """Raises BadZipFile if a byte has changed, which torch.load does not see in mapped tensors."""
+    with zipfile.ZipFile(path) as archive:
+        has_sums = any(part.CRC for part in archive.infolist())     # torch can leave them out
+        if has_sums and (damaged := archive.testzip()):
+            raise zipfile.BadZipFile(f"{damaged} has changed since it was written")
 
 
 def model_state(payload: object, path: str | Path) -> dict[str, Tensor]:
@@ -238,22 +248,12 @@ def newest_whole_checkpoint(
     skipped = []
     for path in reversed(list_checkpoints(folder)):
         try:
-            check_whole(path, kinds)
+            payload = read_checkpoint(path)
+            check_kinds(payload if isinstance(payload, dict) else {}, kinds, path)
             return path, skipped
         except ValueError as error:
             skipped.append(Skipped(path, f"{error}; trying the checkpoint before it"))
     return None, skipped
-
-
-def check_whole(path: Path, kinds: Kinds) -> None:
-    """Raises ValueError unless a checkpoint has the keys of `kinds`, and every byte is intact."""
-    payload = read_checkpoint(path)
-    check_kinds(payload if isinstance(payload, dict) else {}, kinds, path)
-    if not zipfile.is_zipfile(path):                # an older format, without checksums
-        return
-    with zipfile.ZipFile(path) as archive:
-        if damaged := archive.testzip():            # compares every part with its checksum
-            raise ValueError(f"{path}: expected a whole checkpoint, found a damaged part {damaged}")
 
 
 def delete_old_checkpoints(folder: str | Path, keep: int) -> None:

@@ -10,9 +10,9 @@ from autoregressive.runtime.files import atomic_write
 
 GAP = 4                 # pixels between pictures
 CAPTION_HEIGHT = 15     # pixels
-FONT_SIZE = 11          # pixels
+FONT = "DejaVuSans.ttf"  # matplotlib's: it has more letters than Pillow's
+FONT_SIZE = 10          # pixels
 LEGIBLE_SIDE = 64       # pixels; smaller pictures are enlarged towards it by whole factors
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def save_grid(path: str | Path, images: np.ndarray, columns: int,
@@ -39,7 +39,7 @@ def save_grid(path: str | Path, images: np.ndarray, columns: int,
     size = (columns * step_across + GAP, rows * step_down + GAP)
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(size=FONT_SIZE)
+    font = _load_font() if has_captions else None
     for position, image in enumerate(images):
         row, column = divmod(position, columns)
         left = GAP + column * step_across
@@ -54,8 +54,16 @@ def save_grid(path: str | Path, images: np.ndarray, columns: int,
         canvas.save(file, format="PNG")
 
 
-def _shorten(text: str, width: int, draw: ImageDraw.ImageDraw, font: Font) -> str:
-    """Returns as many characters of a text as fit into a width in pixels."""
-    while text and draw.textlength(text, font=font) > width:
+def _load_font() -> ImageFont.FreeTypeFont:
+    import matplotlib  # here: it takes a fifth of a second
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", FONT), FONT_SIZE)
+
+
+def _shorten(text: str, width: int, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont) -> str:
+    """Returns a text, or as much of it as fits into a width in pixels with an ellipsis."""
+    shown = text
+    while text and draw.textlength(shown, font=font) > width:
         text = text[:-1]
-    return text
+        shown = text + "…"
+    return shown

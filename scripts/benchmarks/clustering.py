@@ -22,7 +22,7 @@ import torch
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
-from autoregressive.runtime.entry import Parser, run
+from autoregressive.runtime.entry import Parser, at_least, run
 from scripts.benchmarks.turns import timed
 from tokenizer.clustering import (
     Clustering,
@@ -41,7 +41,7 @@ NOISE = 1e-4
 def build_parser():
     """Returns the parser of this script's command line."""
     parser = Parser("Compare balanced clusterings: SSE and CPU seconds.", has_seed=False)
-    parser.add_argument("--seeds", type=int, default=5,
+    parser.add_argument("--seeds", type=at_least(1), default=5,
                         help="starts of the optimal method, from seed 0")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS,
                         help="what to measure")

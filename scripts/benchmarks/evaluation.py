@@ -49,7 +49,7 @@ def build_parser() -> Parser:
     parser = benchmark_parser(description, rounds=3)
     add_report_args(parser)
     parser.add_argument("--part", default="fid", choices=PARTS, help="what to measure")
-    parser.add_argument("--num-images", type=int, default=10000,
+    parser.add_argument("--num-images", type=at_least(1), default=10000,
                         help="features of each set, or pictures of the network")
     parser.add_argument("--batch-size", type=at_least(1), default=64,
                         help="pictures that the network takes together")

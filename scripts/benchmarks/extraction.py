@@ -60,7 +60,7 @@ def build_parser() -> Parser:
     description = "Compare ways to turn images into codes: images per second."
     parser = benchmark_parser(description, rounds=1)
     add_report_args(parser)
-    parser.add_argument("--num-images", type=int, default=8,
+    parser.add_argument("--num-images", type=at_least(1), default=8,
                         help="images to encode, ten crops of each")
     parser.add_argument("--image-size", type=at_least(16), default=256,
                         help="pixels of a crop's side")
@@ -68,7 +68,8 @@ def build_parser() -> Parser:
                         help="images of the loader and store alone; 0 leaves that out")
     parser.add_argument("--precision", default="none", choices=tuple(PRECISIONS),
                         help="of our encoder")
-    parser.add_argument("--num-workers", type=int, default=2, help="of the loader and store alone")
+    parser.add_argument("--num-workers", type=at_least(0), default=2,
+                        help="of the loader and store alone")
     parser.add_argument("--data-path",
                         help="folder of class folders to read; default: 256 px JPEGs made here")
     return parser

@@ -27,8 +27,8 @@ import torch
 
 from autoregressive.runtime.distributed import Session
 from autoregressive.runtime.entry import Flags, Parser, above, checks, run
-from autoregressive.runtime.files import write_json
-from scripts.benchmarks.turns import RESULTS, ROW_FAILED, TABLE, Report
+from autoregressive.runtime.files import check_writable_folder, write_json
+from scripts.benchmarks.turns import RESULTS, ROW_FAILED, TABLE, Report, check_gpu
 
 FOLDER = Path(__file__).resolve().parent
 GRACE_SECONDS = 20              # beyond its time that a section has for the row that it is in
@@ -124,10 +124,11 @@ def run_section(section: Section, args: Flags, device: torch.device, seconds: fl
 def main(args: Flags, session: Session) -> None:
     results = Path(args.out) / RESULTS
     with checks(session):
+        check_gpu(args, session)
+        check_writable_folder(args.out)
         if results.exists():
             raise ValueError(f"{results}: expected a folder without results, found these; "
                              "choose another --out")
-    results.parent.mkdir(parents=True, exist_ok=True)
     write_json(results, {"machine": describe_machine(session.device), "rows": []})
     end = time.monotonic() + 60 * args.minutes
     failed = []

@@ -34,13 +34,14 @@ from autoregressive.models.sampler import Sampler, filter_logits, invert_cdf
 from autoregressive.runtime.checkpoint import read_checkpoint
 from autoregressive.runtime.compute import autocast, set_up_compiler
 from autoregressive.runtime.distributed import Session
-from autoregressive.runtime.entry import Flags, Parser, at_least, run
+from autoregressive.runtime.entry import Flags, Parser, at_least, checks, run
 from autoregressive.train.objective import Objective
 from scripts.benchmarks.turns import (
     Report,
     Values,
     add_report_args,
     benchmark_parser,
+    check_gpu,
     write_random_codes,
 )
 
@@ -215,6 +216,8 @@ def judge(difference: Callable[[], float], tolerance: float) -> Values:
 
 
 def main(args: Flags, session: Session) -> None:
+    with checks(session):
+        check_gpu(args, session)
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     is_gpu = session.device.type == "cuda"

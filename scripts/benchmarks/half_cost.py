@@ -26,7 +26,7 @@ from autoregressive.models.gpt import GPT
 from autoregressive.models.packed import can_pack, pack_linears
 from autoregressive.models.sampler import Sampler
 from autoregressive.runtime.distributed import Session
-from autoregressive.runtime.entry import Flags, Parser, run
+from autoregressive.runtime.entry import Flags, Parser, at_least, run
 from autoregressive.runtime.optim import ModelOptimizer, OptimSettings
 from autoregressive.train.objective import GPTTrainer, Objective
 from scripts.benchmarks.turns import NUM_CLASSES, VOCAB_SIZE, benchmark_parser, compare, timed
@@ -44,8 +44,10 @@ def build_parser() -> Parser:
                               rounds=3)
     parser.add_argument("--part", default="step", choices=PARTS, help="training or sampling")
     parser.add_argument("--gpt-model", default="GPT-B", help="size of the GPT")
-    parser.add_argument("--grid", type=int, default=16, help="side of the picture in tokens")
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[4], help="images together")
+    parser.add_argument("--grid", type=at_least(1), default=16,
+                        help="side of the picture in tokens")
+    parser.add_argument("--batch-sizes", nargs="+", type=at_least(1), default=[4],
+                        help="images together")
     return parser
 
 

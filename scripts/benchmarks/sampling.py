@@ -44,7 +44,7 @@ from autoregressive.models.sampler import Sampler
 from autoregressive.pipeline import Pipeline
 from autoregressive.runtime.compute import PRECISIONS, set_up_compiler
 from autoregressive.runtime.distributed import Session
-from autoregressive.runtime.entry import Flags, Parser, run
+from autoregressive.runtime.entry import Flags, Parser, at_least, run
 from scripts.benchmarks.turns import (
     DOWNSAMPLING,
     NUM_CLASSES,
@@ -70,7 +70,7 @@ def build_parser() -> Parser:
     parser = benchmark_parser("Compare ways to sample: tokens and images per second.", rounds=3)
     add_report_args(parser)
     add_size_args(parser, GPT_MODELS)
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[2, 16],
+    parser.add_argument("--batch-sizes", nargs="+", type=at_least(1), default=[2, 16],
                         help="pictures sampled together")
     parser.add_argument("--precision", default="none", choices=tuple(PRECISIONS),
                         help="of weights and cache")

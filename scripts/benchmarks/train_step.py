@@ -30,7 +30,7 @@ from autoregressive.models.config import GPT_MODELS, GPTConfig, gpt_config
 from autoregressive.models.gpt import GPT
 from autoregressive.runtime.compute import set_up_compiler, set_up_gpu
 from autoregressive.runtime.distributed import Session
-from autoregressive.runtime.entry import Flags, Parser, run
+from autoregressive.runtime.entry import Flags, Parser, at_least, run
 from autoregressive.runtime.optim import ModelOptimizer, OptimSettings
 from autoregressive.runtime.speed import Speedometer
 from autoregressive.train.objective import GPTTrainer, Objective
@@ -61,7 +61,7 @@ def build_parser() -> Parser:
     add_size_args(parser, GPT_MODELS)
     parser.add_argument("--part", default="head", choices=PARTS,
                         help="head and losses alone, or whole steps")
-    parser.add_argument("--batch-size", type=int, default=4, help="images of a step")
+    parser.add_argument("--batch-size", type=at_least(1), default=4, help="images of a step")
     return parser
 
 

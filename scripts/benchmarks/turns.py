@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from autoregressive.runtime.checkpoint import save_checkpoint
-from autoregressive.runtime.entry import Parser, above, at_least
+from autoregressive.runtime.distributed import Session
+from autoregressive.runtime.entry import Flags, Parser, above, at_least
 from autoregressive.runtime.files import atomic_write, read_json, write_json
 
 RESULTS, TABLE = "results.json", "results.md"   # of a report
@@ -37,6 +38,12 @@ def benchmark_parser(description: str, rounds: int) -> Parser:
     return parser
 
 
+def check_gpu(args: Flags, session: Session) -> None:
+    """Raises ValueError if there is no GPU, unless --device cpu asks for none."""
+    if session.device.type == "cpu" and args.device != "cpu":
+        raise ValueError("--device: expected a GPU, found none; cpu tries the script, no GPU")
+
+
 def add_report_args(parser: Parser) -> None:
     """Declares the flags of a Report."""
     parser.add_argument("--report",
@@ -49,7 +56,7 @@ def add_size_args(parser: Parser, gpt_models: Iterable[str]) -> None:
     """Declares the flags of the measured GPTs: --gpt-models, some of `gpt_models`, and --grids."""
     parser.add_argument("--gpt-models", nargs="+", default=["GPT-B"], choices=gpt_models,
                         help="sizes of the GPT")
-    parser.add_argument("--grids", nargs="+", type=int, default=[16],
+    parser.add_argument("--grids", nargs="+", type=at_least(1), default=[16],
                         help="sides of the picture in tokens")
 
 

@@ -64,13 +64,12 @@ def build_parser() -> Parser:
     return parser
 
 
-def choose_commit(work: Path, given: str | None) -> str:
-    """Returns the whole name of the commit for new runs, and keeps it for the next start.
+def choose_commit(record: Path, given: str | None) -> str:
+    """Returns the whole name of the commit for new runs: the given one, or that of the record.
 
     Raises:
         ValueError: there is no such commit.
     """
-    record = work / "commit.json"
     if given is None and record.exists():
         return read_json(record, {"commit": str})["commit"]
     name = given or "HEAD"
@@ -78,7 +77,6 @@ def choose_commit(work: Path, given: str | None) -> str:
     found = subprocess.run(words, capture_output=True, text=True)
     if found.returncode:
         raise ValueError(f"--commit: expected a commit of {ROOT}, got {name}")
-    write_json(record, {"commit": found.stdout.strip()})
     return found.stdout.strip()
 
 
@@ -115,6 +113,8 @@ def draw_figures(experiment: Experiment, results: list[dict[str, Any]], folder: 
     if draw_samples(experiment, {result["arm"]: result["cfg_scale"] for result in results},
                     folder / "samples.png"):
         LOGGER.info("samples in %s", folder / "samples.png")
+    else:
+        LOGGER.info("no samples in %s: no samples.png", experiment.work)
 
 
 def main(args: Flags, session: Session) -> None:
@@ -127,10 +127,10 @@ def main(args: Flags, session: Session) -> None:
         experiment = Experiment(args.experiment, work, data, args.baseline)
         jobs = Jobs(experiment.work)
 
-        if args.figures:
-            if args.status or args.pause or args.go_on:
-                raise ValueError("--figures: expected --table or a run, whose results it draws")
-            check_writable_folder(args.figures)
+        if args.figures and (args.status or args.pause or args.go_on):
+            raise ValueError("--figures: expected --table or a run, whose results it draws")
+        if data and not os.path.exists(data):
+            raise ValueError(f"--data: expected a file or folder, found none at {data}")
 
         # What only looks at the experiment, or holds it still.
         if args.status:
@@ -146,8 +146,13 @@ def main(args: Flags, session: Session) -> None:
         if not args.table:
             check_writable_folder(experiment.work)
             session.hold(experiment.work / "experiment")
-            works = Works(experiment, choose_commit(experiment.work, args.commit))
+            record = experiment.work / "commit.json"
+            commit = choose_commit(record, args.commit)
+            works = Works(experiment, commit)
             works.check()
+            write_json(record, {"commit": commit})          # for the next start
+        if args.figures:
+            check_writable_folder(args.figures)
 
     # Everything that is missing.
     is_whole = args.table

@@ -99,7 +99,8 @@ class Works:
                 sha256 = sha256_of(path) if path.exists() else None
                 check_same(self._record, {"command": command, "sha256": sha256}, made)
             elif "{data}" in self.experiment.words(command):
-                raise ValueError(f"--data: expected what {step} is made of, got none")
+                raise ValueError(f"--data: expected what {step} is made of, got none; to look "
+                                 "at results that are there, give --table")
         for each, chosen in self._chosen():
             check_same(self.experiment.guidance(each.arm), self.experiment.identity(each), chosen)
 
