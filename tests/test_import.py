@@ -436,12 +436,14 @@ def import_and_say_peak(*flags):
     return code
 
 
+@pytest.mark.long
 def test_peak_memory_does_not_depend_on_the_number_of_codes(large):
     # The checksums map the file of the codes, 16 MiB more of it, which counts here. The codes in
     # memory, or what tarfile keeps of each member, would be more than that again.
     assert large.peaks["large"] - large.peaks["small"] < 28 * 1024
 
 
+@pytest.mark.long
 def test_twenty_thousand_codes_killed_twice_and_resumed_are_the_same_store_and_train(
         folder, large, tmp_path):
     status = tmp_path / "killed" / "status.npy"

@@ -157,6 +157,7 @@ def test_batch_norm_uses_gamma_only_where_the_graph_says_so(scaled):
     assert np.allclose(expected, found.permute(0, 2, 3, 1))
 
 
+@pytest.mark.long
 def test_evaluator_prints_the_same_numbers_with_both_backends(
         graph_path, tmp_path, monkeypatch, capsys, request):
     monkeypatch.chdir(tmp_path)
