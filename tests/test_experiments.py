@@ -140,6 +140,16 @@ def test_a_wrong_plan_is_one_line(tmp_path, capsys, change, words):
     assert run_here(RUN, tmp_path / "experiment.json", "--work", tmp_path / "work") == 2
     error = capsys.readouterr().err
     assert words in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "work" / "commit.json").exists()          # it is for the next start
+
+
+def test_data_that_is_missing_is_one_line_before_any_work(tmp_path, capsys):
+    (tmp_path / "experiment.json").write_text(json.dumps(PLAN))
+    words = ("--data", tmp_path / "none", "--work", tmp_path / "work")
+    assert run_here(RUN, tmp_path / "experiment.json", *words) == 2
+    error = capsys.readouterr().err
+    assert "--data: expected a file or folder, found none" in error
+    assert len(error.splitlines()) == 1 and not (tmp_path / "work").exists()
 
 
 def test_figures_are_of_results(tmp_path, capsys):
