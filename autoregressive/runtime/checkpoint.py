@@ -73,7 +73,7 @@ class _WatchedFile:
             raise
 
 
-def read_checkpoint(path: str | Path, hint: str = "") -> Saved:
+def read_checkpoint(path: str | Path, hint: str = "", check_sums: bool = True) -> Saved:
     """Reads a file of tensors and plain containers; no code in it ever runs.
 
     Older files may hold an argparse.Namespace, too.
@@ -82,6 +82,7 @@ def read_checkpoint(path: str | Path, hint: str = "") -> Saved:
         path: a file made by torch.save, or a .safetensors; tensors of these and of a zip-format
             file are mapped, not copied, and lie on the CPU.
         hint: what to do if there is no such file.
+        check_sums: whether to read every byte and compare its checksum, half a second a GB.
 
     Returns:
         what was saved.
@@ -94,7 +95,7 @@ def read_checkpoint(path: str | Path, hint: str = "") -> Saved:
         return read_safetensors(path)
     is_zip = zipfile.is_zipfile(path)
     try:
-        if is_zip:
+        if is_zip and check_sums:
             _check_sums(path)
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)    # of what is refused here or by readers

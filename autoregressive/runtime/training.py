@@ -120,7 +120,7 @@ class TrainingRun:
             for damaged in skipped:                 # or --keep-checkpoints would keep them
                 damaged.path.rename(damaged.path.with_suffix(".damaged"))
         path, skipped = self.session.from_main((path, skipped))
-        payload = read_checkpoint(path) if path else None
+        payload = read_checkpoint(path, check_sums=False) if path else None
         own_settings = self.checkpoint_settings
         hashes = [name for name in own_settings if name.endswith("sha256")]
         if payload and (difference := find_difference(own_settings, payload["settings"], hashes)):
